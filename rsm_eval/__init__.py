@@ -1,0 +1,1 @@
+"""Measuring any policy in the simulator, and reporting what was measured."""

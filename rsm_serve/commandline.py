@@ -1,0 +1,112 @@
+"""What the commands share: options from configuration dataclasses, and one way to report a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from rsm_serve.errors import MissingExtraError, RsmError
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_command(command: click.Command, argv: Sequence[str] | None = None) -> int:
+    """Run a click command and return the exit status instead of raising.
+
+    A user's mistake becomes one sentence on stderr and status 2; our own faults keep their traceback.
+    """
+    try:
+        status = command.main(args=None if argv is None else list(argv), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER_ERROR
+    except RsmError as error:
+        click.echo(f"{command.name}: {error}", err=True)
+        return EXIT_USER_ERROR
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(f"{command.name}: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    return status if isinstance(status, int) else EXIT_OK
+
+
+def require_extra(command: str, extra: str, modules: Sequence[str]) -> None:
+    """Import the modules that a command cannot work without.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # A module that is there but broken is not a missing extra.
+            if error.name is None or not module.startswith(error.name.split(".")[0]):
+                raise
+            raise MissingExtraError(
+                f'{command} needs: pip install "rsm-toolkit[{extra}]" (module {error.name} is missing)'
+            ) from None
+
+
+def dataclass_options(
+    *configs: type, defaults: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds one option per field of the configuration dataclasses.
+
+    A field `total_steps: int = field(default=..., metadata={"help": ...})` becomes `--total-steps`.
+    A field of type bool becomes `--flag/--no-flag`; a Literal becomes a choice. Fields without a
+    "help" entry get no option. A field that several dataclasses share becomes one option.
+
+    Args:
+        configs: the dataclasses.
+        defaults: whether options carry the field's default; without, an option that was not given is
+            None, so that a caller can tell it from one that was.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        seen: dict[str, dataclasses.Field[Any]] = {}
+        for config in configs:
+            for item in dataclasses.fields(config):
+                if "help" in item.metadata:
+                    seen.setdefault(item.name, item)
+        hints: dict[str, Any] = {}
+        for config in reversed(configs):
+            hints |= typing.get_type_hints(config)
+        for item in reversed(seen.values()):
+            function = _option(item, hints[item.name], defaults)(function)
+        return function
+
+    return decorate
+
+
+def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable[..., Any]:
+    flag = "--" + item.name.replace("_", "-")
+    has_default = item.default is not dataclasses.MISSING
+    text = item.metadata["help"]
+    if has_default and item.default is not None and not defaults:
+        text = f"{text}  [default: {item.default}]"
+    settings: dict[str, Any] = {
+        "default": item.default if defaults and has_default else None,
+        "show_default": defaults and has_default and item.default is not None,
+        "required": defaults and not has_default,
+        "help": text,
+    }
+    kind = _option_type(hint)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", item.name, **settings)
+    return click.option(flag, item.name, type=kind, **settings)
+
+
+def _option_type(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return click.Choice([str(value) for value in typing.get_args(hint)])
+    return hint

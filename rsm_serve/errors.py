@@ -1,0 +1,137 @@
+"""Every error a user can meet, in one tree, and how each one travels over gRPC.
+
+RsmError
+├── UsageError                  wrong command line or call
+│   ├── ConfigError             settings that are out of range or contradict each other
+│   ├── UnsupportedEnvError     an environment that is unknown or not Box-to-Box
+│   ├── MissingExtraError       an optional dependency that is not installed
+│   └── AddressError            an address that cannot be bound
+├── CheckpointError             a training checkpoint that is missing, damaged or foreign
+├── BundleError                 a policy bundle that is missing, damaged or foreign
+│   └── ParityError             a graph that does not act like the policy it came from
+└── RequestError                one act request failed
+    ├── InvalidRequestError     wrong name, dtype, shape, byte count, NaN or Inf
+    ├── PolicyNotFoundError     no such policy or version
+    ├── NotReadyError           loading, draining, or no server at that address
+    ├── QueueFullError          load was shed
+    ├── DeadlineExpiredError    too late to be worth computing
+    ├── RequestCancelledError   the caller went away
+    └── BackendError            the inference backend failed
+
+A message says what was wanted, what came and what to do, in one sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class RsmError(Exception):
+    """Base of every error that a user can cause or must hear about."""
+
+
+class UsageError(RsmError):
+    """The command line or the call itself is wrong."""
+
+
+class ConfigError(UsageError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class UnsupportedEnvError(UsageError):
+    """The environment is unknown, or its spaces are not flat boxes."""
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency is not installed."""
+
+
+class AddressError(UsageError):
+    """The server cannot listen on the address."""
+
+
+class CheckpointError(RsmError):
+    """A training checkpoint is missing, damaged or of another layout."""
+
+
+class BundleError(RsmError):
+    """A policy bundle is missing, damaged or of another schema."""
+
+
+class ParityError(BundleError):
+    """An exported graph does not give the actions of the policy it was made from."""
+
+
+class RequestError(RsmError):
+    """One act request failed; the connection and the policy are unaffected."""
+
+
+class InvalidRequestError(RequestError):
+    """The request names, shapes or values are not what the policy takes."""
+
+
+class PolicyNotFoundError(RequestError):
+    """No such policy, or no such version of it."""
+
+
+class NotReadyError(RequestError):
+    """The policy is loading or draining, or no server answers."""
+
+
+class QueueFullError(RequestError):
+    """The policy's queue is full: the request was shed."""
+
+
+class DeadlineExpiredError(RequestError):
+    """The deadline passed before an action could be computed."""
+
+
+class RequestCancelledError(RequestError):
+    """The caller cancelled the request."""
+
+
+class BackendError(RequestError):
+    """The inference backend failed; details are in the server's log."""
+
+
+@dataclass(frozen=True)
+class WireStatus:
+    """How an error type appears to a remote caller.
+
+    `code` is the name of a `grpc.StatusCode`. `public` replaces the message where the message could
+    reveal internals; None sends the message itself.
+    """
+
+    code: str
+    public: str | None = None
+
+
+# The one table of error type -> gRPC status -> public sentence. Most specific first is not needed:
+# the types are leaves.
+WIRE_STATUS: dict[type[RequestError], WireStatus] = {
+    InvalidRequestError: WireStatus("INVALID_ARGUMENT"),
+    PolicyNotFoundError: WireStatus("NOT_FOUND"),
+    NotReadyError: WireStatus("UNAVAILABLE"),
+    QueueFullError: WireStatus("RESOURCE_EXHAUSTED"),
+    DeadlineExpiredError: WireStatus("DEADLINE_EXCEEDED"),
+    RequestCancelledError: WireStatus("CANCELLED"),
+    BackendError: WireStatus("INTERNAL", "The policy could not be evaluated; the server's log says why."),
+}
+
+
+def wire_status(error: BaseException) -> tuple[str, str]:
+    """(gRPC status name, sentence for the caller) of any exception.
+
+    Whatever is not a RequestError is our own fault and is reported like a backend failure.
+    """
+    status = WIRE_STATUS.get(type(error)) if isinstance(error, RequestError) else None
+    status = status or WIRE_STATUS[BackendError]
+    return status.code, status.public or str(error)
+
+
+def error_from_status(code: str, message: str) -> RequestError:
+    """The exception that a client raises for a gRPC status name; the inverse of `wire_status`."""
+    for kind, status in WIRE_STATUS.items():
+        if status.code == code:
+            return kind(message)
+    return RequestError(f"{code}: {message}")

@@ -1,0 +1,286 @@
+"""One protocol for everything that acts, and the specification that travels with it.
+
+A torch policy, an inference session, a remote client, a recorder: each is a `Policy`, and they compose
+by wrapping. Shape legend: B rows, O observation size, A action size, T denoising steps, N particles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rsm_serve.errors import BundleError, InvalidRequestError
+from rsm_serve.seeds import draw_noise, resolve_seeds
+
+SCHEMA_VERSION = 1
+"""Version of the policy.json layout."""
+
+Seed = int | NDArray[np.uint64] | list[int] | None
+
+
+@dataclass(frozen=True)
+class BoxSpec:
+    """A flat box: `names`, `low` and `high` all have one entry per element.
+
+    A bound is None where the box is unbounded on that side (JSON has no infinity).
+    """
+
+    names: tuple[str, ...]
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.low) == len(self.high) >= 1:
+            raise BundleError(
+                "a box needs equally many names, low and high bounds, at least one; "
+                f"got {len(self.names)}, {len(self.low)} and {len(self.high)}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """All that a caller must know about a policy; the content of policy.json."""
+
+    name: str
+    algorithm: str
+    env_id: str
+    observation: BoxSpec
+    action: BoxSpec
+    steps: int
+    """T, denoising steps; T >= 1."""
+    particles: int
+    """N, particles of which the critics choose the best; N >= 1."""
+    control_dt_s: float | None = None
+    """Seconds between two actions in the environment; None if the environment does not say."""
+    sampler: str = "ddpm"
+    precision: str = "fp32"
+    has_q: bool = True
+    """Whether the policy returns the critic's value of the chosen particle."""
+    version: str = "0"
+    """A positive number for a bundle; "0" for a policy that was never exported."""
+    evaluation: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.particles < 1:
+            raise BundleError(
+                f"a policy needs steps >= 1 and particles >= 1, got {self.steps} and {self.particles}"
+            )
+        if any(bound is None for bound in (*self.action.low, *self.action.high)):
+            raise BundleError("every action needs a finite low and high bound, got an unbounded one")
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(T, N, A): the shape of one row's noise."""
+        return (self.steps, self.particles, self.action.size)
+
+    @property
+    def action_low(self) -> NDArray[np.float32]:
+        """Lower action bounds [A], environment units."""
+        return np.asarray(self.action.low, dtype=np.float32)
+
+    @property
+    def action_high(self) -> NDArray[np.float32]:
+        """Upper action bounds [A], environment units."""
+        return np.asarray(self.action.high, dtype=np.float32)
+
+    def to_json(self) -> str:
+        """The content of policy.json."""
+        data = dataclasses.asdict(self)
+        data["noise_shape"] = list(self.noise_shape)
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> PolicySpec:
+        """Parse policy.json.
+
+        Raises:
+            BundleError: not JSON, another schema version, or a missing, unknown or ill-typed field.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"policy.json is not JSON ({error}); export the policy again") from None
+        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+            found = data.get("schema_version") if isinstance(data, dict) else None
+            raise BundleError(
+                f"wanted policy.json of schema version {SCHEMA_VERSION}, got {found}; "
+                "export the policy again with this version of rsm-toolkit"
+            )
+        noise_shape = data.pop("noise_shape", None)
+        try:
+            for box in ("observation", "action"):
+                data[box] = BoxSpec(**{key: tuple(value) for key, value in data[box].items()})
+            spec = cls(**data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise BundleError(f"policy.json is incomplete: {error}; export the policy again") from None
+        if noise_shape != list(spec.noise_shape):
+            raise BundleError(
+                f"policy.json contradicts itself: noise_shape {noise_shape}, but T, N, A are "
+                f"{list(spec.noise_shape)}; export the policy again"
+            )
+        return spec
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of one answer went, in microseconds."""
+
+    queue_us: float = 0.0
+    """From arrival to the batch being formed."""
+    batch_us: float = 0.0
+    """Stacking rows and drawing noise."""
+    compute_us: float = 0.0
+    """The network."""
+    batch_rows: int = 1
+    """Rows that were computed together."""
+    total_us: float = 0.0
+    """As the caller saw it, transport included."""
+
+
+@dataclass(frozen=True)
+class ActResult:
+    """An answer; the leading B is absent if the observation came without it."""
+
+    action: NDArray[np.float32]
+    """[A] or [B, A], environment units, inside the action bounds."""
+    q: NDArray[np.float32] | None
+    """[] or [B], critic value of the chosen particle; None if the policy has no critic."""
+    seed: NDArray[np.uint64] | None
+    """[] or [B], replays the answer; None if the caller gave the noise itself."""
+    version: str
+    timing: Timing
+
+
+class Policy(Protocol):
+    """Anything that turns observations into actions."""
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy takes and gives."""
+        ...
+
+    def act(
+        self,
+        obs: ArrayLike,
+        *,
+        seed: Seed = None,
+        noise: NDArray[np.float32] | None = None,
+        deterministic: bool = False,
+    ) -> ActResult:
+        """Sample actions.
+
+        Args:
+            obs: [O] or [B, O], real numbers, finite, raw environment units.
+            seed: one per row, or one for all (see `rsm_serve.seeds.expand_seed`), or None to draw one.
+            noise: [T, N, A] or [B, T, N, A] standard normal, instead of a seed.
+            deterministic: use the documented constant seed for every row.
+
+        Raises:
+            InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ActRows:
+    """A validated act call: always with a batch axis, always with noise or seeds."""
+
+    obs_BO: NDArray[np.float32]
+    seeds_B: NDArray[np.uint64] | None
+    noise_BTNA: NDArray[np.float32] | None
+    single: bool
+    """The caller sent [O] and expects [A]."""
+
+    def drawn_noise(self, spec: PolicySpec) -> NDArray[np.float32]:
+        """The noise [B, T, N, A]: as given, or drawn from the seeds."""
+        if self.noise_BTNA is not None:
+            return self.noise_BTNA
+        assert self.seeds_B is not None
+        return draw_noise(self.seeds_B, spec.noise_shape)
+
+    def result(
+        self,
+        action_BA: NDArray[np.float32],
+        q_B: NDArray[np.float32] | None,
+        *,
+        version: str,
+        timing: Timing,
+    ) -> ActResult:
+        """The answer in the shape the caller used."""
+        pick = 0 if self.single else slice(None)
+        return ActResult(
+            action=action_BA[pick],
+            q=None if q_B is None else np.asarray(q_B[pick]),
+            seed=None if self.seeds_B is None else np.asarray(self.seeds_B[pick]),
+            version=version,
+            timing=timing,
+        )
+
+
+def act_rows(
+    spec: PolicySpec,
+    obs: ArrayLike,
+    *,
+    seed: Seed = None,
+    noise: NDArray[np.float32] | None = None,
+    deterministic: bool = False,
+) -> ActRows:
+    """Validate the arguments of `Policy.act` against a specification.
+
+    Raises:
+        InvalidRequestError: see `Policy.act`.
+    """
+    obs_size = spec.observation.size
+    array = np.asarray(obs)
+    if array.dtype.kind not in "fiub":
+        raise InvalidRequestError(
+            f"wanted a float32 observation for policy {spec.name!r}, got dtype {array.dtype}; "
+            "convert it to float32"
+        )
+    if array.ndim not in (1, 2) or array.shape[-1] != obs_size or array.size == 0:
+        raise InvalidRequestError(
+            f"wanted an observation of shape [{obs_size}] or [B, {obs_size}] for policy {spec.name!r}, "
+            f"got {list(array.shape)}; check that policy and environment belong together"
+        )
+    with np.errstate(over="ignore"):
+        obs_BO = np.ascontiguousarray(np.atleast_2d(array), dtype=np.float32)
+    _require_finite("observation", obs_BO)
+    rows = len(obs_BO)
+    if noise is None:
+        seeds = resolve_seeds(seed, rows, deterministic=deterministic)
+        return ActRows(obs_BO, seeds, None, array.ndim == 1)
+    if seed is not None or deterministic:
+        raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
+    noise_BTNA = np.ascontiguousarray(noise, dtype=np.float32)
+    if noise_BTNA.shape == spec.noise_shape and rows == 1:
+        noise_BTNA = noise_BTNA[None]
+    if noise_BTNA.shape != (rows, *spec.noise_shape):
+        raise InvalidRequestError(
+            f"wanted noise of shape {[rows, *spec.noise_shape]} for policy {spec.name!r}, "
+            f"got {list(noise_BTNA.shape)}; its axes are row, denoising step, particle, action"
+        )
+    _require_finite("noise", noise_BTNA)
+    return ActRows(obs_BO, None, noise_BTNA, array.ndim == 1)
+
+
+def _require_finite(what: str, array: NDArray[np.float32]) -> None:
+    bad = ~np.isfinite(array)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise InvalidRequestError(
+            f"wanted finite numbers, got {array[where]} in the {what} at index {list(where)}; "
+            "check the sensor or the simulator"
+        )

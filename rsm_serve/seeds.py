@@ -1,0 +1,86 @@
+"""Seeds and noise: the randomness of every sampled action, as a pure function.
+
+The primitive is one unsigned 64-bit seed per row. A row's noise is a counter-based Philox stream that
+is keyed by the row's seed alone, so the same (observation, seed) gives the same noise alone, as any row
+of any batch, after a reload and on every backend.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsm_serve.errors import InvalidRequestError
+
+DETERMINISTIC_SEED = 0x5253_4D5F_5345_4544  # "RSM_SEED" in ASCII
+"""The seed of every row of a request with deterministic=True."""
+
+_GOLDEN_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
+_MASK64 = (1 << 64) - 1
+
+
+def expand_seed(seed: int, rows: int) -> NDArray[np.uint64]:
+    """The documented sequence of `rows` seeds [rows] that a single seed stands for.
+
+    Element 0 is the seed itself; element i > 0 is the i-th output of SplitMix64 started at the seed
+    (Steele, Lea, Flood 2014), so sequences of neighbouring seeds do not overlap.
+    """
+    index = np.arange(rows, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed & _MASK64) + index * _GOLDEN_GAMMA
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+        z = z ^ (z >> np.uint64(31))
+    z[:1] = np.uint64(seed & _MASK64)
+    return z
+
+
+def resolve_seeds(
+    seed: int | NDArray[np.uint64] | list[int] | None, rows: int, *, deterministic: bool = False
+) -> NDArray[np.uint64]:
+    """One seed per row [rows] for any way a caller may ask.
+
+    Args:
+        seed: one per row [rows], one for all (expanded with `expand_seed`), or None to draw one.
+        rows: number of observations.
+        deterministic: every row gets DETERMINISTIC_SEED; contradicts a given seed.
+
+    Raises:
+        InvalidRequestError: the count is neither 1 nor `rows`, or a value is outside [0, 2**64).
+    """
+    if deterministic:
+        if seed is not None:
+            raise InvalidRequestError(
+                "wanted either a seed or deterministic=True, got both; leave one of them out"
+            )
+        return np.full(rows, DETERMINISTIC_SEED, dtype=np.uint64)
+    if seed is None:
+        return expand_seed(secrets.randbits(64), rows)
+    if isinstance(seed, np.ndarray) and seed.dtype == np.uint64:
+        given = seed.reshape(-1)
+    else:
+        values = [int(s) for s in np.asarray(seed, dtype=object).reshape(-1)]
+        if any(not 0 <= s <= _MASK64 for s in values):
+            raise InvalidRequestError(
+                f"wanted seeds from 0 to 2**64 - 1, got {values}; use unsigned 64-bit numbers"
+            )
+        given = np.array(values, dtype=np.uint64)
+    if np.ndim(seed) == 0:
+        return expand_seed(int(given[0]), rows)
+    if len(given) != rows:
+        raise InvalidRequestError(
+            f"wanted {rows} seeds (one per observation), got {len(given)}; "
+            "send one per row, or one seed as a plain number for all rows"
+        )
+    return given
+
+
+def draw_noise(seeds: NDArray[np.uint64], noise_shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Standard normal noise [rows, T, N, A], float32, row i a function of seeds[i] alone."""
+    noise = np.empty((len(seeds), *noise_shape), dtype=np.float32)
+    for row, seed in zip(noise, seeds, strict=True):
+        generator = np.random.Generator(np.random.Philox(key=int(seed)))
+        generator.standard_normal(dtype=np.float32, out=row)
+    return noise

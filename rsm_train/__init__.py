@@ -1,0 +1,1 @@
+"""Online learning of diffusion policies with Reweighted Score Matching."""
