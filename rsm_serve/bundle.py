@@ -70,7 +70,7 @@ class Probe:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 probe = cls(**{key: arrays[key] for key in ("obs", "noise", "action")})
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(
                 f"{PROBE_FILE} must be an npz file of the plain arrays obs, noise and action ({error}); "
                 "export the policy again"
@@ -205,9 +205,9 @@ def _read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
             f"bundle {version_dir}: wanted manifest schema version {MANIFEST_SCHEMA_VERSION}, got {version}; "
             "export the policy again with this version of rsm-toolkit"
         )
-    if set(files) != set(PAYLOAD_FILES):
+    if set(files) != set(PAYLOAD_FILES) or not all(isinstance(record, dict) for record in files.values()):
         raise BundleError(
-            f"bundle {version_dir}: {MANIFEST_FILE} must list {', '.join(PAYLOAD_FILES)}, "
+            f"bundle {version_dir}: {MANIFEST_FILE} must list size and sha256 of {', '.join(PAYLOAD_FILES)}, "
             f"got {', '.join(sorted(files)) or 'nothing'}; export the policy again"
         )
     return files

@@ -18,21 +18,28 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def run_command(command: click.Command, argv: Sequence[str] | None = None) -> int:
+def run_command(command: click.Command | Callable[[], click.Command], argv: Sequence[str] | None = None) -> int:
     """Run a click command and return the exit status instead of raising.
 
     A user's mistake becomes one sentence on stderr and status 2; our own faults keep their traceback.
+
+    Args:
+        command: the command, or a function that makes it where that needs an extra.
+        argv: the arguments; None means the process's own.
     """
+    name = ""
     try:
-        status = command.main(args=None if argv is None else list(argv), standalone_mode=False)
+        made = command if isinstance(command, click.Command) else command()
+        name = f"{made.name}: "
+        status = made.main(args=None if argv is None else list(argv), standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return EXIT_USER_ERROR
     except RsmError as error:
-        click.echo(f"{command.name}: {error}", err=True)
+        click.echo(f"{name}{error}", err=True)
         return EXIT_USER_ERROR
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"{command.name}: interrupted", err=True)
+        click.echo(f"{name}interrupted", err=True)
         return EXIT_INTERRUPTED
     return status if isinstance(status, int) else EXIT_OK
 
@@ -93,11 +100,13 @@ def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable
     if has_default and item.default is not None and not defaults:
         text = f"{text}  [default: {item.default}]"
     settings: dict[str, Any] = {
-        "default": item.default if defaults and has_default else None,
         "show_default": defaults and has_default and item.default is not None,
         "required": defaults and not has_default,
         "help": text,
     }
+    if defaults and has_default:
+        # Not even None otherwise: for click a default, also of None, satisfies `required`.
+        settings["default"] = item.default
     kind = _option_type(hint)
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", item.name, **settings)

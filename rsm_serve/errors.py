@@ -6,6 +6,7 @@ RsmError
 │   ├── UnsupportedEnvError     an environment that is unknown or not Box-to-Box
 │   ├── MissingExtraError       an optional dependency that is not installed
 │   └── AddressError            an address that cannot be bound
+├── TrainingError               a run that cannot go on
 ├── CheckpointError             a training checkpoint that is missing, damaged or foreign
 ├── BundleError                 a policy bundle that is missing, damaged or foreign
 │   └── ParityError             a graph that does not act like the policy it came from
@@ -48,6 +49,10 @@ class MissingExtraError(UsageError):
 
 class AddressError(UsageError):
     """The server cannot listen on the address."""
+
+
+class TrainingError(RsmError):
+    """A training run cannot go on."""
 
 
 class CheckpointError(RsmError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.errors import BundleError, InvalidRequestError
+from rsm_serve.errors import BundleError, InvalidRequestError, UnsupportedEnvError
 from rsm_serve.seeds import draw_noise, resolve_seeds
 
 SCHEMA_VERSION = 1
@@ -29,6 +30,9 @@ class BoxSpec:
     """A flat box: `names`, `low` and `high` all have one entry per element.
 
     A bound is None where the box is unbounded on that side (JSON has no infinity).
+
+    Raises:
+        BundleError: counts that differ, names that are not text, or bounds that are not finite numbers.
     """
 
     names: tuple[str, ...]
@@ -41,6 +45,11 @@ class BoxSpec:
                 "a box needs equally many names, low and high bounds, at least one; "
                 f"got {len(self.names)}, {len(self.low)} and {len(self.high)}"
             )
+        bounds = [bound for bound in (*self.low, *self.high) if bound is not None]
+        if not all(isinstance(bound, int | float) and math.isfinite(bound) for bound in bounds):
+            raise BundleError(f"a box needs finite numbers or None as bounds, got {bounds}")
+        if not all(isinstance(name, str) for name in self.names):
+            raise BundleError(f"a box needs text as names, got {list(self.names)}")
 
     @property
     def size(self) -> int:
@@ -74,12 +83,19 @@ class PolicySpec:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.particles < 1:
+        for key in ("name", "algorithm", "env_id", "sampler", "precision", "version"):
+            if not isinstance(getattr(self, key), str):
+                raise BundleError(f"a policy needs text as {key}, got {getattr(self, key)!r}")
+        if not all(isinstance(count, int) and count >= 1 for count in (self.steps, self.particles)):
             raise BundleError(
-                f"a policy needs steps >= 1 and particles >= 1, got {self.steps} and {self.particles}"
+                f"a policy needs whole numbers steps >= 1 and particles >= 1, "
+                f"got {self.steps!r} and {self.particles!r}"
             )
-        if any(bound is None for bound in (*self.action.low, *self.action.high)):
-            raise BundleError("every action needs a finite low and high bound, got an unbounded one")
+        for low, high in zip(self.action.low, self.action.high, strict=True):
+            if low is None or high is None or not low < high:
+                raise BundleError(
+                    f"every action needs a finite low and high bound, low < high, got {low} and {high}"
+                )
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -255,8 +271,11 @@ def act_rows(
             f"wanted an observation of shape [{obs_size}] or [B, {obs_size}] for policy {spec.name!r}, "
             f"got {list(array.shape)}; check that policy and environment belong together"
         )
-    with np.errstate(over="ignore"):
-        obs_BO = np.ascontiguousarray(np.atleast_2d(array), dtype=np.float32)
+    if array.dtype == np.float32:
+        obs_BO = np.ascontiguousarray(array.reshape(-1, obs_size))
+    else:
+        with np.errstate(over="ignore"):  # becomes Inf, which is refused below
+            obs_BO = np.ascontiguousarray(array.reshape(-1, obs_size), dtype=np.float32)
     _require_finite("observation", obs_BO)
     rows = len(obs_BO)
     if noise is None:
@@ -277,10 +296,46 @@ def act_rows(
 
 
 def _require_finite(what: str, array: NDArray[np.float32]) -> None:
-    bad = ~np.isfinite(array)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
+    finite = np.isfinite(array)
+    if not finite.all():
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise InvalidRequestError(
             f"wanted finite numbers, got {array[where]} in the {what} at index {list(where)}; "
             "check the sensor or the simulator"
+        )
+
+
+def check_env(spec: PolicySpec, env: object) -> None:
+    """Make sure that a policy and an environment belong together.
+
+    Args:
+        spec: of the policy.
+        env: has `observation_space` and `action_space` as in Gymnasium (`single_...` of a vector
+            environment are preferred); taken by its attributes, so Gymnasium need not be installed.
+
+    Raises:
+        UnsupportedEnvError: a space is not a flat box, or its size or the action bounds are not the policy's.
+    """
+    for kind, box in (("observation", spec.observation), ("action", spec.action)):
+        space = getattr(env, f"single_{kind}_space", None) or getattr(env, f"{kind}_space", None)
+        shape = getattr(space, "shape", None)
+        if shape is None or len(shape) != 1 or not hasattr(space, "low"):
+            raise UnsupportedEnvError(
+                f"policy {spec.name!r} wanted an environment with a flat box as {kind} space, got {space}; "
+                f"use {spec.env_id}, or flatten the space with a wrapper"
+            )
+        if shape[0] != box.size:
+            raise UnsupportedEnvError(
+                f"policy {spec.name!r} wanted {box.size} {kind} elements, the environment has {shape[0]}; "
+                f"the policy was made for {spec.env_id}"
+            )
+    space = getattr(env, "single_action_space", None) or getattr(env, "action_space", None)
+    low, high = np.asarray(getattr(space, "low", None)), np.asarray(getattr(space, "high", None))
+    slack = 1e-6 * (spec.action_high - spec.action_low)
+    inside = (np.abs(low - spec.action_low) <= slack) & (np.abs(high - spec.action_high) <= slack)
+    if not inside.all():
+        raise UnsupportedEnvError(
+            f"policy {spec.name!r} wanted the action bounds {list(spec.action.low)} to "
+            f"{list(spec.action.high)}, the environment has {low.tolist()} to {high.tolist()}; "
+            f"the policy was made for {spec.env_id}"
         )

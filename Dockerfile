@@ -1,0 +1,45 @@
+# The serve role as a container: `make image`, or  docker build --target serve -t rsm-serve .
+#
+#     docker run --rm -p 8001:8001 -v "$PWD/models:/models:ro" rsm-serve
+#
+# serves every policy of ./models on port 8001, as a user without rights. Nothing is written in the
+# container, so --read-only works. Further rsm-serve options go after the image's name and replace CMD.
+#
+# BASE_IMAGE is any glibc image with python3 (3.10 or newer) and its venv module; both stages use the same.
+ARG BASE_IMAGE=python:3.12-slim-bookworm
+
+FROM ${BASE_IMAGE} AS build
+WORKDIR /src
+# pip comes from here; the environment that is shipped has none.
+RUN python3 -m venv /build && python3 -m venv --without-pip /opt/rsm
+COPY requirements.lock pyproject.toml README.md LICENSE ./
+# The secrets are optional: pip's settings and certificates of the building machine. They never reach a layer.
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca,target=/etc/pip-ca.pem \
+    /build/bin/pip install --no-cache-dir -c requirements.lock hatchling
+# The dependencies first: their layer outlives changes of our own code.
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca,target=/etc/pip-ca.pem \
+    mkdir rsm_train rsm_serve rsm_eval export export/rsm_export \
+    && /build/bin/pip wheel --no-cache-dir --no-build-isolation -c requirements.lock -w /wheels ".[serve]" \
+    && rm /wheels/rsm_toolkit-*.whl
+COPY . .
+RUN /build/bin/pip wheel --no-cache-dir --no-build-isolation --no-deps -w /wheels . \
+    && /build/bin/pip --python /opt/rsm/bin/python install --no-cache-dir --no-index --find-links /wheels \
+        -c requirements.lock "rsm-toolkit[serve]"
+
+FROM ${BASE_IMAGE} AS serve
+LABEL org.opencontainers.image.title="rsm-serve" \
+      org.opencontainers.image.description="Serves exported diffusion policies to robots over gRPC" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin rsm && mkdir /models
+COPY --from=build /opt/rsm /opt/rsm
+# ONNX Runtime reports its use to its vendor unless told not to.
+ENV PATH=/opt/rsm/bin:$PATH PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
+USER rsm
+WORKDIR /models
+EXPOSE 8001
+# Drains: new requests are refused, queued ones answered.
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["rsm-client", "health", "--address", "127.0.0.1:8001"]
+ENTRYPOINT ["rsm-serve"]
+CMD ["--repo", "/models", "--address", "0.0.0.0:8001"]

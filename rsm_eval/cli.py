@@ -1,0 +1,163 @@
+"""rsm-eval: measure policies in the simulator, print a table, write a report."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rsm_serve import atomic
+from rsm_serve.commandline import dataclass_options, require_extra, run_command
+from rsm_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsm_eval.animation import Animation, NoAnimation
+    from rsm_eval.evaluation import EvalConfig, Evaluation
+    from rsm_eval.learning import LearningCurve
+    from rsm_eval.sources import OpenedPolicy
+
+_MODULES = ("gymnasium", "mujoco", "scipy", "matplotlib", "jinja2", "PIL")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of rsm-eval; returns the exit status: 0, or 2 after a user's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _command(shlex.join(["rsm-eval", *arguments])), arguments)
+
+
+def _command(typed: str) -> click.Command:
+    require_extra("rsm-eval", "eval", _MODULES)
+    from rsm_eval.evaluation import EvalConfig
+
+    @click.command("rsm-eval", context_settings={"max_content_width": 110})
+    @click.option(
+        "--policy",
+        "sources",
+        multiple=True,
+        required=True,
+        metavar="SOURCE",
+        help="Run directory, checkpoint, bundle directory, grpc://host:port/name or grpc:unix:path/name; "
+        "repeat to compare.",
+    )
+    @dataclass_options(EvalConfig)
+    def command(sources: tuple[str, ...], **settings: Any) -> int:
+        """Measure policies in a simulator: returns, latency per stage, and a report to look at."""
+        return _run(sources, EvalConfig(**settings), typed)
+
+    return command
+
+
+def _run(sources: Sequence[str], config: EvalConfig, typed: str) -> int:
+    from rsm_eval.evaluation import evaluate
+    from rsm_eval.sources import open_policy
+
+    started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open_policy(source)) for source in sources]
+        # Read before the minutes of rollouts: a wrong --run should be heard of at once.
+        curve = _learning_curve(config, opened)
+        evaluation = evaluate(
+            opened,
+            config,
+            command=typed,
+            started_at=started_at,
+            progress=lambda text: click.echo(text, err=True),
+        )
+    click.echo(format_table(evaluation))
+    if config.json is not None:
+        write_atomically(config.json, json.dumps(evaluation.to_dict(), indent=1) + "\n")
+        click.echo(f"\nmeasurements: {config.json}")
+    if config.report is not None:
+        _write_report(config.report, evaluation, curve)
+    return 0
+
+
+def _learning_curve(config: EvalConfig, opened: Sequence[OpenedPolicy]) -> LearningCurve | None:
+    from rsm_eval.learning import METRICS_FILE, load_learning_curve
+
+    if config.run is not None:
+        return load_learning_curve(config.run)
+    runs = [policy.run_dir for policy in opened if policy.run_dir is not None]
+    runs = [run for run in runs if (run / METRICS_FILE).is_file()]
+    return load_learning_curve(runs[0]) if runs else None
+
+
+def _write_report(path: Path, evaluation: Evaluation, curve: LearningCurve | None) -> None:
+    from rsm_eval.animation import NoAnimation
+    from rsm_eval.report import render_report
+
+    click.echo("rendering the report", err=True)
+    animation = _animation(evaluation)
+    if isinstance(animation, NoAnimation):
+        click.echo(f"\nno animation in the report: {animation.reason}")
+    write_atomically(path, render_report(evaluation, curve=curve, animation=animation))
+    click.echo(f"\nreport: {path}")
+
+
+def _animation(evaluation: Evaluation) -> Animation | NoAnimation:
+    from rsm_eval.animation import render_animation
+
+    trajectory = evaluation.policies[0].rollouts[0].trajectory
+    assert trajectory is not None, "evaluate() records the first episode of the first policy"
+    return render_animation(evaluation.env_id, trajectory, control_dt_s=evaluation.control_dt_s)
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """The results as aligned plain text: returns, then latency per stage in milliseconds."""
+    from rsm_eval.latency import STAGES
+    from rsm_eval.report import format_ms, format_return
+
+    kind = "deterministic" if evaluation.config.deterministic else "sampled"
+    title = (
+        f"{evaluation.env_id}: {evaluation.policies[0].summary.episodes} episodes per policy, "
+        f"evaluation seeds {evaluation.config.seeds}, {kind} actions"
+    )
+    rows = [["policy", "mean", "std", "IQM", "95 % interval", "min", "max", "p50 ms", "p99 ms"]]
+    stages = [["latency, p50 / p99 ms", *STAGES]]
+    for policy in evaluation.policies:
+        s, latency = policy.summary, policy.latency
+        numbers = [format_return(value) for value in (s.mean, s.std, s.iqm)]
+        interval = f"[{format_return(s.iqm_low)}, {format_return(s.iqm_high)}]"
+        totals = [format_ms(latency.percentile_ms("total", p)) if latency else "-" for p in (50, 99)]
+        extremes = [format_return(s.minimum), format_return(s.maximum)]
+        rows.append([policy.label, *numbers, interval, *extremes, *totals])
+        if latency:
+            pairs = [[format_ms(latency.percentile_ms(stage, p)) for p in (50, 99)] for stage in STAGES]
+            stages.append([policy.label, *(" / ".join(pair) for pair in pairs)])
+    tables = [_aligned(rows)] + ([_aligned(stages)] if len(stages) > 1 else [])
+    return "\n\n".join([title, *tables])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or none, in a directory that is made if need be.
+
+    Raises:
+        UsageError: the directory cannot be created or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_file(path, text.encode())
+    except OSError as error:
+        raise UsageError(
+            f"wanted to write {str(path)!r}, got {error.strerror}; choose a place that you may write to"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

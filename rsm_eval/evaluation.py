@@ -1,0 +1,324 @@
+"""One evaluation: several policies, the same episodes, everything that a report or a JSON file says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsm_eval.envs import EnvPool, control_dt_s
+from rsm_eval.latency import Latency, measure_latency
+from rsm_eval.rollout import RolloutResult, episode_seeds, rollout
+from rsm_eval.sources import OpenedPolicy
+from rsm_eval.statistics import Summary, summarise
+from rsm_serve.errors import ConfigError, UsageError
+from rsm_serve.policy import PolicySpec
+
+SCHEMA_VERSION = 1
+"""Version of the JSON layout."""
+
+_KIND_NAMES = {"torch": "Torch policy", "bundle": "Bundle", "server": "Server"}
+_PACKAGES = ("rsm-toolkit", "gymnasium", "mujoco", "numpy", "scipy", "torch", "onnxruntime", "grpcio")
+_MAX_SEED = 2**64 - 1
+_MAX_SEEDS = 10_000
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of rsm-eval."""
+
+    env: str | None = field(
+        default=None, metadata={"help": "Environment id or module:EnvId; default: the policy's own."}
+    )
+    episodes: int = field(default=20, metadata={"help": "Episodes per evaluation seed."})
+    seeds: str = field(
+        default="0",
+        metadata={
+            "help": "Evaluation seeds, such as 0-4 or 0,3,7. Seed s stands for the fixed episode seeds "
+            "expand_seed(s, episodes)."
+        },
+    )
+    deterministic: bool = field(
+        default=False, metadata={"help": "Ask for deterministic actions instead of sampled ones."}
+    )
+    latency_calls: int = field(
+        default=500, metadata={"help": "Timed single-observation calls per policy; 0 leaves latency out."}
+    )
+    run: Path | None = field(
+        default=None, metadata={"help": "Training run whose learning curve the report shows."}
+    )
+    report: Path | None = field(default=None, metadata={"help": "Write a self-contained HTML report here."})
+    json: Path | None = field(default=None, metadata={"help": "Write everything that was measured here."})
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ConfigError(f"wanted --episodes of at least 1, got {self.episodes}")
+        if self.latency_calls < 0:
+            raise ConfigError(f"wanted --latency-calls of at least 0, got {self.latency_calls}")
+        parse_seeds(self.seeds)
+        for flag, path in (("--report", self.report), ("--json", self.json)):
+            if path is not None and path.is_dir():
+                raise ConfigError(f"wanted a file for {flag}, got the directory {str(path)!r}; add a file name")
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """What was measured of one policy."""
+
+    label: str
+    """Short and unique within the evaluation."""
+    source: str
+    kind: str
+    spec: PolicySpec
+    rollouts: tuple[RolloutResult, ...] = field(repr=False)
+    """One per evaluation seed."""
+    summary: Summary
+    latency: Latency | None = field(repr=False)
+
+    @property
+    def returns(self) -> NDArray[np.float64]:
+        """Returns of all episodes, evaluation seed by evaluation seed."""
+        return np.concatenate([result.returns for result in self.rollouts])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The policies of one call, and what is needed to repeat it."""
+
+    env_id: str
+    control_dt_s: float | None
+    config: EvalConfig
+    seeds: tuple[int, ...]
+    policies: tuple[PolicyEvaluation, ...]
+    command: str
+    started_at: str
+    """ISO 8601, UTC."""
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the JSON file: plain numbers, strings, lists and dictionaries."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "started_at": self.started_at,
+            "versions": self.versions,
+            "machine": self.machine,
+            "env_id": self.env_id,
+            "control_dt_s": self.control_dt_s,
+            "seeds": list(self.seeds),
+            "episodes_per_seed": self.config.episodes,
+            "deterministic": self.config.deterministic,
+            "policies": [_policy_dict(policy, self.seeds) for policy in self.policies],
+        }
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Evaluation seeds of '3', '0-4', '0,3,7' or '0-2,9', in that order.
+
+    Raises:
+        ConfigError: anything else, a seed twice, or more than 10,000 of them.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last <= _MAX_SEED or last - first >= _MAX_SEEDS:
+            raise ConfigError(
+                f"wanted evaluation seeds such as 0-4 or 0,3,7 (from 0 to 2**64 - 1), got {text!r}"
+            )
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"wanted every evaluation seed once, got {text!r}; its episodes would count twice")
+    return tuple(seeds)
+
+
+def choose_env(env_id: str | None, specs: Sequence[PolicySpec]) -> str:
+    """The environment to evaluate in: as given, or the one that all policies are made for.
+
+    Raises:
+        UsageError: none was given and the policies differ.
+    """
+    if env_id is not None:
+        return env_id
+    named = sorted({spec.env_id for spec in specs})
+    if len(named) != 1 or not named[0]:
+        raise UsageError(
+            f"wanted policies of one environment, got {', '.join(named) or 'none'}; name one with --env"
+        )
+    return named[0]
+
+
+def policy_labels(policies: Sequence[OpenedPolicy]) -> list[str]:
+    """A short and unique name for each policy: its kind, with its own name where kinds repeat."""
+    kinds = [opened.kind for opened in policies]
+    labels = [
+        _KIND_NAMES[opened.kind] + (f" {_own_name(opened)}" if kinds.count(opened.kind) > 1 else "")
+        for opened in policies
+    ]
+    return [
+        label if labels.count(label) == 1 else f"{label} #{labels[: index + 1].count(label)}"
+        for index, label in enumerate(labels)
+    ]
+
+
+def _own_name(opened: OpenedPolicy) -> str:
+    spec = opened.policy.spec
+    return Path(opened.source).name if opened.kind == "torch" else f"{spec.name}:{spec.version}"
+
+
+def evaluate(
+    policies: Sequence[OpenedPolicy],
+    config: EvalConfig,
+    *,
+    command: str,
+    started_at: str,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Evaluation:
+    """Run every policy on the same episodes and time its control loop.
+
+    The first episode of the first policy is recorded for the animation.
+
+    Raises:
+        UsageError: the policies have no environment in common.
+        UnsupportedEnvError: the environment is unknown or not the policies'.
+        RequestError: a policy failed.
+    """
+    env_id = choose_env(config.env, [opened.policy.spec for opened in policies])
+    seeds = parse_seeds(config.seeds)
+    with EnvPool(env_id) as pool:
+        measured: list[PolicyEvaluation] = []
+        for opened, label in zip(policies, policy_labels(policies), strict=True):
+            progress(f"{label}: {len(seeds) * config.episodes} episodes of {env_id}")
+            measured.append(_evaluate_one(opened, label, pool, seeds, config, record=not measured))
+        dt_s = control_dt_s(pool.take(1)[0])
+    return Evaluation(
+        env_id=env_id,
+        control_dt_s=dt_s,
+        config=config,
+        seeds=seeds,
+        policies=tuple(measured),
+        command=command,
+        started_at=started_at,
+        versions=installed_versions(),
+        machine=machine_facts(),
+    )
+
+
+def _evaluate_one(
+    opened: OpenedPolicy,
+    label: str,
+    pool: EnvPool,
+    seeds: Sequence[int],
+    config: EvalConfig,
+    *,
+    record: bool,
+) -> PolicyEvaluation:
+    results = tuple(
+        rollout(
+            opened.policy,
+            pool,
+            episode_seeds(seed, config.episodes),
+            deterministic=config.deterministic,
+            max_batch_rows=opened.max_batch_rows,
+            record=0 if record and seed == seeds[0] else None,
+        )
+        for seed in seeds
+    )
+    latency = None
+    if config.latency_calls:
+        latency = measure_latency(
+            opened.policy,
+            pool,
+            calls=config.latency_calls,
+            seed=seeds[0],
+            deterministic=config.deterministic,
+        )
+    return PolicyEvaluation(
+        label=label,
+        source=opened.source,
+        kind=opened.kind,
+        spec=opened.policy.spec,
+        rollouts=results,
+        summary=summarise([result.returns for result in results]),
+        latency=latency,
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a measurement depends on, where installed."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine_facts() -> dict[str, str | int]:
+    """What a reader needs to judge the latencies: processor, usable cores and system."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": _cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _policy_dict(policy: PolicyEvaluation, seeds: Sequence[int]) -> dict[str, Any]:
+    steps = sum(result.steps for result in policy.rollouts)
+    wall_s = sum(result.wall_s for result in policy.rollouts)
+    return {
+        "label": policy.label,
+        "source": policy.source,
+        "kind": policy.kind,
+        "spec": dataclasses.asdict(policy.spec),
+        "summary": dataclasses.asdict(policy.summary),
+        "episodes": [
+            episode
+            for seed, result in zip(seeds, policy.rollouts, strict=True)
+            for episode in _episode_dicts(seed, result)
+        ],
+        "rollout": {
+            "steps": steps,
+            "wall_s": wall_s,
+            "policy_s": sum(result.policy_s for result in policy.rollouts),
+            "steps_per_s": steps / wall_s,
+        },
+        "latency": _latency_dict(policy.latency),
+    }
+
+
+def _episode_dicts(seed: int, result: RolloutResult) -> list[dict[str, Any]]:
+    columns = {
+        "episode_seed": result.episode_seeds,
+        "return": result.returns,
+        "length": result.lengths,
+        "terminated": result.terminated,
+        "truncated": result.truncated,
+    }
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return [{"seed": seed, **dict(zip(columns, row, strict=True))} for row in rows]
+
+
+def _latency_dict(latency: Latency | None) -> dict[str, Any] | None:
+    if latency is None:
+        return None
+    samples = {stage: np.round(values, 4).tolist() for stage, values in latency.samples_ms.items()}
+    return {"calls": latency.calls, "stages": latency.percentiles(), "samples_ms": samples}

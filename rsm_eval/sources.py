@@ -1,0 +1,129 @@
+"""Where a policy comes from: a training run, a checkpoint, a bundle or a running server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from rsm_eval.rollout import MAX_BATCH_ROWS
+from rsm_serve.bundle import MANIFEST_FILE, list_policies, list_versions
+from rsm_serve.commandline import require_extra
+from rsm_serve.errors import UsageError
+from rsm_serve.policy import Policy
+
+Kind = Literal["torch", "bundle", "server"]
+
+SERVER_TIMEOUT_S = 30.0
+"""Deadline of a call to a server: generous, since a measurement must see slow answers too."""
+
+_WANTED = (
+    "wanted a run directory, a checkpoint, a bundle directory, grpc://host:port/name or grpc:unix:path/name"
+)
+_CONFIG_FILE = "config.json"
+_NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?::(?P<version>[1-9][0-9]*))?"
+_TCP = re.compile(rf"grpc://(?P<address>[^/]+:[0-9]+)/{_NAME}")
+_UNIX = re.compile(rf"grpc:(?P<address>unix:.*[^/])/{_NAME}")
+
+
+@dataclass(frozen=True)
+class OpenedPolicy:
+    """A policy that is ready to act, and what is known of its source. Close it, or use it in a `with`."""
+
+    source: str
+    """As the user wrote it."""
+    kind: Kind
+    policy: Policy
+    run_dir: Path | None = None
+    """The training run that a torch policy belongs to."""
+    max_batch_rows: int = MAX_BATCH_ROWS
+    """Most observations that one call may carry."""
+    close: Callable[[], None] = lambda: None
+    """Releases what the policy holds."""
+
+    def __enter__(self) -> OpenedPolicy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_policy(source: str) -> OpenedPolicy:
+    """Open a policy by its source.
+
+    Args:
+        source: a run directory or a checkpoint of rsm-train; a bundle (a policy directory, which means
+            its newest version, or a version directory); grpc://host:port/name[:version] or
+            grpc:unix:path/name[:version].
+
+    Raises:
+        UsageError: none of these.
+        CheckpointError, BundleError: the directory is damaged.
+        RequestError: the server does not answer or has no such policy.
+        MissingExtraError: what the source needs is not installed.
+    """
+    if source.startswith("grpc:"):
+        return _open_server(source)
+    path = Path(source)
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such directory"
+        raise UsageError(f"{_WANTED}, got {source!r}, which is {found}; check the spelling")
+    if (path / MANIFEST_FILE).is_file() or list_versions(path):
+        return _open_bundle(source)
+    if (path / _CONFIG_FILE).is_file():
+        return _open_checkpoint(source)
+    raise UsageError(f"{_WANTED}, got {source!r}, {_describe(path)}")
+
+
+def run_dir_of(checkpoint: Path) -> Path | None:
+    """The run directory of a run directory or of one of its checkpoints; None if there is none."""
+    resolved = checkpoint.resolve()
+    for candidate in (resolved, resolved.parent.parent):
+        if (candidate / "checkpoints").is_dir():
+            return candidate
+    return None
+
+
+def _describe(path: Path) -> str:
+    policies = list_policies(path)
+    if policies:
+        return f"a repository of bundles; name one of them, such as {path / policies[0]}"
+    return (
+        f"a directory with neither {_CONFIG_FILE} (a run) nor {MANIFEST_FILE} or versions (a bundle); "
+        "a run that was just started has nothing to evaluate yet"
+    )
+
+
+def _open_checkpoint(source: str) -> OpenedPolicy:
+    require_extra("evaluating a checkpoint", "train", ["torch", "safetensors"])
+    # Evaluation of bundles and servers must work where nothing can train.
+    from rsm_train.checkpoint import load_torch_policy
+
+    path = Path(source)
+    return OpenedPolicy(source, "torch", load_torch_policy(path), run_dir_of(path))
+
+
+def _open_bundle(source: str) -> OpenedPolicy:
+    require_extra("evaluating a bundle", "serve", ["onnxruntime"])
+    from rsm_serve import local
+
+    return OpenedPolicy(source, "bundle", local.open_policy(source))
+
+
+def _open_server(source: str) -> OpenedPolicy:
+    match = _TCP.fullmatch(source) or _UNIX.fullmatch(source)
+    if match is None:
+        raise UsageError(
+            "wanted a server as grpc://host:port/name or grpc:unix:path/name, with :version at will, "
+            f"got {source!r}; rsm-serve prints its address and the names of its policies when it starts"
+        )
+    from rsm_serve.client import PolicyClient
+
+    client = PolicyClient(match["address"], match["name"], match["version"], timeout_s=SERVER_TIMEOUT_S)
+    rows = min(MAX_BATCH_ROWS, client.max_batch_size)
+    return OpenedPolicy(source, "server", client, max_batch_rows=rows, close=client.close)

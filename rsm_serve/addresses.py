@@ -1,0 +1,105 @@
+"""Addresses: how they are written, and whether one is free to listen on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+from rsm_serve.errors import AddressError
+
+UNIX = "unix:"
+_UNIX_PATH_BYTES = 107
+"""What sockaddr_un holds."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of 'host:port' or '[v6 host]:port'.
+
+    Raises:
+        AddressError: it is neither.
+    """
+    host, colon, port = address.rpartition(":")
+    bare_v6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
+    if not colon or not host or bare_v6 or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise AddressError(
+            f"wanted an address such as 127.0.0.1:8001, [::1]:8001 or unix:/path, got {address!r}"
+        )
+    return host.strip("[]"), int(port)
+
+
+def unix_path(address: str) -> Path | None:
+    """The path of 'unix:/path', or None for another kind of address."""
+    return Path(address.removeprefix(UNIX)) if address.startswith(UNIX) else None
+
+
+def check_free(address: str) -> None:
+    """Make sure that a server can listen on the address, with the reason if not.
+
+    gRPC alone would give no reason, would take over the unix socket of a live server, and for a name
+    with several numbers (localhost) would be content with one of them.
+
+    Raises:
+        AddressError: in use, not of this machine, not permitted, or not an address.
+    """
+    path = unix_path(address)
+    if path is not None:
+        _check_unix(address, path)
+        return
+    host, port = split_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise AddressError(
+            f"wanted to listen on {address}, got: {error.strerror}; use a host name or number of this machine"
+        ) from None
+    failures = [failure for info in found if (failure := _try_bind(info[0], info[4])) is not None]
+    busy = [failure for failure in failures if failure.errno == errno.EADDRINUSE]
+    if busy:
+        raise AddressError(
+            f"wanted to listen on {address}, but the port is in use; "
+            "stop the other server or choose another --address"
+        )
+    if len(failures) == len(found):
+        raise AddressError(
+            f"wanted to listen on {address}, got: {failures[0].strerror}; choose another --address"
+        )
+
+
+def _try_bind(family: int, where: tuple[object, ...]) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC does: connections of a server that has just left do not count as in use.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(where)
+            probe.listen(1)
+    except OSError as error:
+        return error
+    return None
+
+
+def _check_unix(address: str, path: Path) -> None:
+    if not str(path) or len(os.fsencode(path)) > _UNIX_PATH_BYTES:
+        raise AddressError(
+            f"wanted a socket path of 1 to {_UNIX_PATH_BYTES} bytes, got {address!r}; choose a shorter one"
+        )
+    if not path.parent.is_dir():
+        raise AddressError(f"wanted to listen on {address}, but {path.parent} is no directory; create it first")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise AddressError(f"wanted to listen on {address}, but there is a file at {path}; choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return  # left behind by a server that is gone; gRPC replaces it
+    raise AddressError(
+        f"wanted to listen on {address}, but another server does; stop it or choose another --address"
+    )

@@ -1,0 +1,111 @@
+"""The command `rsm-serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rsm_serve.commandline import EXIT_OK, dataclass_options, require_extra, run_command
+from rsm_serve.config import DEFAULT_ADDRESS, ServerConfig
+from rsm_serve.registry import Selection
+
+if TYPE_CHECKING:
+    from rsm_serve.server import PolicyServer
+
+logger = logging.getLogger("rsm_serve")
+
+EXIT_NOT_DRAINED = 1
+EXTRA_MODULES = ("grpc_health.v1", "grpc_reflection.v1alpha", "onnxruntime")
+
+
+@click.command("rsm-serve")
+@dataclass_options(ServerConfig)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME[:VERSION]",
+    help="What to load; may be repeated.  [default: the newest version of every policy]",
+)
+@click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    default=(DEFAULT_ADDRESS,),
+    show_default=True,
+    metavar="ADDRESS",
+    help="host:port (port 0: any free one) or unix:/path; may be repeated.",
+)
+@click.option("--verbose", is_flag=True, help="Log more.")
+@click.version_option(package_name="rsm-toolkit")
+def command(policies: tuple[str, ...], verbose: bool, **settings: Any) -> int:
+    """Serve the policies of a repository over gRPC.
+
+    Prints one line on stdout when it serves: "rsm-serve ready: address=HOST:PORT policies=NAME:VERSION".
+    SIGTERM and SIGINT drain: new requests are refused, queued ones are answered; a second signal ends the
+    server at once.
+    """
+    require_extra("rsm-serve", "serve", EXTRA_MODULES)
+    from rsm_serve.server import run_loop
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    config = ServerConfig(policies=tuple(Selection.parse(text) for text in policies), **settings)
+    status: int = run_loop(lambda: serve(config))
+    return status
+
+
+async def serve(config: ServerConfig) -> int:
+    """Load, announce, serve until a signal; returns the exit status."""
+    from rsm_serve.server import PolicyServer
+
+    server = PolicyServer(config)
+    await server.start()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    # What has been loaded stays: the collector need not walk it again, a pause of milliseconds each time.
+    gc.collect()
+    gc.freeze()
+    announce(server)
+    first = await signals.get()
+    logger.info("%s: draining for at most %g s", first.name, config.drain_seconds)
+    drain = asyncio.ensure_future(server.drain())
+    second = asyncio.ensure_future(signals.get())
+    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    if drain.done() and drain.result():
+        second.cancel()
+        logger.info("drained")
+        return EXIT_OK
+    logger.warning("stopped with requests unanswered")
+    if not drain.done():
+        drain.cancel()
+        await server.close()
+    second.cancel()
+    return EXIT_NOT_DRAINED
+
+
+def announce(server: PolicyServer) -> None:
+    """The one machine-readable line on stdout."""
+    policies = ",".join(f"{lane.spec.name}:{lane.spec.version}" for lane in server.registry.lanes)
+    print(f"rsm-serve ready: address={','.join(server.addresses)} policies={policies}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_command(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The command `rsm-client`: ask a server from the shell; needs only the base install."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from rsm_serve.client import PolicyClient, check_health
+from rsm_serve.commandline import EXIT_OK, run_command
+from rsm_serve.errors import UsageError
+from rsm_serve.policy import ActResult, PolicySpec, Timing
+
+EXIT_NOT_SERVING = 1
+DEFAULT_ADDRESS = "127.0.0.1:8001"
+STAGES = ("queue", "batch", "compute", "network", "total")
+
+
+def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every subcommand shares."""
+    for option in (
+        click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds per call."),
+        click.option("--version", default=None, help="Version of the policy.  [default: the newest]"),
+        click.option("--policy", default=None, help="Name; may be left out if the server has exactly one."),
+        click.option(
+            "--address",
+            default=DEFAULT_ADDRESS,
+            show_default=True,
+            help="host:port, unix:/path or grpc://host:port/NAME[:VERSION].",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group("rsm-client")
+@click.version_option(package_name="rsm-toolkit")
+def command() -> None:
+    """Ask a policy server."""
+
+
+@command.command()
+@_connection
+def info(address: str, policy: str | None, version: str | None, timeout_s: float) -> int:
+    """Print the specification of a policy as JSON."""
+    with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
+        content = json.loads(client.spec.to_json())
+        content["server"] = {
+            "address": client.target.address,
+            "version": client.server_version,
+            "max_batch_size": client.max_batch_size,
+        }
+    click.echo(json.dumps(content, indent=2))
+    return EXIT_OK
+
+
+@command.command()
+@_connection
+@click.option("--obs", default=None, help="One observation, comma separated.  [default: zeros]")
+@click.option("--obs-file", type=click.Path(path_type=Path), help="A .npy file of shape [O] or [B, O].")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Replays an answer.")
+@click.option("--deterministic", is_flag=True, help="Use the documented constant seed.")
+def act(
+    address: str,
+    policy: str | None,
+    version: str | None,
+    timeout_s: float,
+    obs: str | None,
+    obs_file: Path | None,
+    seed: int | None,
+    deterministic: bool,
+) -> int:
+    """Sample an action and print it as JSON."""
+    with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
+        rows = _observation(client.spec, obs, obs_file)
+        result = client.act(rows, seed=seed, deterministic=deterministic)
+    click.echo(json.dumps(_as_json(result), indent=2))
+    return EXIT_OK
+
+
+@command.command()
+@click.option("--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
+@click.option("--policy", default="", help="Ask for one policy instead of the whole server.")
+@click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds.")
+def health(address: str, policy: str, timeout_s: float) -> int:
+    """Exit with 0 if the server is ready (grpc.health.v1), 1 if it is not, 2 if none answers."""
+    status = check_health(address, policy, timeout_s=timeout_s)
+    click.echo(status)
+    return EXIT_OK if status == "SERVING" else EXIT_NOT_SERVING
+
+
+@command.command()
+@_connection
+@click.option("--mode", type=click.Choice(["act", "stream", "both"]), default="both", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Measured calls.")
+@click.option("--warm-up", type=click.IntRange(0), default=100, show_default=True, help="Calls before.")
+@click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(
+    address: str,
+    policy: str | None,
+    version: str | None,
+    timeout_s: float,
+    mode: str,
+    steps: int,
+    warm_up: int,
+    rows: int,
+    as_json: bool,
+) -> int:
+    """Measure the latency of one client that sends the next request when the answer is there."""
+    report: dict[str, Any] = {"steps": steps, "rows": rows}
+    with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
+        obs = np.zeros((rows, client.spec.observation.size), np.float32)
+        report["policy"] = f"{client.spec.name}:{client.spec.version}"
+        if mode in ("act", "both"):
+            report["act"] = _measure(client.act, obs, steps, warm_up)
+        if mode in ("stream", "both"):
+            with client.stream() as stream:
+                report["stream"] = _measure(stream.act, obs, steps, warm_up)
+    click.echo(json.dumps(report, indent=2) if as_json else _table(report))
+    return EXIT_OK
+
+
+def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArray[Any]:
+    if text is not None and path is not None:
+        raise UsageError("wanted --obs or --obs-file, got both; leave one of them out")
+    if path is not None:
+        try:
+            array: NDArray[Any] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({error})") from None
+        return array
+    if text is None:
+        return np.zeros(spec.observation.size, np.float32)
+    try:
+        return np.array([float(number) for number in text.split(",")], np.float32)
+    except ValueError:
+        raise UsageError(f"wanted numbers such as 0.1,0,-2 for --obs, got {text!r}") from None
+
+
+def _as_json(result: ActResult) -> dict[str, Any]:
+    return {
+        "action": result.action.tolist(),
+        "q": None if result.q is None else result.q.tolist(),
+        # Text, because JSON readers round numbers beyond 2**53.
+        "seed": None if result.seed is None else np.vectorize(str, otypes=[object])(result.seed).tolist(),
+        "version": result.version,
+        "timing_us": {
+            "queue": round(result.timing.queue_us, 1),
+            "batch": round(result.timing.batch_us, 1),
+            "compute": round(result.timing.compute_us, 1),
+            "total": round(result.timing.total_us, 1),
+            "batch_rows": result.timing.batch_rows,
+        },
+    }
+
+
+def _measure(
+    act: Callable[[NDArray[np.float32]], ActResult], obs: NDArray[np.float32], steps: int, warm_up: int
+) -> dict[str, Any]:
+    """Percentiles in microseconds of every stage, and steps per second."""
+    for _ in range(warm_up):
+        act(obs)
+    started = time.perf_counter()
+    stages = np.array([_stages(act(obs).timing) for _ in range(steps)])
+    seconds = time.perf_counter() - started
+    result: dict[str, Any] = {
+        stage: {f"p{p}_us": round(float(np.percentile(column, p)), 1) for p in (50, 90, 99)}
+        for stage, column in zip(STAGES, stages.T, strict=True)
+    }
+    return {**result, "steps_per_s": round(steps / seconds, 1)}
+
+
+def _stages(timing: Timing) -> tuple[float, ...]:
+    known = timing.queue_us + timing.batch_us + timing.compute_us
+    # Whatever is not queue, batch or compute: transport, encoding and both processes' event loops.
+    return timing.queue_us, timing.batch_us, timing.compute_us, timing.total_us - known, timing.total_us
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"{report['policy']}, {report['steps']} steps of {report['rows']} row(s), microseconds"]
+    for mode in ("act", "stream"):
+        if mode in report:
+            lines.append(
+                f"{mode:8s} {'p50':>9s} {'p90':>9s} {'p99':>9s}   {report[mode]['steps_per_s']} steps/s"
+            )
+            for stage in STAGES:
+                lines.append(f"  {stage:7s}" + "".join(f"{v:10.1f}" for v in report[mode][stage].values()))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_command(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""A policy in this process: a bundle and the session that runs it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rsm_serve.bundle import PROBE_TOLERANCE, Bundle, load_bundle
+from rsm_serve.commandline import require_extra
+from rsm_serve.errors import BackendError, BundleError, UsageError
+from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, Timing, act_rows
+from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_serve.sessions import Session
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "onnxruntime")
+Backend = Literal["auto", "onnxruntime"]
+
+BOUND_TOLERANCE = 1e-5
+"""How far, as a fraction of the action range, rounding may carry an action over its bounds; it is clipped
+back. More than that is a fault of the graph or the backend."""
+
+
+def open_session(bundle: Bundle, backend: str = "auto", *, threads: int = 1) -> Session:
+    """Open the bundle's graph.
+
+    Args:
+        bundle: a verified bundle.
+        backend: one of BACKENDS; "auto" takes the fastest that is installed.
+        threads: CPU threads of one inference.
+
+    Raises:
+        UsageError: no such backend.
+        MissingExtraError: the backend is not installed.
+        BundleError: the graph does not load or is not what the specification says.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"wanted a backend of {', '.join(BACKENDS)}, got {backend!r}")
+    require_extra("running a bundle", "serve", ["onnxruntime"])
+    from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(bundle.model, bundle.spec, threads=threads)
+
+
+def open_policy(path: str | Path, backend: str = "auto", *, threads: int = 1) -> LocalPolicy:
+    """Load, verify, warm up and probe a bundle: a version directory, or a policy directory (its newest).
+
+    Raises:
+        BundleError: see `load_bundle`, `open_session` and `LocalPolicy`.
+    """
+    bundle = load_bundle(path)
+    return LocalPolicy(bundle, open_session(bundle, backend, threads=threads))
+
+
+class LocalPolicy:
+    """A `Policy` over a bundle and a session; ready when constructed.
+
+    Construction runs the graph once per batch size in `warm_up_rows` and replays the bundle's probe.
+    `act` and `act_batch` may be called from one thread at a time.
+
+    Raises:
+        BundleError: the graph fails, or its probe actions are off by more than PROBE_TOLERANCE of the
+            action range.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session, *, warm_up_rows: Sequence[int] = (1,)) -> None:
+        self._bundle = bundle
+        self._spec = bundle.spec
+        self._session = session
+        self._low = self._spec.action_low
+        self._high = self._spec.action_high
+        self._slack = BOUND_TOLERANCE * (self._high - self._low)
+        self._warm_up(warm_up_rows)
+        self._replay_probe()
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy takes and gives."""
+        return self._spec
+
+    def act(
+        self,
+        obs: ArrayLike,
+        *,
+        seed: Seed = None,
+        noise: NDArray[np.float32] | None = None,
+        deterministic: bool = False,
+    ) -> ActResult:
+        """Sample actions; see `rsm_serve.policy.Policy.act`.
+
+        Raises:
+            InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
+            BackendError: the graph failed, or gave actions that are not finite or out of bounds.
+        """
+        started = time.perf_counter()
+        rows = act_rows(self._spec, obs, seed=seed, noise=noise, deterministic=deterministic)
+        action_BA, q_B, batch_us, compute_us = self._run([rows])
+        if not self._sound_rows(action_BA, q_B).all():
+            raise self._unsound(action_BA)
+        timing = Timing(
+            batch_us=batch_us,
+            compute_us=compute_us,
+            batch_rows=len(action_BA),
+            total_us=1e6 * (time.perf_counter() - started),
+        )
+        return rows.result(self._clip(action_BA), q_B, version=self._spec.version, timing=timing)
+
+    def act_batch(self, requests: Sequence[ActRows]) -> list[ActResult | BackendError]:
+        """Answer several validated requests with one run of the graph.
+
+        A request whose rows come out unsound gets a BackendError of its own; the others are answered.
+
+        Raises:
+            BackendError: the graph failed as a whole.
+        """
+        action_BA, q_B, batch_us, compute_us = self._run(requests)
+        sound_B = self._sound_rows(action_BA, q_B)
+        action_BA = self._clip(action_BA)
+        timing = Timing(batch_us=batch_us, compute_us=compute_us, batch_rows=len(action_BA))
+        answers: list[ActResult | BackendError] = []
+        start = 0
+        for request in requests:
+            rows = slice(start, start + len(request.obs_BO))
+            start = rows.stop
+            if sound_B[rows].all():
+                q = None if q_B is None else q_B[rows]
+                answers.append(request.result(action_BA[rows], q, version=self._spec.version, timing=timing))
+            else:
+                answers.append(self._unsound(action_BA[rows]))
+        return answers
+
+    def _run(
+        self, requests: Sequence[ActRows]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, float, float]:
+        """(action [B, A], q [B], microseconds of stacking and noise, microseconds of the graph)."""
+        started = time.perf_counter()
+        obs_BO, noise_BTNA = self._stack(requests)
+        stacked = time.perf_counter()
+        try:
+            action_BA, q_B = self._session.run(obs_BO, noise_BTNA)
+        except Exception as error:
+            raise BackendError(f"policy {self._spec.name!r} could not be evaluated: {error}") from error
+        done = time.perf_counter()
+        self._check_shapes(len(obs_BO), action_BA, q_B)
+        return action_BA, q_B, 1e6 * (stacked - started), 1e6 * (done - stacked)
+
+    def _stack(self, requests: Sequence[ActRows]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if len(requests) == 1:
+            return requests[0].obs_BO, requests[0].drawn_noise(self._spec)
+        obs_BO = np.concatenate([request.obs_BO for request in requests])
+        noise_BTNA = np.concatenate([request.drawn_noise(self._spec) for request in requests])
+        return obs_BO, noise_BTNA
+
+    def _check_shapes(self, rows: int, action_BA: NDArray[np.float32], q_B: NDArray[np.float32] | None) -> None:
+        q_shape = (rows,) if self._spec.has_q else None
+        found = (action_BA.shape, None if q_B is None else q_B.shape)
+        if found != ((rows, self._spec.action.size), q_shape):
+            raise BackendError(f"policy {self._spec.name!r}: the graph gave shapes {found} for {rows} rows")
+
+    def _clip(self, action_BA: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.minimum(np.maximum(action_BA, self._low), self._high)
+
+    def _sound_rows(self, action_BA: NDArray[np.float32], q_B: NDArray[np.float32] | None) -> NDArray[np.bool_]:
+        """[B]: whether the row is finite and inside the bounds; comparisons with NaN are false."""
+        inside_BA = (action_BA >= self._low - self._slack) & (action_BA <= self._high + self._slack)
+        sound_B: NDArray[np.bool_] = np.logical_and.reduce(inside_BA, axis=1)
+        return sound_B if q_B is None else np.logical_and(sound_B, np.isfinite(q_B))
+
+    def _unsound(self, action_BA: NDArray[np.float32]) -> BackendError:
+        return BackendError(
+            f"policy {self._spec.name!r} gave an action or value that is not finite or out of bounds "
+            f"(actions from {action_BA.min()} to {action_BA.max()}); export the policy again"
+        )
+
+    def _warm_up(self, sizes: Sequence[int]) -> None:
+        for rows in sizes:
+            obs_BO = np.zeros((rows, self._spec.observation.size), dtype=np.float32)
+            noise_BTNA = draw_noise(expand_seed(0, rows), self._spec.noise_shape)
+            self._run_or_reject([ActRows(obs_BO, None, noise_BTNA, single=False)])
+
+    def _replay_probe(self) -> None:
+        probe = self._bundle.probe
+        action_PA = self._run_or_reject([ActRows(probe.obs, None, probe.noise, single=False)])
+        error_PA = np.abs(action_PA - probe.action) / (self._high - self._low)
+        worst = float(error_PA.max())
+        if not worst <= PROBE_TOLERANCE:  # also true for NaN
+            raise BundleError(
+                f"bundle {self._bundle.path}: wanted the recorded probe actions to within "
+                f"{PROBE_TOLERANCE:g} of the action range, got an error of {worst:.3g}; export the policy again"
+            )
+        logger.debug("probe of %s replayed, largest error %.3g", self._bundle.path, worst)
+
+    def _run_or_reject(self, requests: Sequence[ActRows]) -> NDArray[np.float32]:
+        try:
+            return self._run(requests)[0]
+        except BackendError as error:
+            raise BundleError(f"bundle {self._bundle.path}: {error}; export the policy again") from error

@@ -1,0 +1,149 @@
+"""The policies that a server has loaded: one lane (policy, batcher, worker thread) per version."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsm_serve.batcher import Answered, Batcher, BatchLimits
+from rsm_serve.bundle import check_policy_name, list_policies, list_versions, load_bundle
+from rsm_serve.errors import BundleError, PolicyNotFoundError
+from rsm_serve.local import LocalPolicy, open_session
+from rsm_serve.policy import ActResult, ActRows, PolicySpec
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which version of which policy to load; `version` None means the newest."""
+
+    name: str
+    version: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Selection:
+        """From NAME or NAME:VERSION.
+
+        Raises:
+            BundleError: not a policy name, or the version is not a positive number.
+        """
+        name, colon, version = text.partition(":")
+        check_policy_name(name)
+        if not colon:
+            return cls(name)
+        if not (version.isdecimal() and version.isascii() and int(version) > 0):
+            raise BundleError(f"wanted NAME or NAME:VERSION with a version such as 1, got {text!r}")
+        return cls(name, int(version))
+
+
+class Lane:
+    """One loaded version of one policy, and the queue in front of it."""
+
+    def __init__(self, policy: LocalPolicy, limits: BatchLimits) -> None:
+        self.spec: PolicySpec = policy.spec
+        self.spec_json = policy.spec.to_json()
+        self.limits = limits
+        self.batcher: Batcher[ActRows, ActResult] = Batcher(
+            policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
+        )
+
+    def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
+        """Queue a validated request; see `Batcher.submit`."""
+        return self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+
+
+class Registry:
+    """Finds lanes by name and version."""
+
+    def __init__(self, lanes: Iterable[Lane]) -> None:
+        self._lanes: dict[str, dict[str, Lane]] = {}
+        for lane in lanes:
+            self._lanes.setdefault(lane.spec.name, {})[lane.spec.version] = lane
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All lanes, by name and version."""
+        return [
+            versions[version]
+            for _, versions in sorted(self._lanes.items())
+            for version in sorted(versions, key=int)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the loaded policies."""
+        return sorted(self._lanes)
+
+    def find(self, name: str, version: str) -> Lane:
+        """The lane of a policy.
+
+        Args:
+            name: may be empty if exactly one policy is loaded.
+            version: a number, or empty for the newest that is loaded.
+
+        Raises:
+            PolicyNotFoundError: no such policy or version, or an empty name with several policies.
+        """
+        if not name and len(self._lanes) == 1:
+            versions: Mapping[str, Lane] = next(iter(self._lanes.values()))
+        elif name in self._lanes:
+            versions = self._lanes[name]
+        else:
+            wanted = f"policy {name!r}" if name else "a policy name, because several are loaded"
+            raise PolicyNotFoundError(
+                f"wanted {wanted}, this server has {', '.join(self.names)}; name one of them"
+            )
+        lane = versions.get(version or max(versions, key=int))
+        if lane is None:
+            raise PolicyNotFoundError(
+                f"wanted version {version!r} of policy {name or self.names[0]!r}, this server has "
+                f"{', '.join(sorted(versions, key=int))}; leave the version out for the newest"
+            )
+        return lane
+
+
+def select_all(repository: Path) -> list[Selection]:
+    """The newest version of every policy in the repository.
+
+    Raises:
+        BundleError: there is none.
+    """
+    names = list_policies(repository)
+    if not names:
+        raise BundleError(
+            f"wanted a repository with at least one policy, got {str(repository)!r} without any; "
+            "create one with rsm-export RUN --repo DIR"
+        )
+    return [Selection(name) for name in names]
+
+
+def load_lane(
+    repository: Path, selection: Selection, *, backend: str, threads: int, limits: BatchLimits
+) -> Lane:
+    """Load, verify, warm up and probe one policy.
+
+    Raises:
+        BundleError: missing, damaged, or a bundle that belongs at another place of the repository.
+    """
+    name = selection.name
+    versions = list_versions(repository / name)
+    if not versions:
+        found = ", ".join(list_policies(repository)) or "no policies"
+        raise BundleError(
+            f"wanted policy {name!r} in {str(repository)!r}, got {found}; check --policy and --repo"
+        )
+    version = selection.version or versions[-1]
+    if version not in versions:
+        found = ", ".join(map(str, versions))
+        raise BundleError(f"wanted version {version} of policy {name!r}, got {found}; check --policy")
+    bundle = load_bundle(repository / name / str(version))
+    if (bundle.spec.name, bundle.spec.version) != (name, str(version)):
+        raise BundleError(
+            f"wanted policy {name!r} version {version} at {bundle.path}, got policy.json of "
+            f"{bundle.spec.name!r} version {bundle.spec.version}; "
+            "move the bundle to its own place or export it again"
+        )
+    session = open_session(bundle, backend, threads=threads)
+    policy = LocalPolicy(bundle, session, warm_up_rows=(1, limits.max_batch_size))
+    return Lane(policy, limits)

@@ -1,0 +1,329 @@
+"""The gRPC server: `rsm.v1.PolicyService`, health and reflection on one port, over one batcher per policy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from importlib import metadata
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from rsm_serve.addresses import check_free
+from rsm_serve.batcher import Answered
+from rsm_serve.codec import ERROR_MARK, MAX_MESSAGE_BYTES, decode_request, encode_error, encode_response
+from rsm_serve.config import ServerConfig
+from rsm_serve.errors import AddressError, NotReadyError, RequestError, wire_status
+from rsm_serve.pb import policy_pb2 as pb
+from rsm_serve.pb import policy_pb2_grpc
+from rsm_serve.policy import ActResult
+from rsm_serve.registry import Lane, Registry, Selection, load_lane, select_all
+
+logger = logging.getLogger(__name__)
+
+_Context = Any  # grpc has no type stubs
+
+SERVICE = "rsm.v1.PolicyService"
+STREAM_WINDOW = 64
+"""Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
+
+FLUSH_S = 0.5
+"""Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Otherwise a second server would silently share the port, and clients be split between two policies.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A robot may ping an idle connection every 10 s without being cut off.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
+    """`rsm.v1.PolicyService` over a registry."""
+
+    def __init__(self, registry: Registry, server_version: str) -> None:
+        self._registry = registry
+        self._server_version = server_version
+        self._streams: set[_Stream] = set()
+        self._draining = False
+
+    async def GetSpec(  # noqa: N802
+        self, request: pb.GetSpecRequest, context: _Context
+    ) -> pb.GetSpecResponse:
+        """What a policy takes and gives."""
+        try:
+            lane = self._registry.find(request.policy, request.version)
+        except RequestError as error:
+            await _abort(context, error)
+        return pb.GetSpecResponse(
+            spec_json=lane.spec_json,
+            max_batch_size=lane.limits.max_batch_size,
+            server_version=self._server_version,
+        )
+
+    async def Act(self, request: pb.ActRequest, context: _Context) -> pb.ActResponse:  # noqa: N802
+        """Sample actions once."""
+        try:
+            # Cancelling this handler (the caller left, or its deadline passed) cancels the future, which
+            # takes the request out of the queue.
+            answered = await self._submit(request, context.time_remaining())
+        except Exception as error:
+            await _abort(context, error)
+        return encode_response(request.request_id, answered.answer, answered.queue_us)
+
+    async def ActStream(  # noqa: N802
+        self, requests: AsyncIterator[pb.ActRequest], context: _Context
+    ) -> AsyncIterator[pb.ActResponse]:
+        """Sample actions at every control step, in order, several in flight."""
+        stream = _Stream(lambda request: self._submit(request, context.time_remaining()))
+        if self._draining:
+            stream.end()
+        self._streams.add(stream)
+        reader = asyncio.create_task(stream.read(requests))
+        try:
+            async for response in stream.responses():
+                yield response
+            if stream.ended_by_server:
+                await _abort(context, _shutting_down())
+        finally:
+            self._streams.discard(stream)
+            reader.cancel()
+            stream.cancel()
+
+    def drain(self) -> None:
+        """Answer what is in flight, then end the open streams."""
+        self._draining = True
+        for stream in self._streams:
+            stream.end()
+
+    def _submit(self, request: pb.ActRequest, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
+        lane = self._registry.find(request.policy, request.version)
+        return lane.submit(decode_request(lane.spec, request), timeout_s)
+
+
+class _Stream:
+    """The requests of one ActStream that are in flight, in order."""
+
+    def __init__(self, submit: Callable[[pb.ActRequest], asyncio.Future[Answered[ActResult]]]) -> None:
+        self._submit = submit
+        self._window = asyncio.Semaphore(STREAM_WINDOW)
+        # None ends the stream.
+        self._pending: asyncio.Queue[tuple[int, asyncio.Future[Answered[ActResult]]] | None] = asyncio.Queue()
+        self._in_flight: asyncio.Future[Answered[ActResult]] | None = None
+        self.ended_by_server = False
+
+    async def read(self, requests: AsyncIterator[pb.ActRequest]) -> None:
+        """Submit requests as they come."""
+        try:
+            async for request in requests:
+                await self._window.acquire()
+                self._pending.put_nowait((request.request_id, self._submitted(request)))
+        finally:
+            self._pending.put_nowait(None)
+
+    def _submitted(self, request: pb.ActRequest) -> asyncio.Future[Answered[ActResult]]:
+        try:
+            return self._submit(request)
+        except Exception as error:
+            refused: asyncio.Future[Answered[ActResult]] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error)
+            return refused
+
+    async def responses(self) -> AsyncIterator[pb.ActResponse]:
+        """One per request, in the order of the requests."""
+        while (item := await self._pending.get()) is not None:
+            request_id, self._in_flight = item
+            try:
+                answered = await self._in_flight
+                yield encode_response(request_id, answered.answer, answered.queue_us)
+            except Exception as error:
+                _log_fault(error)
+                yield encode_error(request_id, error)
+            self._window.release()
+
+    def end(self) -> None:
+        """Answer what has been read, then stop."""
+        self.ended_by_server = True
+        self._pending.put_nowait(None)
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        futures = [self._in_flight]
+        while not self._pending.empty():
+            item = self._pending.get_nowait()
+            futures.append(item[1] if item else None)
+        for future in futures:
+            if future is not None and not future.cancel() and not future.cancelled():
+                future.exception()  # marks it as seen
+
+
+class PolicyServer:
+    """A loaded repository behind gRPC; runs in the event loop that calls `start`.
+
+    Args:
+        config: what to serve, and where.
+        lanes: what to serve instead of the repository's policies.
+
+    Raises:
+        BundleError: a policy does not load.
+        MissingExtraError: the backend is not installed.
+    """
+
+    def __init__(self, config: ServerConfig, lanes: Sequence[Lane] | None = None) -> None:
+        self.config = config
+        self.registry = Registry(_load_lanes(config) if lanes is None else lanes)
+        self.addresses: tuple[str, ...] = ()
+        """Where it listens, ports filled in; empty before `start`."""
+        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"))
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            AddressError: an address is in use, or is not one.
+        """
+        server = grpc.aio.server(options=CHANNEL_OPTIONS, compression=grpc.Compression.NoCompression)
+        add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
+        add_policy_service(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        self.addresses = tuple([_bind(server, address) for address in self.config.addresses])
+        for lane in self.registry.lanes:
+            lane.batcher.start()
+        await server.start()
+        self._server = server
+        for name in ("", SERVICE, *self.registry.names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, seconds: float | None = None) -> bool:
+        """Stop: refuse new requests, finish what is queued for at most `seconds`, then close.
+
+        Returns:
+            Whether everything was answered in time.
+        """
+        limit_s = self.config.drain_seconds if seconds is None else seconds
+        await self._health.enter_graceful_shutdown()
+        for lane in self.registry.lanes:
+            lane.batcher.close()
+        self._service.drain()
+        waits = asyncio.gather(*(lane.batcher.drained() for lane in self.registry.lanes))
+        finished = True
+        try:
+            await asyncio.wait_for(waits, limit_s)
+        except asyncio.TimeoutError:
+            finished = False
+        # The answers have been computed; what is open after the flush is watchers and idle streams.
+        await self._server.stop(FLUSH_S)
+        return finished
+
+    async def close(self) -> None:
+        """Stop at once; open calls are cancelled."""
+        for lane in self.registry.lanes:
+            lane.batcher.close()
+        await self._server.stop(None)
+
+
+@contextlib.contextmanager
+def background_server(config: ServerConfig, lanes: Sequence[Lane] | None = None) -> Iterator[PolicyServer]:
+    """A server in a thread of this process, for tests and notebooks; drains at exit.
+
+    Raises:
+        BundleError, AddressError, MissingExtraError: as `PolicyServer`.
+    """
+    server = PolicyServer(config, lanes)
+    ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        try:
+            await server.start()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result((asyncio.get_running_loop(), stop))
+        await stop.wait()
+        await server.drain()
+
+    thread = threading.Thread(target=run_loop, args=(serve,), name="rsm-serve", daemon=True)
+    thread.start()
+    loop, stop = ready.result()
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+def run_loop(main: Callable[[], Any]) -> Any:
+    """Run a coroutine function in a new event loop, of uvloop if installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main())
+    loop = uvloop.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(main())
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def _load_lanes(config: ServerConfig) -> list[Lane]:
+    selections: Sequence[Selection] = config.policies or select_all(config.repo)
+    lanes = []
+    for selection in dict.fromkeys(selections):
+        started = time.perf_counter()
+        lane = load_lane(
+            config.repo, selection, backend=config.backend, threads=config.threads, limits=config.limits
+        )
+        lanes.append(lane)
+        logger.info(
+            "loaded %s version %s in %.2f s", lane.spec.name, lane.spec.version, time.perf_counter() - started
+        )
+    return lanes
+
+
+def _bind(server: Any, address: str) -> str:
+    """Listen on the address; returns it with the port filled in."""
+    check_free(address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise AddressError(f"wanted to listen on {address}, got: {error}; choose another --address") from None
+    if address.startswith("unix:"):
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _shutting_down() -> NotReadyError:
+    return NotReadyError("the server is shutting down; connect to another, or again later")
+
+
+def _log_fault(error: BaseException) -> None:
+    """Our own faults are told in the log; what a caller did wrong is told to the caller."""
+    if wire_status(error)[0] == "INTERNAL":
+        known = isinstance(error, RequestError)
+        logger.error("request failed: %s", error, exc_info=None if known else error)
+
+
+async def _abort(context: _Context, error: Exception) -> NoReturn:
+    _log_fault(error)
+    code, message = wire_status(error)
+    await context.abort(grpc.StatusCode[code], message, (ERROR_MARK,))
+    raise AssertionError("abort raises")

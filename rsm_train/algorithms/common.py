@@ -1,0 +1,92 @@
+"""What the algorithms share: the batch, the TD target, averaging of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rsm_train.diffusion import SamplerSettings
+from rsm_train.networks import Params
+
+Metrics = dict[str, Tensor]
+"""Named 0-d detached tensors; they leave the device once per log interval."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions from the replay buffer, float32."""
+
+    obs: Tensor  # [B, O]
+    action: Tensor  # [B, A] in [-1, 1]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, O]; the true final observation where an episode ended
+    terminated: Tensor  # [B], 1 where the episode ended in a terminal state; a time limit is not one
+
+
+class Algorithm(Protocol):
+    """What the training loop and the checkpoint know of an algorithm."""
+
+    @property
+    def sampler(self) -> SamplerSettings:
+        """How the policy samples."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """lambda now."""
+        ...
+
+    def act(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:
+        """Exploring actions [B, A] in [-1, 1]."""
+        ...
+
+    def draw_noise(self, batch_size: int, generator: torch.Generator) -> Any:
+        """All randomness of one update."""
+        ...
+
+    def update(self, batch: Batch, noise: Any) -> Metrics:
+        """One update of critics and, when due, policy."""
+        ...
+
+    def networks(self) -> dict[str, Params]:
+        """Every network by name; "policy_average" and "critic" make the exported policy."""
+        ...
+
+
+def td_target(batch: Batch, next_q_B: Tensor, *, gamma: float, reward_scale: float) -> Tensor:
+    """y = reward_scale * r + gamma (1 - terminated) Q'(s', a'), [B]. A time limit bootstraps."""
+    return reward_scale * batch.reward + gamma * (1 - batch.terminated) * next_q_B
+
+
+def move_average(average: Mapping[str, Tensor], params: Mapping[str, Tensor], tau: float) -> None:
+    """average <- average + tau (params - average), in place."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), list(params.values()), tau)
+
+
+def copy_params(params: Mapping[str, Tensor]) -> Params:
+    """A detached copy."""
+    return {name: value.detach().clone() for name, value in params.items()}
+
+
+def explore(action_BA: Tensor, exploration_BA: Tensor, std: Tensor | float) -> Tensor:
+    """clip(a + std * N(0, I), -1, 1)."""
+    return (action_BA + std * exploration_BA).clamp(-1.0, 1.0)
+
+
+def weight_health(weight_BK: Tensor) -> Metrics:
+    """How evenly the weights of K actions are spread, averaged over states.
+
+    effective sample size / K = 1 / (K sum w^2); the largest weight; KL(w || uniform) = sum w log(K w).
+    """
+    k = weight_BK.shape[1]
+    kl = torch.special.xlogy(weight_BK, weight_BK * k).sum(dim=1)
+    return {
+        "weight_ess_fraction": (1 / (k * weight_BK.square().sum(dim=1))).mean(),
+        "weight_max": weight_BK.amax(dim=1).mean(),
+        "weight_kl_uniform": kl.mean(),
+    }

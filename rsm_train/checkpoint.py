@@ -1,0 +1,219 @@
+"""Checkpoints: what is written, where, and how it is read back.
+
+    <run>/
+        config.json         resolved configuration of the run
+        metrics.jsonl       one JSON object per line
+        tensorboard/
+        checkpoints/
+            step_000010000/
+                networks.safetensors   "<network>.<parameter>", float32; see below
+                policy.json            PolicySpec: environment, action bounds, T, N
+                config.json            resolved configuration, sampler
+                state.json             counters, evaluation
+                probe.safetensors      "obs" [P, O] float32: observations the policy met
+
+A checkpoint directory is complete or absent. Networks: "policy_average" (the policy that is evaluated and
+exported), "policy", "critic", "critic_target". Parameters of a policy: `time.layers.{0,1}.{weight,bias}`
+[32, 16] and [16, 32], and `layers.i.{weight,bias}` [out, in] and [out], the input of layer 0 being
+[observation, noisy action, time embedding]. Parameters of the critics have a leading axis for the members
+of the ensemble: `layers.i.weight` [2, out, in], the input of layer 0 being [observation, action].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rsm_serve import atomic
+from rsm_serve.errors import BundleError, CheckpointError
+from rsm_serve.policy import PolicySpec
+from rsm_train.diffusion import SamplerSettings, make_schedule
+from rsm_train.networks import Params, subset
+from rsm_train.policy import PolicyWeights, TorchPolicy
+
+SCHEMA_VERSION = 1
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS_DIR = "checkpoints"
+_NETWORKS_FILE = "networks.safetensors"
+_SPEC_FILE = "policy.json"
+_STATE_FILE = "state.json"
+_PROBE_FILE = "probe.safetensors"
+_NAME = re.compile(r"step_(\d{9})")
+_AGAIN = "train again, or choose another checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, on the CPU."""
+
+    path: Path
+    spec: PolicySpec
+    sampler: SamplerSettings
+    networks: dict[str, Params]
+    state: Mapping[str, Any]
+    """"step", "updates", and "evaluation" (None if it was not evaluated)."""
+    probe_obs: Tensor
+    """[P, O] observations that the policy met in training."""
+    config: Mapping[str, Any]
+
+    def policy(self) -> TorchPolicy:
+        """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
+        schedule = make_schedule(self.sampler.schedule, self.sampler.steps)
+        weights = PolicyWeights.prepare(
+            self.networks["policy_average"],
+            self.networks["critic"],
+            schedule,
+            self.sampler.prior_std,
+            self.spec,
+        )
+        return TorchPolicy(self.spec, weights)
+
+
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint below a run directory and return its path."""
+    path = run_dir / CHECKPOINTS_DIR / f"step_{checkpoint.state['step']:09d}"
+    tensors = {
+        f"{network}.{name}": value.detach().cpu().contiguous()
+        for network, params in checkpoint.networks.items()
+        for name, value in params.items()
+    }
+    config = dict(checkpoint.config) | {
+        "schema_version": SCHEMA_VERSION,
+        "sampler": dataclasses.asdict(checkpoint.sampler),
+    }
+    with atomic.new_directory(path) as directory:
+        save_file(tensors, directory / _NETWORKS_FILE)
+        save_file({"obs": checkpoint.probe_obs.cpu().contiguous()}, directory / _PROBE_FILE)
+        (directory / _SPEC_FILE).write_text(checkpoint.spec.to_json())
+        _write_json(directory / CONFIG_FILE, config)
+        _write_json(directory / _STATE_FILE, checkpoint.state)
+    return path
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    directory = run_dir / CHECKPOINTS_DIR
+    if not directory.is_dir():
+        return []
+    return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the best evaluated one of a run (the newest of equals).
+
+    Raises:
+        CheckpointError: neither a checkpoint nor a run with one.
+    """
+    if (path / _NETWORKS_FILE).is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        found = "a directory without checkpoints" if path.is_dir() else "no such directory"
+        raise CheckpointError(
+            f"wanted a run or a checkpoint of rsm-train at {str(path)!r}, got {found}; "
+            "train one with rsm-train --out"
+        )
+    return max(checkpoints, key=lambda entry: (_score(entry), entry.name))
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    checkpoints = list_checkpoints(run_dir)
+    if checkpoints:
+        kept = {*checkpoints[-keep:], find_checkpoint(run_dir)}
+        for path in set(checkpoints) - kept:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, or the best one of a run.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another layout.
+    """
+    directory = find_checkpoint(Path(path))
+    config = _read_json(directory / CONFIG_FILE)
+    if config.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"checkpoint {directory}: wanted schema version {SCHEMA_VERSION}, "
+            f"got {config.get('schema_version')}; {_AGAIN}"
+        )
+    try:
+        spec = PolicySpec.from_json((directory / _SPEC_FILE).read_bytes())
+        tensors = load_file(directory / _NETWORKS_FILE)
+        probe_obs = load_file(directory / _PROBE_FILE)["obs"]
+        sampler = SamplerSettings(**config["sampler"])
+    except (OSError, SafetensorError, BundleError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {directory} is damaged: {error}; {_AGAIN}") from None
+    networks = {
+        name: subset(tensors, f"{name}.") for name in dict.fromkeys(key.split(".")[0] for key in tensors)
+    }
+    _check_shapes(directory, spec, sampler, networks)
+    state = _read_json(directory / _STATE_FILE)
+    return Checkpoint(directory, spec, sampler, networks, state, probe_obs, config)
+
+
+def load_torch_policy(path: str | Path) -> TorchPolicy:
+    """The policy of a checkpoint, or of the best checkpoint of a run.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    return load_checkpoint(path).policy()
+
+
+def _check_shapes(
+    directory: Path, spec: PolicySpec, sampler: SamplerSettings, networks: Mapping[str, Params]
+) -> None:
+    missing = {"policy_average", "critic"} - set(networks)
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {directory}: {_NETWORKS_FILE} has no {', '.join(sorted(missing))}; {_AGAIN}"
+        )
+    obs, action = spec.observation.size, spec.action.size
+    time = networks["policy_average"].get("time.layers.1.bias", torch.empty(0)).numel()
+    for network, inputs in (("policy_average", obs + action + time), ("critic", obs + action)):
+        weight = networks[network].get("layers.0.weight")
+        if weight is None or weight.shape[-1] != inputs:
+            got = "nothing" if weight is None else f"shape {list(weight.shape)}"
+            raise CheckpointError(
+                f"checkpoint {directory}: wanted {network}.layers.0.weight with {inputs} inputs, got {got}; "
+                f"{_AGAIN}"
+            )
+    if (sampler.steps, sampler.particles) != (spec.steps, spec.particles):
+        raise CheckpointError(
+            f"checkpoint {directory}: {CONFIG_FILE} and {_SPEC_FILE} disagree on steps and particles; {_AGAIN}"
+        )
+
+
+def _score(checkpoint: Path) -> float:
+    evaluation = _read_json(checkpoint / _STATE_FILE).get("evaluation")
+    return float(evaluation["mean"]) if evaluation else float("-inf")
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path.parent}: cannot read {path.name} ({error}); {_AGAIN}"
+        ) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not a JSON object; {_AGAIN}")
+    return data

@@ -1,0 +1,133 @@
+"""The configuration of a run: dataclasses, presets, and how they combine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rsm_serve.errors import ConfigError
+from rsm_train.algorithms.dpmd import DPMDConfig
+
+AlgorithmName = Literal["dpmd"]
+AlgorithmConfig = DPMDConfig
+
+ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {"dpmd": DPMDConfig}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of the training loop; what an algorithm needs beyond them is in its own configuration."""
+
+    env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId"})
+    algo: AlgorithmName = field(default="dpmd", metadata={"help": "learning algorithm"})
+    preset: str = field(default="paper", metadata={"help": "named set of defaults: paper or quick"})
+    seed: int = field(default=0, metadata={"help": "seed of everything random in the run"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    out: str | None = field(
+        default=None, metadata={"help": "run directory; default runs/ENV-ALGO-PRESET-sSEED"}
+    )
+    total_steps: int = field(default=1_000_000, metadata={"help": "environment steps, of all environments"})
+    warmup_steps: int = field(default=30_000, metadata={"help": "steps with random actions at the start"})
+    num_envs: int = field(default=5, metadata={"help": "environments stepped together"})
+    updates_per_step: float = field(default=0.2, metadata={"help": "updates per environment step"})
+    batch_size: int = field(default=256, metadata={"help": "transitions per update"})
+    replay_size: int = field(default=1_000_000, metadata={"help": "transitions kept for replay"})
+    eval_every: int = field(default=25_000, metadata={"help": "steps between evaluations and checkpoints"})
+    eval_episodes: int = field(default=20, metadata={"help": "episodes per evaluation"})
+    keep_checkpoints: int = field(
+        default=3, metadata={"help": "newest checkpoints kept; the best is always kept as well"}
+    )
+    log_every: int = field(default=1_000, metadata={"help": "steps between lines in metrics.jsonl"})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of torch; default as torch decides"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "num_envs", "batch_size", "replay_size", "eval_every", "eval_episodes"):
+            _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
+        for name in ("keep_checkpoints", "log_every"):
+            _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
+        _require(self.threads is None or self.threads >= 1, f"wanted threads >= 1, got {self.threads}")
+        _require(self.updates_per_step > 0, f"wanted updates_per_step > 0, got {self.updates_per_step}")
+        _require(0 <= self.seed < 2**63, f"wanted a seed from 0 to 2**63 - 1, got {self.seed}")
+        _require(
+            self.num_envs <= self.warmup_steps <= self.total_steps,
+            f"wanted num_envs <= warmup_steps <= total_steps, got {self.num_envs}, {self.warmup_steps} and "
+            f"{self.total_steps}; the first update needs at least one stored transition",
+        )
+        _require(
+            self.replay_size >= self.num_envs,
+            f"wanted replay_size >= num_envs, got {self.replay_size} and {self.num_envs}",
+        )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The mathematics of the paper; the defaults of the dataclasses.
+    "paper": {},
+    # Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in a minute or two.
+    "quick": {
+        "total_steps": 10_000,
+        "warmup_steps": 500,
+        "num_envs": 2,
+        "updates_per_step": 1.0,
+        "batch_size": 64,
+        "replay_size": 100_000,
+        "eval_every": 1_000,
+        "eval_episodes": 10,
+        "log_every": 250,
+        "threads": 1,
+        "diffusion_steps": 5,
+        "particles": 8,
+        "policy_samples": 8,
+        "width": 64,
+        "depth": 2,
+        "policy_lr": 1e-3,
+        "critic_lr": 1e-3,
+        "reward_scale": 1.0,
+        "temperature_schedule": "constant",
+        "temperature": 0.5,
+        "q_scaling": "state",
+        "exploration_noise": 0.2,
+    },
+}
+
+
+def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
+    """Combine the dataclasses' defaults, the preset and what was given, later ones winning.
+
+    Args:
+        given: field names to values; None means not given.
+
+    Raises:
+        ConfigError: an unknown preset, a setting the algorithm does not have, or values out of range.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    preset = chosen.get("preset", "paper")
+    if preset not in PRESETS:
+        raise ConfigError(f"wanted a preset of {', '.join(PRESETS)}, got {preset!r}")
+    settings = PRESETS[preset] | chosen
+    algorithm_type = ALGORITHM_CONFIGS[settings.get("algo", "dpmd")]
+    run_names = {item.name for item in dataclasses.fields(RunConfig)}
+    algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
+    unknown = set(settings) - run_names - algorithm_names
+    if unknown:
+        raise ConfigError(
+            f"no setting named {', '.join(sorted(unknown))} for this algorithm; see rsm-train --help"
+        )
+    if "env" not in settings:
+        raise ConfigError("wanted an environment, got none; give one with --env, for example HalfCheetah-v5")
+    run = RunConfig(**{name: value for name, value in settings.items() if name in run_names})
+    try:
+        algorithm = algorithm_type(
+            **{name: value for name, value in settings.items() if name in algorithm_names}
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return run, algorithm
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,134 @@
+"""Tiny valid bundles for tests: a real ONNX graph with the contract's inputs and outputs, made without torch.
+
+action = center + scale * tanh(obs @ W + mean of the noise over T and N)
+q      = sum of the observation
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from rsm_serve.bundle import CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, PROBE_FILE, SPEC_FILE, Probe, manifest_json
+from rsm_serve.policy import BoxSpec, PolicySpec
+from rsm_serve.seeds import draw_noise, expand_seed
+
+
+def make_spec(
+    name: str = "tiny",
+    version: str = "1",
+    *,
+    obs_size: int = 4,
+    action_size: int = 2,
+    steps: int = 3,
+    particles: int = 2,
+    has_q: bool = True,
+) -> PolicySpec:
+    """A specification with action bounds [-3, 1]."""
+    return PolicySpec(
+        name=name,
+        algorithm="dpmd",
+        env_id="Tiny-v0",
+        observation=BoxSpec(tuple(f"o{i}" for i in range(obs_size)), (None,) * obs_size, (None,) * obs_size),
+        action=BoxSpec(tuple(f"a{i}" for i in range(action_size)), (-3.0,) * action_size, (1.0,) * action_size),
+        steps=steps,
+        particles=particles,
+        has_q=has_q,
+        version=version,
+        control_dt_s=0.05,
+    )
+
+
+def weights(spec: PolicySpec) -> NDArray[np.float32]:
+    """W [O, A], a fixed function of the sizes."""
+    count = spec.observation.size * spec.action.size
+    return np.linspace(-1, 1, count, dtype=np.float32).reshape(spec.observation.size, spec.action.size)
+
+
+def reference_action(
+    spec: PolicySpec, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What the graph computes, in numpy."""
+    center, scale = (spec.action_high + spec.action_low) / 2, (spec.action_high - spec.action_low) / 2
+    result: NDArray[np.float32] = center + scale * np.tanh(obs_BO @ weights(spec) + noise_BTNA.mean((1, 2)))
+    return result
+
+
+def make_model(spec: PolicySpec, *, work: int = 0) -> bytes:
+    """The graph of a specification; `work` adds that many useless 256x256 products, to make it slow."""
+    o, a = spec.observation.size, spec.action.size
+    constants: dict[str, NDArray[Any]] = {
+        "W": weights(spec),
+        "center": (spec.action_high + spec.action_low) / 2,
+        "scale": (spec.action_high - spec.action_low) / 2,
+        "low": spec.action_low,
+        "high": spec.action_high,
+        "axes_tn": np.array([1, 2], np.int64),
+        "axis_o": np.array([1], np.int64),
+        "big": np.full((256, 256), 1e-6, np.float32),
+        "zero": np.zeros((1, 1), np.float32),
+        "widen": np.zeros((a, 256), np.float32),
+        "narrow": np.zeros((256, a), np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["obs", "W"], ["obs_W"]),
+        helper.make_node("ReduceMean", ["noise", "axes_tn"], ["noise_mean"], keepdims=0),
+        helper.make_node("Add", ["obs_W", "noise_mean"], ["latent"]),
+        helper.make_node("MatMul", ["latent", "widen"], ["h0"]),
+        *(helper.make_node("MatMul", [f"h{i}", "big"], [f"h{i + 1}"]) for i in range(work)),
+        helper.make_node("MatMul", [f"h{work}", "narrow"], ["nothing"]),
+        helper.make_node("Add", ["latent", "nothing"], ["latent_2"]),
+        helper.make_node("Tanh", ["latent_2"], ["squashed"]),
+        helper.make_node("Mul", ["squashed", "scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "center"], ["shifted"]),
+        helper.make_node("Max", ["shifted", "low"], ["above"]),
+        helper.make_node("Min", ["above", "high"], ["action"]),
+    ]
+    outputs = [helper.make_tensor_value_info("action", TensorProto.FLOAT, ["batch", a])]
+    if spec.has_q:
+        nodes.append(helper.make_node("ReduceSum", ["obs", "axis_o"], ["q"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info("q", TensorProto.FLOAT, ["batch"]))
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [
+            helper.make_tensor_value_info("obs", TensorProto.FLOAT, ["batch", o]),
+            helper.make_tensor_value_info("noise", TensorProto.FLOAT, ["batch", *spec.noise_shape]),
+        ],
+        outputs,
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def make_probe(spec: PolicySpec, rows: int = 4) -> Probe:
+    """Recorded inputs and the actions of `reference_action`."""
+    obs = np.linspace(-1, 1, rows * spec.observation.size, dtype=np.float32).reshape(rows, -1)
+    noise = draw_noise(expand_seed(7, rows), spec.noise_shape)
+    return Probe(obs, noise, reference_action(spec, obs, noise))
+
+
+def write_bundle(
+    repository: Path, spec: PolicySpec, *, model: bytes | None = None, probe: Probe | None = None
+) -> Path:
+    """Write a bundle and return its version directory."""
+    version_dir = repository / spec.name / spec.version
+    version_dir.mkdir(parents=True)
+    content = {
+        MODEL_FILE: make_model(spec) if model is None else model,
+        SPEC_FILE: spec.to_json().encode(),
+        PROBE_FILE: (probe or make_probe(spec)).to_bytes(),
+    }
+    for name, data in content.items():
+        (version_dir / name).write_bytes(data)
+    (version_dir / MANIFEST_FILE).write_bytes(manifest_json(content))
+    (version_dir.parent / CONFIG_FILE).write_text("max_batch_size: 64\n")
+    return version_dir

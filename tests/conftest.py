@@ -1,0 +1,24 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bundles import make_spec, write_bundle
+
+
+@pytest.fixture(scope="session")
+def bundle_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the policy "tiny", version 1; not to be changed."""
+    repository = tmp_path_factory.mktemp("repository")
+    write_bundle(repository, make_spec("tiny"))
+    return repository
+
+
+@pytest.fixture
+def own_repo(tmp_path: Path) -> Path:
+    """A repository with the policy "tiny", version 1, for the test to change."""
+    write_bundle(tmp_path / "repository", make_spec("tiny"))
+    return tmp_path / "repository"

@@ -1,0 +1,54 @@
+"""Which addresses a server can listen on, and why not."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from rsm_serve.addresses import check_free, split_address
+from rsm_serve.errors import AddressError
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1:0", ("127.0.0.1", 0)), ("localhost:80", ("localhost", 80)), ("[::1]:65535", ("::1", 65535))],
+)
+def test_addresses_are_split(address, expected):
+    assert split_address(address) == expected
+
+
+@pytest.mark.parametrize(
+    "address", ["", "host", ":80", "host:", "host:x", "host:-1", "host:65536", "::1:80", "h:²"]
+)
+def test_what_is_no_address(address):
+    with pytest.raises(AddressError, match="wanted an address such as"):
+        check_free(address)
+
+
+def test_a_port_in_use_is_found_under_each_of_its_names():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            with pytest.raises(AddressError, match="the port is in use"):
+                check_free(f"{host}:{port}")
+    check_free(f"127.0.0.1:{port}")
+
+
+def test_a_host_of_another_machine():
+    with pytest.raises(AddressError, match="192.0.2.1"):
+        check_free("192.0.2.1:8001")
+    with pytest.raises(AddressError, match=r"nowhere\.invalid"):
+        check_free("nowhere.invalid:8001")
+
+
+def test_socket_paths(tmp_path):
+    check_free(f"unix:{tmp_path}/free.sock")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(AddressError, match="there is a file"):
+        check_free(f"unix:{tmp_path}/file")
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(AddressError, match="no directory"):
+        check_free(f"unix:{tmp_path}/nothing/x.sock")
+    with pytest.raises(AddressError, match="1 to 107 bytes"):
+        check_free(f"unix:/{'x' * 200}")

@@ -1,0 +1,221 @@
+"""The commands as a user runs them: real processes, exit statuses, one sentence per mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from rsm_serve import cli, client_cli
+from rsm_serve.client import PolicyClient
+from rsm_serve.config import ServerConfig
+from rsm_serve.errors import BundleError, ConfigError, NotReadyError
+from rsm_serve.local import open_policy
+from rsm_serve.registry import Selection
+from rsm_serve.server import background_server
+from tests.bundles import make_spec, write_bundle
+
+READY = re.compile(r"rsm-serve ready: address=(\S+) policies=(\S+)\n")
+
+
+@contextlib.contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """(process, address, policies) of a real rsm-serve."""
+    command = [sys.executable, "-m", "rsm_serve.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            match = READY.fullmatch(line)
+            assert match, (line, process.poll() is not None and process.stderr and process.stderr.read())
+            yield process, match[1], match[2]
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def address(bundle_repo):
+    with background_server(ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",))) as server:
+        yield server.addresses[0]
+
+
+def test_serving_a_repository_until_sigterm(own_repo):
+    write_bundle(own_repo, make_spec("tiny", "2"))
+    write_bundle(own_repo, make_spec("other", "1"))
+    local = open_policy(own_repo / "tiny")
+    with serving(["--repo", str(own_repo), "--address", "127.0.0.1:0"]) as (process, address, policies):
+        assert policies == "other:1,tiny:2"
+        refused: list[Exception] = []
+        stepped = threading.Event()
+        client = PolicyClient(address, policy="tiny", timeout_s=30)
+
+        def control_loop() -> None:
+            seed = 0
+            try:
+                while True:
+                    answer = client.act(np.ones(4), seed=seed)
+                    assert np.allclose(answer.action, local.act(np.ones(4), seed=seed).action, atol=1e-6)
+                    seed += 1
+                    stepped.set()
+            except Exception as error:
+                refused.append(error)
+
+        thread = threading.Thread(target=control_loop)
+        thread.start()
+        assert stepped.wait(30)
+        process.send_signal(signal.SIGTERM)
+        output, log = process.communicate(timeout=60)
+        thread.join(60)
+        client.close()
+    assert process.returncode == 0, log
+    assert output == ""  # the ready line was the only one
+    assert "drained" in log
+    assert "Traceback" not in log
+    # Every step was answered rightly until the server refused, in its own words or by being gone.
+    assert [type(error) for error in refused] == [NotReadyError]
+
+
+def test_a_second_server_on_the_port_fails_and_the_first_goes_on(bundle_repo):
+    arguments = ["--repo", str(bundle_repo), "--address"]
+    with serving([*arguments, "127.0.0.1:0"]) as (_, address, _policies), PolicyClient(address) as client:
+        second = subprocess.run(
+            [sys.executable, "-m", "rsm_serve.cli", *arguments, address],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert second.returncode == 2
+        assert second.stdout == ""
+        sentence = second.stderr.splitlines()[-1]
+        assert sentence.startswith(f"rsm-serve: wanted to listen on {address}, but the port is in use")
+        assert "Traceback" not in second.stderr
+        assert client.act(np.zeros(4), seed=1).seed == 1
+
+
+def test_without_the_server_extra_one_sentence(monkeypatch, capsys, bundle_repo):
+    monkeypatch.setitem(sys.modules, "grpc_health", None)
+    monkeypatch.delitem(sys.modules, "grpc_health.v1", raising=False)
+    assert cli.main(["--repo", str(bundle_repo)]) == 2
+    assert capsys.readouterr().err.startswith('rsm-serve: rsm-serve needs: pip install "rsm-toolkit[serve]"')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repo", "{tmp}/nothing"], "not a directory"),
+        (["--repo", "{tmp}"], "at least one policy"),
+        (["--repo", "{repo}", "--policy", "nope"], "wanted policy 'nope'.*got tiny"),
+        (["--repo", "{repo}", "--policy", "tiny:7"], "version 7.*got 1"),
+        (["--repo", "{repo}", "--policy", "tiny:x"], "NAME:VERSION"),
+        (["--repo", "{repo}", "--policy", "../x"], "policy name"),
+        (["--repo", "{repo}", "--address", "nonsense"], "wanted an address"),
+        (["--repo", "{repo}", "--max-batch-size", "0"], "max_batch_size >= 1"),
+        (["--repo", "{repo}", "--backend", "abacus"], "abacus"),
+        (["--repo", "{repo}", "--surprise"], "surprise"),
+        ([], "--repo"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(arguments, message, bundle_repo, tmp_path, capsys):
+    filled = [text.format(tmp=tmp_path, repo=bundle_repo) for text in arguments]
+    assert cli.main(filled) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(message, captured.err)
+    assert "Traceback" not in captured.err
+
+
+def test_a_bundle_at_the_wrong_place_is_refused(own_repo, capsys):
+    (own_repo / "tiny").rename(own_repo / "renamed")
+    assert cli.main(["--repo", str(own_repo), "--address", "127.0.0.1:0"]) == 2
+    assert "policy.json of 'tiny'" in capsys.readouterr().err
+
+
+def test_selections_and_configurations():
+    assert Selection.parse("a-b.c") == Selection("a-b.c", None)
+    assert Selection.parse("a:12") == Selection("a", 12)
+    for text in ("a:", "a:0", "a:-1", "a:1.5", "a:²"):
+        with pytest.raises(BundleError):
+            Selection.parse(text)
+    for change in ({"threads": 0}, {"drain_seconds": -1.0}, {"addresses": ()}, {"max_queue_delay_us": -1}):
+        with pytest.raises(ConfigError):
+            ServerConfig(repo="x", **change)  # type: ignore[arg-type]
+
+
+class TestClient:
+    def run(self, capsys, *arguments):
+        status = client_cli.main(arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    def test_info(self, capsys, address):
+        status, out, _ = self.run(capsys, "info", "--address", f"grpc://{address}/tiny")
+        assert status == 0
+        assert json.loads(out)["server"]["max_batch_size"] == 64
+        assert json.loads(out)["noise_shape"] == [3, 2, 2]
+
+    def test_act_and_replay(self, capsys, address, bundle_repo, tmp_path):
+        status, out, _ = self.run(capsys, "act", "--address", address, "--obs", "1,2,-3,0.5")
+        first = json.loads(out)
+        assert status == 0
+        status, out, _ = self.run(
+            capsys, "act", "--address", address, "--obs", "1,2,-3,0.5", "--seed", first["seed"]
+        )
+        assert json.loads(out)["action"] == first["action"]
+        expected = open_policy(bundle_repo / "tiny").act([1, 2, -3, 0.5], seed=int(first["seed"]))
+        assert np.allclose(first["action"], expected.action, atol=1e-6)
+        np.save(tmp_path / "obs.npy", np.zeros((3, 4)))
+        status, out, _ = self.run(
+            capsys, "act", "--address", address, "--obs-file", str(tmp_path / "obs.npy"), "--deterministic"
+        )
+        assert np.shape(json.loads(out)["action"]) == (3, 2)
+
+    def test_health(self, capsys, address):
+        assert self.run(capsys, "health", "--address", address, "--timeout", "30")[:2] == (0, "SERVING\n")
+        status, out, _ = self.run(capsys, "health", "--address", address, "--policy", "x", "--timeout", "30")
+        assert (status, out) == (1, "SERVICE_UNKNOWN\n")
+
+    def test_bench(self, capsys, address):
+        arguments = ("bench", "--address", address, "--steps", "20", "--warm-up", "2")
+        status, out, _ = self.run(capsys, *arguments, "--json")
+        report = json.loads(out)
+        assert status == 0
+        for mode in ("act", "stream"):
+            assert report[mode]["total"]["p99_us"] >= report[mode]["total"]["p50_us"] > 0
+            assert report[mode]["compute"]["p50_us"] > 0
+        status, out, _ = self.run(capsys, *arguments)
+        assert "network" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["act", "--obs", "1,2"], r"got \[2\]"),
+            (["act", "--obs", "1,x"], "wanted numbers"),
+            (["act", "--obs", "1,2,3,nan"], "finite"),
+            (["act", "--obs-file", "nothing.npy"], "wanted a .npy file"),
+            (["act", "--obs", "1,2,3,4", "--obs-file", "x"], "got both"),
+            (["act", "--seed", "-1"], "seed"),
+            (["act", "--policy", "nope"], "'nope'"),
+            (["act", "--seed", "1", "--deterministic"], "got both"),
+        ],
+    )
+    def test_a_mistake_is_one_sentence_and_status_2(self, capsys, address, arguments, message):
+        status, out, err = self.run(capsys, *arguments, "--address", address)
+        assert (status, out) == (2, "")
+        assert re.search(message, err)
+        assert "Traceback" not in err
+
+    def test_no_server(self, capsys):
+        for name in ("info", "act", "health", "bench"):
+            status, out, err = self.run(capsys, name, "--address", "127.0.0.1:1")
+            assert (status, out) == (2, "")
+            assert "127.0.0.1:1" in err
+            assert "rsm-serve" in err

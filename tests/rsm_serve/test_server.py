@@ -1,0 +1,458 @@
+"""A real server on a free port and a real client: answers, refusals, load, deadlines, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from rsm_serve.batcher import BatchLimits
+from rsm_serve.bundle import load_bundle
+from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
+from rsm_serve.config import ServerConfig
+from rsm_serve.errors import (
+    BackendError,
+    DeadlineExpiredError,
+    InvalidRequestError,
+    NotReadyError,
+    PolicyNotFoundError,
+    QueueFullError,
+    RequestError,
+)
+from rsm_serve.local import LocalPolicy, open_policy, open_session
+from rsm_serve.pb import policy_pb2 as pb
+from rsm_serve.pb import policy_pb2_grpc
+from rsm_serve.registry import Lane, Selection
+from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
+from rsm_serve.server import PolicyServer, background_server
+from tests.bundles import make_spec, write_bundle
+
+ANY_PORT = ("127.0.0.1:0",)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A server with the policies tiny:1, tiny:2 and other:3."""
+    repo = tmp_path_factory.mktemp("repository")
+    for spec in (
+        make_spec("tiny", "1"),
+        make_spec("tiny", "2"),
+        make_spec("other", "3", obs_size=6, has_q=False),
+    ):
+        write_bundle(repo, spec)
+
+    config = ServerConfig(
+        repo=repo, addresses=ANY_PORT, policies=(Selection("tiny", 1), Selection("tiny"), Selection("other"))
+    )
+    with background_server(config) as server:
+        yield server.addresses[0]
+
+
+@pytest.fixture
+def client(address) -> Iterator[PolicyClient]:
+    with PolicyClient(address, policy="tiny", version=1, timeout_s=30) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def raw_stub(address: str) -> Iterator[policy_pb2_grpc.PolicyServiceStub]:
+    with grpc.insecure_channel(address) as channel:
+        yield policy_pb2_grpc.PolicyServiceStub(channel)
+
+
+class TestAnswers:
+    def test_they_equal_the_local_policys(self, client, bundle_repo):
+        local = open_policy(bundle_repo / "tiny")
+        obs = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+        for seed in (5, list(range(9))):
+            remote, here = client.act(obs, seed=seed), local.act(obs, seed=seed)
+            assert np.allclose(remote.action, here.action, atol=1e-6)
+            assert np.allclose(np.asarray(remote.q), np.asarray(here.q), atol=1e-6)
+            assert np.array_equal(np.asarray(remote.seed), np.asarray(here.seed))
+        one, here = client.act(obs[3], seed=2**64 - 1), local.act(obs[3], seed=2**64 - 1)
+        assert one.action.shape == (2,)
+        assert np.allclose(one.action, here.action, atol=1e-6)
+        assert one.version == "1"
+
+    def test_the_server_draws_a_seed_and_returns_it(self, client):
+        first, second = client.act(np.zeros((2, 4))), client.act(np.zeros((2, 4)))
+        assert first.seed.tolist() != second.seed.tolist()
+        assert np.allclose(client.act(np.zeros((2, 4)), seed=first.seed).action, first.action, atol=1e-6)
+
+    def test_deterministic_and_given_noise(self, client):
+        fixed = client.act(np.zeros(4), deterministic=True)
+        assert fixed.seed == DETERMINISTIC_SEED
+        noise = draw_noise(np.array([DETERMINISTIC_SEED], np.uint64), client.spec.noise_shape)[0]
+        given = client.act(np.zeros(4), noise=noise)
+        assert np.array_equal(given.action, fixed.action)
+        assert given.seed is None
+
+    def test_an_answer_may_be_changed_by_its_owner(self, client):
+        result = client.act(np.zeros(4))
+        action = result.action
+        action += 1
+        assert np.array_equal(result.action, action)
+
+    def test_the_specification_travels(self, client):
+        assert client.spec == make_spec("tiny", "1")
+        assert client.max_batch_size == 64
+
+    def test_versions_are_chosen_by_number_and_the_newest_by_default(self, address):
+        with PolicyClient(address, policy="tiny") as newest, PolicyClient(f"grpc://{address}/tiny:1") as first:
+            assert (newest.act(np.zeros(4)).version, first.act(np.zeros(4)).version) == ("2", "1")
+
+    def test_timing_adds_up(self, client):
+        timing = client.act(np.zeros(4)).timing
+        assert min(timing.queue_us, timing.batch_us, timing.compute_us) > 0
+        assert timing.queue_us + timing.batch_us + timing.compute_us < timing.total_us
+        assert timing.batch_rows == 1
+
+
+INVALID = "INVALID_ARGUMENT"
+ZEROS = np.zeros(4, "<f4").tobytes()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("fields", "code", "message"),
+        [
+            (
+                {"rows": 1, "obs": b""},
+                INVALID,
+                r"wanted 16 bytes of obs \(float32 \[1, 4\]\), got 0",
+            ),
+            ({"rows": 2, "obs": ZEROS}, INVALID, "wanted 32 bytes of obs.*got 16"),
+            ({"rows": 1, "obs": ZEROS + b"x"}, INVALID, "got 17"),
+            ({"rows": 0, "obs": b""}, INVALID, "rows >= 1, got 0"),
+            ({"rows": 2**32 - 1, "obs": ZEROS}, INVALID, "got 16"),
+            ({"rows": 65, "obs": ZEROS * 65}, INVALID, "1 to 64 rows in one request, got 65"),
+            (
+                {"rows": 1, "obs": np.full(4, np.nan, "<f4").tobytes()},
+                INVALID,
+                "finite numbers, got nan",
+            ),
+            (
+                {"rows": 1, "obs": np.full(4, np.inf, "<f4").tobytes()},
+                INVALID,
+                "finite numbers, got inf",
+            ),
+            ({"rows": 1, "obs": ZEROS, "seeds": [1, 2]}, INVALID, r"wanted 1 seeds.*got 2"),
+            ({"rows": 1, "obs": ZEROS, "seeds": [1], "deterministic": True}, INVALID, "got both"),
+            (
+                {"rows": 1, "obs": ZEROS, "noise": b"1234"},
+                INVALID,
+                "wanted 48 bytes of noise.*got 4",
+            ),
+            ({"rows": 1, "obs": ZEROS, "noise": bytes(48), "seeds": [1]}, INVALID, "got both"),
+            ({"policy": "nope", "rows": 1, "obs": ZEROS}, "NOT_FOUND", "'nope'.*other, tiny"),
+            ({"policy": "", "rows": 1, "obs": ZEROS}, "NOT_FOUND", "a policy name.*other, tiny"),
+            ({"version": "7", "rows": 1, "obs": ZEROS}, "NOT_FOUND", "version '7'.*has 1, 2"),
+            ({"version": "x", "rows": 1, "obs": ZEROS}, "NOT_FOUND", "version 'x'"),
+        ],
+    )
+    def test_a_wrong_message_gets_its_status_alone_and_in_a_stream(self, address, fields, code, message):
+        request = pb.ActRequest(**{"policy": "tiny", "request_id": 7} | fields)
+        good = pb.ActRequest(policy="tiny", rows=1, obs=ZEROS, request_id=8)
+        with raw_stub(address) as stub:
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Act(request, timeout=30)
+            assert caught.value.code().name == code
+            assert re.search(message, caught.value.details())
+            answers = list(stub.ActStream(iter([request, good]), timeout=30))
+        assert [answer.request_id for answer in answers] == [7, 8]
+        assert (answers[0].error.code, answers[0].error.message) == (code, caught.value.details())
+        assert len(answers[1].action) == 8
+        assert not answers[1].HasField("error")
+
+    def test_the_client_checks_before_it_sends(self, client):
+        with pytest.raises(InvalidRequestError, match=r"got \[3\]"):
+            client.act(np.zeros(3))
+        with pytest.raises(InvalidRequestError, match="nan"):
+            client.act([0, 0, 0, np.nan])
+
+    def test_errors_come_back_as_their_types(self, address, client):
+        with pytest.raises(PolicyNotFoundError, match="'nope'"):
+            PolicyClient(address, policy="nope")
+        with pytest.raises(PolicyNotFoundError, match="version '9'"):
+            PolicyClient(address, policy="tiny", version=9)
+        with pytest.raises(InvalidRequestError, match="1 to 64 rows"):
+            client.act(np.zeros((65, 4)))
+
+    def test_too_large_a_message_is_told_as_such(self, client):
+        with pytest.raises(InvalidRequestError, match="too large"):
+            client.act(np.zeros((2_000_000, 4)))
+        assert client.act(np.zeros(4)).action.shape == (2,)
+
+
+class Gated:
+    """A real session that waits until the test opens the gate, and records its batches."""
+
+    def __init__(self, session) -> None:
+        self.session = session
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.batches: list[int] = []
+        self.failure: Exception | None = None
+
+    def run(self, obs_BO, noise_BTNA):
+        self.batches.append(len(obs_BO))
+        self.entered.release()
+        assert self.open.wait(60)
+        if self.failure is not None:
+            raise self.failure
+        return self.session.run(obs_BO, noise_BTNA)
+
+
+class Rig:
+    """A server whose only policy computes when the test says so."""
+
+    def __init__(self, server: PolicyServer, session: Gated, lane: Lane) -> None:
+        self.server, self.session, self.lane = server, session, lane
+        self.address = server.addresses[0]
+        self.pool = ThreadPoolExecutor(16)
+
+    def shut(self) -> None:
+        self.session.batches.clear()
+        self.session.open.clear()
+        while self.session.entered.acquire(blocking=False):
+            pass
+
+    def open(self) -> None:
+        self.session.open.set()
+
+    def hold_worker(self, client):
+        """Let one request occupy the worker."""
+        self.shut()
+        future = self.pool.submit(client.act, np.zeros(4))
+        assert self.session.entered.acquire(timeout=30)
+        return future
+
+    def wait_queued(self, rows: int) -> None:
+        wait_until(lambda: self.lane.batcher.queued_rows == rows, f"{rows} queued rows")
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def rig(bundle_repo) -> Iterator[Rig]:
+    bundle = load_bundle(bundle_repo / "tiny")
+    session = Gated(open_session(bundle))
+    lane = Lane(LocalPolicy(bundle, session), BatchLimits(max_batch_size=4, max_queue_rows=6))
+    config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    with background_server(config, [lane]) as server:
+        rig = Rig(server, session, lane)
+        try:
+            yield rig
+        finally:
+            rig.open()
+            rig.pool.shutdown()
+
+
+@pytest.fixture
+def slow_client(rig) -> Iterator[PolicyClient]:
+    with PolicyClient(rig.address, timeout_s=60) as client:
+        yield client
+
+
+class TestLoad:
+    def test_concurrent_requests_are_computed_together_and_answered_apart(self, rig, slow_client, bundle_repo):
+        first = rig.hold_worker(slow_client)
+        obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+        others = [rig.pool.submit(slow_client.act, row, seed=n) for n, row in enumerate(obs)]
+        rig.wait_queued(5)
+        rig.open()
+        answers = [other.result(30) for other in others]
+        assert first.result(30).timing.batch_rows == 1
+        assert rig.session.batches == [1, 4, 1]
+        assert sorted(answer.timing.batch_rows for answer in answers) == [1, 4, 4, 4, 4]
+        local = open_policy(bundle_repo / "tiny")
+        for n, answer in enumerate(answers):
+            assert np.allclose(answer.action, local.act(obs[n], seed=n).action, atol=1e-6)
+
+    def test_a_full_queue_sheds_load_and_recovers(self, rig, slow_client):
+        first = rig.hold_worker(slow_client)
+        others = [rig.pool.submit(slow_client.act, np.zeros((3, 4))) for _ in range(2)]
+        rig.wait_queued(6)
+        with pytest.raises(QueueFullError, match="6 of at most 6"):
+            slow_client.act(np.zeros(4))
+        rig.open()
+        assert [other.result(30).timing.batch_rows for other in others] == [3, 3]
+        first.result(30)
+        slow_client.act(np.zeros(4))
+
+    def test_an_expired_request_is_never_computed(self, rig, slow_client):
+        first = rig.hold_worker(slow_client)
+        with (
+            PolicyClient(rig.address, timeout_s=0.2) as hasty,
+            pytest.raises(DeadlineExpiredError, match="within 0.2 s"),
+        ):
+            hasty.act(np.zeros((2, 4)))
+        rig.wait_queued(0)
+        rig.open()
+        first.result(30)
+        slow_client.act(np.zeros(4))
+        assert rig.session.batches == [1, 1]
+
+    def test_a_cancelled_request_is_never_computed(self, rig, slow_client):
+        first = rig.hold_worker(slow_client)
+
+        async def main():
+            async with AsyncPolicyClient(rig.address, timeout_s=60) as client:
+                task = asyncio.create_task(client.act(np.zeros((2, 4))))
+                await asyncio.to_thread(rig.wait_queued, 2)
+                task.cancel()
+                await asyncio.to_thread(rig.wait_queued, 0)
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(main())
+        rig.open()
+        first.result(30)
+        assert rig.session.batches == [1]
+
+    def test_a_client_that_leaves_its_stream_leaves_the_queue(self, rig, slow_client):
+        first = rig.hold_worker(slow_client)
+        with raw_stub(rig.address) as stub:
+            call = stub.ActStream(iter([pb.ActRequest(rows=1, obs=ZEROS) for _ in range(3)]))
+            rig.wait_queued(3)
+            call.cancel()
+            rig.wait_queued(0)
+        rig.open()
+        first.result(30)
+        assert rig.session.batches == [1]
+
+    def test_a_backend_failure_says_nothing_about_itself_and_passes(self, rig, slow_client, caplog):
+        rig.session.failure = RuntimeError("secret path /etc/model")
+        with pytest.raises(BackendError, match="server's log") as caught:
+            slow_client.act(np.zeros(4))
+        assert "secret" not in str(caught.value)
+        assert "secret path" in caplog.text
+        with slow_client.stream() as stream:
+            with pytest.raises(BackendError, match="server's log") as caught:
+                stream.act(np.zeros(4))
+            assert "secret" not in str(caught.value)
+            rig.session.failure = None
+            assert stream.act(np.zeros(4)).action.shape == (2,)
+        assert slow_client.act(np.zeros(4)).action.shape == (2,)
+
+
+class TestStream:
+    def test_answers_equal_the_local_policys_in_the_order_of_the_requests(self, address, bundle_repo):
+        local = open_policy(bundle_repo / "tiny")
+        obs = np.random.default_rng(0).normal(size=(200, 4)).astype("<f4")
+        requests = [
+            pb.ActRequest(policy="tiny", version="1", rows=1, obs=row.tobytes(), seeds=[n], request_id=1000 + n)
+            for n, row in enumerate(obs)
+        ]
+        with raw_stub(address) as stub:  # all at once: many are in flight
+            answers = list(stub.ActStream(iter(requests), timeout=60))
+        assert [answer.request_id for answer in answers] == [1000 + n for n in range(200)]
+        actions = np.array([np.frombuffer(answer.action, "<f4") for answer in answers])
+        assert np.allclose(actions, local.act(obs, seed=list(range(200))).action, atol=1e-6)
+        assert max(answer.timing.batch_rows for answer in answers) > 1
+
+    def test_the_client_steps(self, client, bundle_repo):
+        local = open_policy(bundle_repo / "tiny")
+        with client.stream() as stream:
+            assert stream.spec == client.spec
+            for seed in range(20):
+                obs = np.full(4, seed / 10)
+                answer = stream.act(obs, seed=seed)
+                assert np.allclose(answer.action, local.act(obs, seed=seed).action, atol=1e-6)
+            with pytest.raises(InvalidRequestError, match="1 to 64 rows"):
+                stream.act(np.zeros((65, 4)))
+            assert stream.act(np.zeros((2, 4))).action.shape == (2, 2)
+
+    def test_a_late_step_is_an_error_and_never_the_next_steps_answer(self, rig, slow_client, bundle_repo):
+        local = open_policy(bundle_repo / "tiny")
+        with slow_client.stream(timeout_s=0.2) as stream:
+            rig.shut()
+            with pytest.raises(DeadlineExpiredError, match=r"within 0.2 s"):
+                stream.act(np.zeros(4), seed=1)
+            rig.open()
+        with slow_client.stream(timeout_s=60) as stream:
+            assert stream.act(np.ones(4), seed=2).seed == 2
+            stream._timeout_s = 0.2
+            rig.shut()
+            with pytest.raises(DeadlineExpiredError):
+                stream.act(np.zeros(4), seed=3)
+            rig.open()
+            stream._timeout_s = 60
+            answer = stream.act(np.ones(4), seed=4)
+            assert answer.seed == 4
+            assert np.allclose(answer.action, local.act(np.ones(4), seed=4).action, atol=1e-6)
+
+
+def probe_health(address: str, service: str = "") -> str:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
+class TestHealthAndReflection:
+    def test_health_of_the_server_and_of_each_policy(self, address):
+        for service in ("", "tiny", "other", "rsm.v1.PolicyService"):
+            assert probe_health(address, service) == "SERVING"
+            assert check_health(address, service, timeout_s=30) == "SERVING"
+        assert check_health(address, "nope", timeout_s=30) == "SERVICE_UNKNOWN"
+
+    def test_reflection_lists_the_services(self, address):
+        with grpc.insecure_channel(address) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=30)
+        names = {service.name for service in answer.list_services_response.service}
+        assert names == {
+            "rsm.v1.PolicyService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+
+
+class TestDrain:
+    def test_what_is_queued_is_answered_what_is_new_is_refused(self, rig, slow_client):
+        first = rig.hold_worker(slow_client)
+        second = rig.pool.submit(slow_client.act, np.zeros((2, 4)))
+        rig.wait_queued(2)
+        with slow_client.stream(timeout_s=60) as stream:
+            third = rig.pool.submit(stream.act, np.zeros(4))
+            rig.wait_queued(3)
+            drained = asyncio.run_coroutine_threadsafe(rig.server.drain(), rig.lane.batcher._loop)
+            wait_until(lambda: probe_health(rig.address) == "NOT_SERVING", "NOT_SERVING")
+            assert check_health(rig.address, "tiny", timeout_s=30) == "NOT_SERVING"
+            with pytest.raises(NotReadyError, match="shutting down"):
+                slow_client.act(np.zeros(4))
+            assert not drained.done()
+            rig.open()
+            assert first.result(30).action.shape == (2,)
+            assert second.result(30).action.shape == (2, 2)
+            assert third.result(30).action.shape == (2,)
+            assert drained.result(30) is True
+            with pytest.raises(NotReadyError):
+                stream.act(np.zeros(4))
+
+    def test_a_backend_that_hangs_does_not_hold_the_server_for_ever(self, rig, slow_client):
+        first = rig.hold_worker(slow_client)
+        started = time.monotonic()
+        drained = asyncio.run_coroutine_threadsafe(rig.server.drain(0.1), rig.lane.batcher._loop)
+        assert drained.result(30) is False
+        assert time.monotonic() - started < 10
+        with pytest.raises(RequestError):
+            first.result(30)

@@ -1,0 +1,41 @@
+import pytest
+
+from rsm_train.cli import main
+
+
+def test_trains_and_says_where(tmp_path, capsys):
+    out = tmp_path / "run"
+    options = "--preset quick --total-steps 60 --warmup-steps 50 --eval-every 60 --eval-episodes 1 --batch-size 8"
+    assert main(["--env", "InvertedPendulum-v5", *options.split(), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert (out / "checkpoints" / "step_000000060" / "networks.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--env"]),
+        (["--env", "Nope-v1"], ["Nope-v1", "environment"]),
+        (["--env", "CartPole-v1"], ["CartPole-v1", "Box"]),
+        (["--env", "Hopper-v5", "--algo", "ppo"], ["dpmd"]),
+        (["--env", "Hopper-v5", "--preset", "fast"], ["paper, quick"]),
+        (["--env", "Hopper-v5", "--device", "cuda:7"], ["cuda:7"]),
+        (["--env", "Hopper-v5", "--particles", "0"], ["particles"]),
+        (["--env", "Hopper-v5", "--particles", "x"], ["particles"]),
+    ],
+)
+def test_mistakes_get_one_sentence_and_status_2(arguments, words, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*arguments, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert "Traceback" not in error
+    assert not out.exists(), "nothing half-written"
+
+
+def test_help_names_every_setting(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--env", "--algo", "--preset", "--total-steps", "--diffusion-steps", "--particles"):
+        assert option in text

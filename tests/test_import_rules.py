@@ -1,0 +1,175 @@
+"""Who may import whom (docs/design.md, "Who may import whom"): every import statement of every package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "rsm_train": ROOT / "rsm_train",
+    "rsm_serve": ROOT / "rsm_serve",
+    "rsm_eval": ROOT / "rsm_eval",
+    "rsm_export": ROOT / "export" / "rsm_export",
+}
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
+CLIENT = ("rsm_serve.client", "rsm_serve.client_cli")
+NO_GRPC = (
+    "batcher",
+    "bundle",
+    "errors",
+    "policy",
+    "seeds",
+    "commandline",
+    "local",
+    "registry",
+    "addresses",
+    "config",
+)
+PURE_TRAINING = ("diffusion", "networks", "critic", "temperature", "algorithms")
+# Come with grpc, which imports the last two itself where they are installed, and with Cython's extensions.
+ALWAYS = {"typing_extensions", "cython_runtime", "grpc_health", "grpc_reflection"}
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """(dotted name, file) of every module of a package, generated code left out."""
+    folder = PACKAGES[package]
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if parts[0] == "pb":
+            continue
+        yield ".".join((package, *(part for part in parts if part != "__init__"))), path
+
+
+def imports(path: Path, module: str, *, top_level: bool = False) -> set[str]:
+    """Dotted names of all that a file imports; `top_level`: only what importing the file itself imports."""
+    found: set[str] = set()
+
+    def skipped(node: ast.AST) -> bool:
+        """Not run when the file is imported."""
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return True
+        return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    package = module.split(".")[: -child.level]
+                    base = ".".join([*package, base]).rstrip(".")
+                # `from package import module` imports the module too.
+                found.update({base} | {f"{base}.{alias.name}" for alias in child.names})
+            elif not (top_level and skipped(child)):
+                walk(child)
+
+    walk(ast.parse(path.read_text()))
+    return found
+
+
+def forbidden(names: set[str], roots: tuple[str, ...]) -> set[str]:
+    return {name for name in names if any(name == root or name.startswith(root + ".") for root in roots)}
+
+
+def outside(names: set[str], allowed: tuple[str, ...]) -> set[str]:
+    """Names that are neither of the standard library nor below one of the allowed."""
+    others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    return others - forbidden(others, allowed)
+
+
+ALL = [(package, name, path) for package in PACKAGES for name, path in modules(package)]
+
+
+def below(name: str, parents: tuple[str, ...]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+@pytest.mark.parametrize(("package", "name", "path"), ALL, ids=[name for _, name, _ in ALL])
+def test_every_module_keeps_the_table(package, name, path):
+    names = imports(path, name)
+    if package == "rsm_serve":
+        assert not forbidden(names, ("torch", "onnx", "gymnasium", "rsm_train", "rsm_export", "rsm_eval"))
+        runtimes = [runtime for runtime in RUNTIMES if name != f"rsm_serve.sessions.{runtime}"]
+        assert not forbidden(names, tuple(runtimes))
+    if below(name, tuple(f"rsm_serve.{part}" for part in NO_GRPC)):
+        assert not forbidden(names, ("grpc", "grpc_health", "grpc_reflection", "rsm_serve.pb"))
+    if below(name, tuple(f"rsm_train.{part}" for part in PURE_TRAINING)):
+        assert not outside(names, ("torch", *(f"rsm_train.{part}" for part in PURE_TRAINING))) - {"rsm_train"}
+    if package in ("rsm_train", "rsm_eval"):
+        assert not forbidden(names, ("onnx", "onnxruntime", "tensorrt", "rsm_export"))
+    if package == "rsm_eval":
+        assert not forbidden(imports(path, name, top_level=True), ("rsm_train",))
+    if package == "rsm_export":
+        # The exporter obeys the bundle contract; it knows neither the server nor the evaluator.
+        assert not forbidden(
+            names, ("rsm_serve.server", "rsm_serve.batcher", "rsm_serve.client", "rsm_eval", "grpc")
+        )
+
+
+def test_the_clients_closure_needs_only_the_base_install():
+    files = dict(modules("rsm_serve"))
+    seen: set[str] = set()
+    todo = list(CLIENT)
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in files:
+            continue
+        seen.add(name)
+        names = imports(files[name], name, top_level=True)
+        assert not outside(names, ("numpy", "grpc", "google.protobuf", "click", "rsm_serve")), name
+        todo.extend(names)
+    assert {"rsm_serve.client", "rsm_serve.codec", "rsm_serve.policy", "rsm_serve.errors"} <= seen
+    assert "rsm_serve.server" not in seen
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("rsm_serve.client", {"numpy", "grpc", "google", "rsm_serve"}),
+        ("rsm_serve.client_cli", {"numpy", "grpc", "google", "rsm_serve", "click"}),
+        ("rsm_serve.batcher", {"rsm_serve"}),
+        ("rsm_serve.bundle", {"numpy", "rsm_serve"}),
+        ("rsm_serve.policy", {"numpy", "rsm_serve"}),
+        ("rsm_serve.errors", {"rsm_serve"}),
+        ("rsm_serve.local", {"numpy", "rsm_serve", "click"}),
+    ],
+)
+def test_what_a_module_really_loads(module, allowed):
+    code = (
+        f"import sys; before = set(sys.modules); import {module}\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    loaded = {name for name in output.stdout.split() if name not in sys.stdlib_module_names}
+    loaded = {name for name in loaded if not name.startswith("_")} - ALWAYS
+    assert loaded <= allowed
+    assert "rsm_serve" in loaded
+
+
+def test_the_rules_themselves_can_fail(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nimport torch.nn as nn\nfrom rsm_train import loop\n"
+        "from . import cousin\nfrom ..parent import thing\n"
+        "if TYPE_CHECKING:\n    import onnx\ndef f():\n    import gymnasium\n"
+    )
+    names = imports(path, "a.b.module")
+    assert forbidden(names, ("torch", "gymnasium", "rsm_train.loop", "onnx")) == {
+        "torch.nn",
+        "gymnasium",
+        "rsm_train.loop",
+        "onnx",
+    }
+    assert {"a.b.cousin", "a.parent.thing"} <= names
+    assert "gymnasium" not in imports(path, "a.b.module", top_level=True)
+    assert "onnx" not in imports(path, "a.b.module", top_level=True)
+    assert outside({"os.path", "torch.nn", "torchvision"}, ("torch",)) == {"torchvision"}
