@@ -80,6 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threads": 1,
         "diffusion_steps": 5,
         "particles": 8,
+        "target_particles": 1,
         "policy_samples": 8,
         "width": 64,
         "depth": 2,

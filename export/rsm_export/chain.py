@@ -13,8 +13,7 @@ class UnrolledPolicy(nn.Module):
     """(obs [B, O], noise [B, T, N, A]) -> (action [B, A], q [B]), all float32.
 
     It calls the very function that evaluation in training calls, on weights whose observation-independent
-    parts are folded already: no time embedding is left in the graph, and the schedule is constants. The
-    buffers carry the checkpoint's parameter names, so that the graph's initialisers do too.
+    parts are folded already: no time embedding is left in the graph, and the schedule is constants.
     """
 
     def __init__(self, weights: PolicyWeights) -> None:

@@ -44,6 +44,9 @@ class DPMDConfig:
     particles: int = field(
         default=32, metadata={"help": "N, particles per action; the critics choose the best"}
     )
+    target_particles: int = field(
+        default=32, metadata={"help": "particles of which the critics choose the action of the TD target"}
+    )
     policy_samples: int = field(
         default=32, metadata={"help": "K, actions per state that the policy loss weights"}
     )
@@ -80,7 +83,8 @@ class DPMDConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("diffusion_steps", "particles", "policy_samples", "width", "depth", "policy_every"):
+        counts = ("diffusion_steps", "particles", "target_particles", "policy_samples")
+        for name in (*counts, "width", "depth", "policy_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"wanted {name} >= 1, got {getattr(self, name)}")
         for name in ("policy_lr", "critic_lr", "temperature", "reward_scale", "prior_std"):
@@ -98,7 +102,7 @@ class DPMDConfig:
 class DPMDNoise:
     """All randomness of one update."""
 
-    next_action: Tensor  # [B, T, N, A] standard normal, samples a' at s'
+    next_action: Tensor  # [B, T, N', A] standard normal, samples a' at s'
     action: Tensor  # [B, T, K, A] standard normal, samples a_0 at s
     proposal: Tensor  # [B, K, A] standard normal, widens a_0
     t: Tensor  # [B, K] int64, uniform over {0, ..., T - 1}
@@ -166,7 +170,7 @@ class DPMD:
 
         t_shape = (batch_size, c.policy_samples)
         return DPMDNoise(
-            next_action=normal(c.diffusion_steps, c.particles, size),
+            next_action=normal(c.diffusion_steps, c.target_particles, size),
             action=normal(c.diffusion_steps, c.policy_samples, size),
             proposal=normal(c.policy_samples, size),
             t=torch.randint(c.diffusion_steps, t_shape, generator=generator, device=device),

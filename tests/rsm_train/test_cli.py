@@ -5,7 +5,9 @@ from rsm_train.cli import main
 
 def test_trains_and_says_where(tmp_path, capsys):
     out = tmp_path / "run"
-    options = "--preset quick --total-steps 60 --warmup-steps 50 --eval-every 60 --eval-episodes 1 --batch-size 8"
+    options = (
+        "--preset quick --total-steps 60 --warmup-steps 50 --eval-every 60 --eval-episodes 1 --batch-size 8"
+    )
     assert main(["--env", "InvertedPendulum-v5", *options.split(), "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     assert (out / "checkpoints" / "step_000000060" / "networks.safetensors").is_file()

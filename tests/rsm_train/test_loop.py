@@ -28,6 +28,12 @@ def lines(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(run_dir):
+    """The metrics but for those that tell the speed of the machine."""
+    ignored = {"wall_s", "steps_per_s", "updates_per_s"}
+    return [{key: value for key, value in line.items() if key not in ignored} for line in lines(run_dir)]
+
+
 def test_a_run_leaves_metrics_configuration_and_checkpoints(run_dir):
     records = lines(run_dir)
     train = [record for record in records if record["kind"] == "train"]
@@ -74,7 +80,9 @@ def test_same_seed_same_run_and_other_seed_another(run_dir, tmp_path):
     assert not torch.equal(first["policy.layers.1.weight"], third["policy.layers.1.weight"])
     ignored = {"wall_s", "steps_per_s", "updates_per_s"}
     for a, b in zip(lines(run_dir), lines(again), strict=True):
-        assert {k: v for k, v in a.items() if k not in ignored} == {k: v for k, v in b.items() if k not in ignored}
+        assert {k: v for k, v in a.items() if k not in ignored} == {
+            k: v for k, v in b.items() if k not in ignored
+        }
 
 
 def test_the_best_checkpoint_is_found_and_survives_pruning(tmp_path, monkeypatch):
@@ -128,7 +136,10 @@ def damaged(run_dir, tmp_path, file, change):
         ("networks.safetensors", lambda content: b"\x80\x04" + content),
         ("config.json", lambda content: b"{"),
         ("config.json", lambda content: content.replace(b'"schema_version": 1', b'"schema_version": 7')),
-        ("config.json", lambda content: content.replace(b'"particles": 4,\n    "prior', b'"particles": 5,\n    "prior')),
+        (
+            "config.json",
+            lambda content: content.replace(b'"particles": 4,\n    "prior', b'"particles": 5,\n    "prior'),
+        ),
         ("policy.json", lambda content: content.replace(b'"steps": 5', b'"steps": "five"')),
         ("probe.safetensors", lambda content: b""),
     ],
