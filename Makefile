@@ -26,7 +26,7 @@ demo: $(READY) ## learn, export, serve, query and evaluate a policy (about 4 min
 	$(BIN)/python examples/demo.py
 
 test: lint types check-protos ## everything that must pass: lint, types, proto drift, tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: $(READY) ## create or update .venv from the lock
 

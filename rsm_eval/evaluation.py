@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +19,12 @@ from rsm_eval.sources import OpenedPolicy
 from rsm_eval.statistics import Summary, summarise
 from rsm_serve.errors import ConfigError, UsageError
 from rsm_serve.policy import PolicySpec
+from rsm_serve.provenance import installed_versions, machine_facts
 
 SCHEMA_VERSION = 1
 """Version of the JSON layout."""
 
 _KIND_NAMES = {"torch": "Torch policy", "bundle": "Bundle", "server": "Server"}
-_PACKAGES = ("rsm-toolkit", "gymnasium", "mujoco", "numpy", "scipy", "torch", "onnxruntime", "grpcio")
 _MAX_SEED = 2**64 - 1
 _MAX_SEEDS = 10_000
 
@@ -252,33 +249,6 @@ def _evaluate_one(
         summary=summarise([result.returns for result in results]),
         latency=latency,
     )
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a measurement depends on, where installed."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def machine_facts() -> dict[str, str | int]:
-    """What a reader needs to judge the latencies: processor, usable cores and system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": _cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _policy_dict(policy: PolicyEvaluation, seeds: Sequence[int]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rsm_serve")
 
 EXIT_NOT_DRAINED = 1
-EXTRA_MODULES = ("grpc_health.v1", "grpc_reflection.v1alpha", "onnxruntime")
+EXTRA_MODULES = ("grpc_health", "grpc_reflection", "onnxruntime")
 
 
 @click.command("rsm-serve")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -45,21 +45,18 @@ def run_command(command: click.Command | Callable[[], click.Command], argv: Sequ
 
 
 def require_extra(command: str, extra: str, modules: Sequence[str]) -> None:
-    """Import the modules that a command cannot work without.
+    """Check that the top-level modules that a command cannot work without are installed.
+
+    They are looked for and not imported: a `--help` should not wait for torch.
 
     Raises:
         MissingExtraError: one of them is not installed.
     """
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            # A module that is there but broken is not a missing extra.
-            if error.name is None or not module.startswith(error.name.split(".")[0]):
-                raise
+        if importlib.util.find_spec(module) is None:
             raise MissingExtraError(
-                f'{command} needs: pip install "rsm-toolkit[{extra}]" (module {error.name} is missing)'
-            ) from None
+                f'{command} needs: pip install "rsm-toolkit[{extra}]" (module {module} is missing)'
+            )
 
 
 def dataclass_options(

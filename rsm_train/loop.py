@@ -19,13 +19,13 @@ from rsm_eval.rollout import episode_seeds, rollout
 from rsm_serve import atomic
 from rsm_serve.errors import ConfigError, TrainingError
 from rsm_serve.policy import PolicySpec
+from rsm_serve.provenance import provenance
 from rsm_train.algorithms.common import Algorithm, Metrics
 from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.checkpoint import CONFIG_FILE, Checkpoint, prune_checkpoints, save_checkpoint
 from rsm_train.config import AlgorithmConfig, RunConfig
 from rsm_train.envs import TrainingEnvs
 from rsm_train.metrics import RunLog
-from rsm_train.provenance import provenance
 from rsm_train.replay import ReplayBuffer
 
 PROBE_ROWS = 256

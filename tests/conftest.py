@@ -22,3 +22,8 @@ def own_repo(tmp_path: Path) -> Path:
     """A repository with the policy "tiny", version 1, for the test to change."""
     write_bundle(tmp_path / "repository", make_spec("tiny"))
     return tmp_path / "repository"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: with two workers, one is then busy with them while the other does the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rsm_export.onnx_graph import build_graph
 from rsm_export.parity import Parity, check_parity
 from rsm_serve.bundle import Probe
 from rsm_serve.policy import PolicySpec
+from rsm_serve.provenance import provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_train.checkpoint import Checkpoint, load_checkpoint
@@ -57,7 +57,7 @@ def export_checkpoint(source: str | Path, repository: Path, name: str | None = N
         checkpoint.spec,
         name=name,
         version=str(next_version(repository, name)),
-        provenance={**checkpoint.spec.provenance, **_tool_versions(), "exported": write_time()},
+        provenance={**checkpoint.spec.provenance, **provenance(), "exported": write_time()},
     )
     policy = TorchPolicy(spec, checkpoint.policy().weights)
     model = build_graph(UnrolledPolicy(policy.weights), spec.noise_shape)
@@ -104,8 +104,3 @@ def _value_gap(
 
 def _observations(checkpoint: Checkpoint) -> NDArray[np.float32]:
     return checkpoint.probe_obs.numpy().astype(np.float32)
-
-
-def _tool_versions() -> dict[str, str]:
-    packages = ("rsm-toolkit", "torch", "onnx", "onnxscript", "onnxruntime")
-    return {package: importlib.metadata.version(package) for package in packages}

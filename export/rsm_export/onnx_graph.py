@@ -6,6 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import onnx
 import torch
@@ -89,13 +91,14 @@ def _strip(model: onnx.ModelProto) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
     del graph.value_info[:]
-    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+    parts: list[Any] = [*graph.node, *graph.input, *graph.output, *graph.initializer]
+    for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """The exporter reports its own progress and deprecations; none of it concerns a user."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -50,7 +50,10 @@ def test_torch_bundle_and_server_give_the_same_actions(run_dir, made):
             wanted = torch_policy.act(obs, seed=seeds)
             with client.stream() as stream:
                 answers = [policy.act(obs, seed=seeds) for policy in (bundle_policy, client, stream)]
+            assert wanted.q is not None
             for answer in answers:
+                assert answer.q is not None
+                assert answer.seed is not None
                 assert (np.abs(answer.action - wanted.action) / span).max() <= 1e-5
                 np.testing.assert_allclose(answer.q, wanted.q, atol=1e-4, rtol=1e-4)
                 assert np.array_equal(answer.seed, seeds)
@@ -177,6 +180,7 @@ def test_unrolled_policy_is_the_policy(run_dir, rows):
     action, q = UnrolledPolicy(policy.weights)(obs, noise)
     wanted = policy.act(obs.numpy(), noise=noise.numpy())
     assert np.array_equal(action.numpy(), wanted.action)
+    assert wanted.q is not None
     assert np.array_equal(q.numpy(), wanted.q)
 
 

@@ -17,6 +17,8 @@ TINY: dict[str, Any] = {
     "eval_episodes": 2,
     "log_every": 40,
     "batch_size": 16,
+    "num_envs": 2,
+    "updates_per_step": 1.0,
     "width": 16,
     "particles": 4,
 }

@@ -13,23 +13,25 @@ from rsm_train.envs import TrainingEnvs
 class CountingEnv(gym.Env[Any, Any]):
     """Observation [seed, time]; terminal after 2 + seed % 3 steps; reward is the first action."""
 
+    first_seed = 0
+
     def __init__(self) -> None:
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
         self.action_space = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 4.0], np.float32))
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.seed_ = self.seed_ if seed is None and hasattr(self, "seed_") else int(seed or 0)
+        self.first_seed = self.first_seed if seed is None else seed
         self.time = 0
         return self._obs(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert self.action_space.contains(action)
         self.time += 1
-        return self._obs(), float(action[0]), self.time >= 2 + self.seed_ % 3, False, {}
+        return self._obs(), float(action[0]), self.time >= 2 + self.first_seed % 3, False, {}
 
     def _obs(self) -> Any:
-        return np.array([self.seed_, self.time], dtype=np.float64)
+        return np.array([self.first_seed, self.time], dtype=np.float64)
 
 
 gym.register("RsmCounting-v0", f"{__name__}:CountingEnv", max_episode_steps=3)

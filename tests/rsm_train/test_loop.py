@@ -62,6 +62,7 @@ def test_a_checkpoint_acts_like_the_networks_it_was_made_from(run_dir):
     policy = checkpoint.policy()
     obs = checkpoint.probe_obs.numpy()[:5]
     result = policy.act(obs, seed=3)
+    assert result.seed is not None
     again = policy.act(obs[2], seed=int(result.seed[2]))
     np.testing.assert_allclose(again.action, result.action[2], atol=1e-5)
     assert (np.abs(result.action) <= 3).all()
@@ -91,7 +92,9 @@ def test_the_best_checkpoint_is_found_and_survives_pruning(tmp_path, monkeypatch
     run = tiny_run(tmp_path / "run", eval_every=40, keep_checkpoints=1)
     assert [path.name for path in list_checkpoints(run)] == ["step_000000080", "step_000000160"]
     assert find_checkpoint(run).name == "step_000000080"
-    assert load_checkpoint(run).spec.evaluation["mean"] == 9.0
+    evaluation = load_checkpoint(run).spec.evaluation
+    assert evaluation is not None
+    assert evaluation["mean"] == 9.0
 
 
 def test_an_update_that_diverges_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -164,9 +167,9 @@ def test_an_interrupted_write_leaves_no_checkpoint(run_dir, tmp_path, monkeypatc
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_random_warm_up_then_policy_actions():
+def test_random_warm_up_then_policy_actions(tmp_path):
     run, algorithm = resolve(TINY)
-    trainer = Trainer(run, algorithm, run_dir=None)
+    trainer = Trainer(run, algorithm, tmp_path)
     while trainer.step < run.warmup_steps:
         trainer.collect()
         trainer.learn()

@@ -1,0 +1,151 @@
+"""The README's commands, run as they stand, in order, in an empty directory.
+
+A line of output in the README must appear in the real output, with any numbers in the places of numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+DOCUMENTED_ADDRESS = "127.0.0.1:8001"
+SOLVED = 950.0
+
+
+class Session:
+    """A shell session: commands in one directory, servers in the background."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self._directory, self._address = directory, address
+        bin_directory = str(Path(sys.executable).parent)
+        self._env = {**os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
+        self._servers: list[subprocess.Popen[str]] = []
+
+    def run(self, command: str) -> str:
+        """Run a command line and return what it printed; a final & keeps it running once it is ready."""
+        command = command.replace(DOCUMENTED_ADDRESS, self._address)
+        if command.endswith("&"):
+            return self._start(command.removesuffix("&"))
+        done = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=self._directory,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        return done.stdout
+
+    def python(self, code: str) -> str:
+        """Run a Python block and return what it printed."""
+        script = self._directory / "block.py"
+        script.write_text(code.replace(DOCUMENTED_ADDRESS, self._address))
+        return self.run(f"python {script.name}")
+
+    def _start(self, command: str) -> str:
+        server = subprocess.Popen(
+            ["bash", "-euc", f"exec {command}"],
+            cwd=self._directory,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._servers.append(server)
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        # Whatever else it prints must not fill the pipe.
+        threading.Thread(target=server.stdout.read, daemon=True).start()
+        return line
+
+    def stop(self) -> None:
+        """End the servers by SIGTERM; each must drain and report success."""
+        for server in self._servers:
+            server.send_signal(signal.SIGTERM)
+        statuses = [server.wait(timeout=30) for server in self._servers]
+        assert not any(statuses), statuses
+
+
+@contextlib.contextmanager
+def session(directory: Path) -> Iterator[Session]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shell = Session(directory, f"127.0.0.1:{port}")
+    try:
+        yield shell
+    finally:
+        shell.stop()
+
+
+def console_steps(block: str) -> Iterator[tuple[str, list[str]]]:
+    """(command, lines of output) of a console block; a backslash continues a command."""
+    for step in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.MULTILINE)[1:]:
+        command, *output = step.splitlines()
+        yield command, [line for line in output if line.strip() and line.strip() != "..."]
+
+
+def line_pattern(line: str) -> re.Pattern[str]:
+    """A pattern that the line matches whatever its numbers, addresses and column widths are."""
+    line = line.replace(DOCUMENTED_ADDRESS, "127.0.0.1:1")
+    words = [
+        NUMBER.pattern.join(re.escape(part) for part in NUMBER.split(re.sub(r"-{4,}", "----", word)))
+        for word in line.split()
+    ]
+    return re.compile(r"\s*" + r"\s+".join(words).replace(re.escape("----"), "-+") + r"\s*")
+
+
+def assert_shown(expected: list[str], output: str) -> None:
+    lines = output.splitlines()
+    for line in expected:
+        pattern = line_pattern(line)
+        assert any(pattern.fullmatch(got) for got in lines), f"README shows:\n{line}\ngot:\n{output}"
+
+
+def test_line_patterns_accept_other_numbers_and_nothing_else():
+    pattern = line_pattern("mean  1000.0 ± 0.0 over 20 episodes at 127.0.0.1:8001")
+    assert pattern.fullmatch("mean 998.25 ± 1.5  over 3 episodes at 127.0.0.1:4711")
+    assert not pattern.fullmatch("median 1000.0 ± 0.0 over 20 episodes at 127.0.0.1:8001")
+    assert not pattern.fullmatch("mean  1000.0 ± 0.0 over 20 episodes")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_readme_is_true_from_training_to_the_client(tmp_path):
+    blocks = BLOCK.findall(README.read_text())
+    run = []
+    outputs = {}
+    with session(tmp_path) as shell:
+        for kind, block in blocks:
+            if kind == "python":
+                shell.python(block)
+                run.append("python")
+                continue
+            for command, expected in console_steps(block):
+                if command.startswith(("make ", "pip ")):  # this very test runs under make
+                    continue
+                outputs[command] = shell.run(command)
+                run.append(command.split()[0])
+                assert_shown(expected, outputs[command])
+    assert {"rsm-train", "rsm-export", "rsm-serve", "rsm-client", "rsm-eval", "python"} <= set(run)
+    evaluation = next(output for command, output in outputs.items() if command.startswith("rsm-eval"))
+    means = [
+        float(mean) for mean in re.findall(r"^(?:Torch policy|Bundle|Server)\s+([\d.]+)", evaluation, re.M)
+    ]
+    assert len(means) == 3
+    assert min(means) >= SOLVED, "the quick preset solves InvertedPendulum-v5"
