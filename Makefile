@@ -16,16 +16,20 @@ PIP_FLAGS ?= -qq --no-compile --disable-pip-version-check --no-input
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format types protos check-protos lock image clean
+.PHONY: help demo test pytest setup lint format types protos check-protos lock image clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## learn, export, serve, query and evaluate a policy (about 4 minutes after installation)
+demo: $(READY) ## learn, export, serve, query and evaluate a policy (about 3.5 minutes after installation)
 	$(BIN)/python examples/demo.py
 
-test: lint types check-protos ## everything that must pass: lint, types, proto drift, tests
+# Two at a time: mypy has a core to itself while the longest test, the README's, keeps one worker busy.
+test: $(READY) ## everything that must pass: lint, types, proto drift, tests
+	@$(MAKE) --no-print-directory -j 2 lint types check-protos pytest
+
+pytest: $(READY) ## the tests alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: $(READY) ## create or update .venv from the lock
