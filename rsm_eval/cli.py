@@ -37,6 +37,7 @@ def _command(typed: str) -> click.Command:
     from rsm_eval.evaluation import EvalConfig
 
     @click.command("rsm-eval", context_settings={"max_content_width": 110})
+    @click.version_option(package_name="rsm-toolkit")
     @click.option(
         "--policy",
         "sources",

@@ -102,7 +102,11 @@ def _describe(path: Path) -> str:
 def _open_checkpoint(source: str) -> OpenedPolicy:
     require_extra("evaluating a checkpoint", "train", ["torch", "safetensors"])
     # Evaluation of bundles and servers must work where nothing can train.
+    import torch
+
     from rsm_train.checkpoint import load_torch_policy
+
+    torch.set_num_threads(1)  # as the sessions: acting is too small to share, and the simulator needs cores
 
     path = Path(source)
     return OpenedPolicy(source, "torch", load_torch_policy(path), run_dir_of(path))

@@ -25,7 +25,7 @@ EXIT_NOT_DRAINED = 1
 EXTRA_MODULES = ("grpc_health", "grpc_reflection", "onnxruntime")
 
 
-@click.command("rsm-serve")
+@click.command("rsm-serve", context_settings={"max_content_width": 110})
 @dataclass_options(ServerConfig)
 @click.option(
     "--policy",

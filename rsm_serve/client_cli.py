@@ -40,7 +40,7 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@click.group("rsm-client")
+@click.group("rsm-client", context_settings={"max_content_width": 110})
 @click.version_option(package_name="rsm-toolkit")
 def command() -> None:
     """Ask a policy server."""
@@ -90,7 +90,7 @@ def act(
 @click.option("--policy", default="", help="Ask for one policy instead of the whole server.")
 @click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds.")
 def health(address: str, policy: str, timeout_s: float) -> int:
-    """Exit with 0 if the server is ready (grpc.health.v1), 1 if it is not, 2 if none answers."""
+    """Exit with 0 if ready, 1 if not, 2 if none answers."""
     status = check_health(address, policy, timeout_s=timeout_s)
     click.echo(status)
     return EXIT_OK if status == "SERVING" else EXIT_NOT_SERVING
@@ -114,7 +114,7 @@ def bench(
     rows: int,
     as_json: bool,
 ) -> int:
-    """Measure the latency of one client that sends the next request when the answer is there."""
+    """Measure the latency of one client in a closed loop."""
     report: dict[str, Any] = {"steps": steps, "rows": rows}
     with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
         obs = np.zeros((rows, client.spec.observation.size), np.float32)

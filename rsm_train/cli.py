@@ -16,6 +16,7 @@ def _command() -> click.Command:
     from rsm_train.config import ALGORITHM_CONFIGS, RunConfig, resolve
 
     @click.command("rsm-train", context_settings={"max_content_width": 110})
+    @click.version_option(package_name="rsm-toolkit")
     @dataclass_options(RunConfig, *ALGORITHM_CONFIGS.values(), defaults=False)
     def command(**given: Any) -> None:
         """Learn a diffusion policy with Reweighted Score Matching.

@@ -20,28 +20,28 @@ ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {"dpmd": DPMDConfig}
 class RunConfig:
     """Settings of the training loop; what an algorithm needs beyond them is in its own configuration."""
 
-    env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId"})
-    algo: AlgorithmName = field(default="dpmd", metadata={"help": "learning algorithm"})
-    preset: str = field(default="paper", metadata={"help": "named set of defaults: paper or quick"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random in the run"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId."})
+    algo: AlgorithmName = field(default="dpmd", metadata={"help": "Learning algorithm."})
+    preset: str = field(default="paper", metadata={"help": "Named set of defaults: paper or quick."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random in the run."})
+    device: str = field(default="auto", metadata={"help": "One of auto, cpu, cuda and cuda:N."})
     out: str | None = field(
-        default=None, metadata={"help": "run directory; default runs/ENV-ALGO-PRESET-sSEED"}
+        default=None, metadata={"help": "Run directory; default runs/ENV-ALGO-PRESET-sSEED."}
     )
-    total_steps: int = field(default=1_000_000, metadata={"help": "environment steps, of all environments"})
-    warmup_steps: int = field(default=30_000, metadata={"help": "steps with random actions at the start"})
-    num_envs: int = field(default=5, metadata={"help": "environments stepped together"})
-    updates_per_step: float = field(default=0.2, metadata={"help": "updates per environment step"})
-    batch_size: int = field(default=256, metadata={"help": "transitions per update"})
-    replay_size: int = field(default=1_000_000, metadata={"help": "transitions kept for replay"})
-    eval_every: int = field(default=25_000, metadata={"help": "steps between evaluations and checkpoints"})
-    eval_episodes: int = field(default=20, metadata={"help": "episodes per evaluation"})
+    total_steps: int = field(default=1_000_000, metadata={"help": "Environment steps, of all environments."})
+    warmup_steps: int = field(default=30_000, metadata={"help": "Steps with random actions at the start."})
+    num_envs: int = field(default=5, metadata={"help": "Environments stepped together."})
+    updates_per_step: float = field(default=0.2, metadata={"help": "Updates per environment step."})
+    batch_size: int = field(default=256, metadata={"help": "Transitions per update."})
+    replay_size: int = field(default=1_000_000, metadata={"help": "Transitions kept for replay."})
+    eval_every: int = field(default=25_000, metadata={"help": "Steps between evaluations and checkpoints."})
+    eval_episodes: int = field(default=20, metadata={"help": "Episodes per evaluation."})
     keep_checkpoints: int = field(
-        default=3, metadata={"help": "newest checkpoints kept; the best is always kept as well"}
+        default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
-    log_every: int = field(default=1_000, metadata={"help": "steps between lines in metrics.jsonl"})
+    log_every: int = field(default=1_000, metadata={"help": "Steps between lines in metrics.jsonl."})
     threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of torch; default as torch decides"}
+        default=None, metadata={"help": "CPU threads of torch; default as torch decides."}
     )
 
     def __post_init__(self) -> None:
@@ -68,14 +68,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in about two minutes.
     "quick": {
-        "total_steps": 12_000,
+        "total_steps": 10_000,
         "warmup_steps": 300,
         "num_envs": 4,
         "updates_per_step": 0.5,
         "batch_size": 128,
         "replay_size": 100_000,
-        "eval_every": 1_500,
-        "eval_episodes": 10,
+        "eval_every": 1_000,
+        "eval_episodes": 5,
         "log_every": 250,
         # More threads gain nothing at this size, and lose much where another process shares the cores.
         "threads": 1,

@@ -23,13 +23,13 @@ def q_values(critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) 
     The observation's part of the first layer is computed once per state, not once per particle.
     """
     weight, bias = critics["layers.0.weight"], critics["layers.0.bias"]
-    rows, particles, _ = action_BNA.shape
-    obs_weight, action_weight = torch.split(weight, [obs_BO.shape[1], action_BNA.shape[2]], dim=2)
-    obs_part = torch.einsum("bo,eho->ebh", obs_BO, obs_weight) + bias.unsqueeze(1)  # [E, B, H]
-    action_part = torch.einsum("bna,eha->ebnh", action_BNA, action_weight)  # [E, B, N, H]
-    first = obs_part.unsqueeze(2) + action_part
-    q = mlp_tail(critics, first.reshape(len(weight), rows * particles, -1))
-    return q.reshape(len(weight), rows, particles)
+    members, (rows, particles, action_size) = len(weight), action_BNA.shape
+    obs_weight, action_weight = torch.split(weight, [obs_BO.shape[1], action_size], dim=2)
+    obs_part = torch.baddbmm(bias.unsqueeze(1), obs_BO.expand(members, -1, -1), obs_weight.mT)  # [E, B, H]
+    flat_actions = action_BNA.reshape(1, rows * particles, action_size).expand(members, -1, -1)
+    action_part = torch.bmm(flat_actions, action_weight.mT).view(members, rows, particles, -1)
+    first = (obs_part.unsqueeze(2) + action_part).view(members, rows * particles, -1)
+    return mlp_tail(critics, first).view(members, rows, particles)
 
 
 def min_q(critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) -> Tensor:

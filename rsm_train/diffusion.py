@@ -143,8 +143,9 @@ def reverse_chain(
     action = prior_std * noise_BTNA[:, 0]
     for k, step in enumerate(schedule.reverse_steps):
         eps = predict_noise(action, last - k)
-        x0 = (step.inv_sqrt_alpha_bar * action - step.noise_scale * eps).clamp(-1.0, 1.0)
+        x0 = torch.sub(step.inv_sqrt_alpha_bar * action, eps, alpha=step.noise_scale).clamp(-1.0, 1.0)
         if k == last:  # t = 0: x0_coef = 1, action_coef = 0, no noise
             return x0
-        action = step.x0_coef * x0 + step.action_coef * action + step.std * noise_BTNA[:, k + 1]
+        mean = torch.add(step.x0_coef * x0, action, alpha=step.action_coef)
+        action = torch.add(mean, noise_BTNA[:, k + 1], alpha=step.std)
     raise AssertionError("a schedule has at least one step")

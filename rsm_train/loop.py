@@ -196,13 +196,10 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> P
         ConfigError: the run directory holds another run already, or the device is not available.
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
     """
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError(
-            f"wanted a new run directory, got {str(run_dir)!r}, which is not empty; choose another with --out"
-        )
+    _check_run_directory(run_dir)
     trainer = Trainer(run, algorithm_config, run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        _make_run_directory(run_dir)
         content = json.dumps(trainer.config(), indent=2) + "\n"
         atomic.write_file(run_dir / CONFIG_FILE, content.encode())
         with RunLog(run_dir, run.total_steps) as log:
@@ -210,6 +207,23 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> P
     finally:
         trainer.close()
     return run_dir
+
+
+def _check_run_directory(run_dir: Path) -> None:
+    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        found = "is not empty" if run_dir.is_dir() else "is a file"
+        raise ConfigError(
+            f"wanted a new run directory, got {str(run_dir)!r}, which {found}; choose another with --out"
+        )
+
+
+def _make_run_directory(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create the run directory {str(run_dir)!r}: {error.strerror}; choose another with --out"
+        ) from None
 
 
 def pick_device(name: str) -> torch.device:

@@ -30,18 +30,14 @@ _TRUNCATED_NORMAL_STD = 0.87962566103423978  # std of N(0, 1) truncated to [-2, 
 def mish(x: Tensor) -> Tensor:
     """x tanh(softplus(x)) (Misra 2019) without a softplus.
 
-    With s = sigmoid(x) and u = s (2 - s): tanh(log(1 + e^x)) = u / (2 - u). Exact to 4e-7 relative for
-    every x, cannot overflow, and twice as fast as torch's kernel on a CPU.
+    With s = sigmoid(x) and p = s (s - 2): tanh(log(1 + e^x)) = -p / (p + 2). Exact to 4e-7 relative for
+    every x, cannot overflow, and faster than torch's kernel on a CPU (benchmarks/learner.py).
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Mish.apply(x)  # type: ignore[no-any-return, no-untyped-call]
-    return x * _mish_gate(torch.sigmoid(x))
-
-
-def _mish_gate(s: Tensor) -> Tensor:
-    """tanh(softplus(x)) from s = sigmoid(x)."""
-    u = s * (2 - s)
-    return u / (2 - u)
+    s = torch.sigmoid(x)
+    p = s * (s - 2)
+    return -(x * p) / (p + 2)
 
 
 class _Mish(torch.autograd.Function):
@@ -50,7 +46,8 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         s = torch.sigmoid(x)
-        gate = _mish_gate(s)
+        p = s * (s - 2)
+        gate = -p / (p + 2)
         ctx.save_for_backward(x, s, gate)
         return x * gate
 

@@ -11,6 +11,7 @@ from rsm_serve.commandline import require_extra, run_command
 
 
 @click.command("rsm-export", context_settings={"max_content_width": 110})
+@click.version_option(package_name="rsm-toolkit")
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.option(
     "--repo",

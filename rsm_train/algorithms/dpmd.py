@@ -40,46 +40,46 @@ _STD_FLOOR = 1e-6
 class DPMDConfig:
     """Settings of DPMD; the defaults are the `paper` preset."""
 
-    diffusion_steps: int = field(default=20, metadata={"help": "T, denoising steps"})
+    diffusion_steps: int = field(default=20, metadata={"help": "T, denoising steps."})
     particles: int = field(
-        default=32, metadata={"help": "N, particles per action; the critics choose the best"}
+        default=32, metadata={"help": "N, particles per action; the critics choose the best."}
     )
     target_particles: int = field(
-        default=32, metadata={"help": "particles of which the critics choose the action of the TD target"}
+        default=32, metadata={"help": "Particles of which the critics choose the action of the TD target."}
     )
     policy_samples: int = field(
-        default=32, metadata={"help": "K, actions per state that the policy loss weights"}
+        default=32, metadata={"help": "K, actions per state that the policy loss weights."}
     )
-    schedule: ScheduleName = field(default="cosine", metadata={"help": "noise schedule"})
-    prior_std: float = field(default=0.5, metadata={"help": "standard deviation of the initial latent"})
-    width: int = field(default=256, metadata={"help": "hidden units per layer of policy and critics"})
-    depth: int = field(default=3, metadata={"help": "hidden layers of policy and critics"})
-    policy_lr: float = field(default=3e-4, metadata={"help": "learning rate of the policy"})
-    critic_lr: float = field(default=3e-4, metadata={"help": "learning rate of the critics"})
-    gamma: float = field(default=0.99, metadata={"help": "discount factor"})
-    tau: float = field(default=0.005, metadata={"help": "rate of the target and average networks"})
-    reward_scale: float = field(default=0.2, metadata={"help": "factor on rewards in the TD target"})
+    schedule: ScheduleName = field(default="cosine", metadata={"help": "Noise schedule."})
+    prior_std: float = field(default=0.5, metadata={"help": "Standard deviation of the initial latent."})
+    width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
+    depth: int = field(default=3, metadata={"help": "Hidden layers of policy and critics."})
+    policy_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the policy."})
+    critic_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the critics."})
+    gamma: float = field(default=0.99, metadata={"help": "Discount factor."})
+    tau: float = field(default=0.005, metadata={"help": "Rate of the target and average networks."})
+    reward_scale: float = field(default=0.2, metadata={"help": "Factor on rewards in the TD target."})
     policy_every: int = field(
-        default=2, metadata={"help": "critic updates per policy, target and average update"}
+        default=2, metadata={"help": "Critic updates per policy, target and average update."}
     )
     temperature_schedule: TemperatureSchedule = field(
-        default="entropy", metadata={"help": "how lambda moves: constant, or the published entropy schedule"}
+        default="entropy", metadata={"help": "How lambda moves: constant, or the published entropy schedule."}
     )
-    temperature: float = field(default=5.0, metadata={"help": "lambda (its initial value with a schedule)"})
+    temperature: float = field(default=5.0, metadata={"help": "Lambda (its initial value with a schedule)."})
     target_entropy: float = field(
-        default=-1.5, metadata={"help": "target of the entropy schedule, per action dimension"}
+        default=-1.5, metadata={"help": "Target of the entropy schedule, per action dimension."}
     )
     q_scaling: Literal["raw", "state"] = field(
         default="raw",
-        metadata={"help": "Q in the weights: raw, or standardised over the K actions of each state"},
+        metadata={"help": "Q in the weights: raw, or standardised over the K actions of each state."},
     )
     proposal_noise: float = field(
         default=0.0,
-        metadata={"help": "std of the noise added to the K actions; keeps them apart"},
+        metadata={"help": "Std of the noise added to the K actions; keeps them apart."},
     )
     exploration_noise: float = field(
         default=0.1,
-        metadata={"help": "standard deviation of the noise added when exploring, in units of lambda"},
+        metadata={"help": "Standard deviation of the noise added when exploring, in units of lambda."},
     )
 
     def __post_init__(self) -> None:
@@ -224,6 +224,8 @@ class DPMD:
         action_BNA = sample_actions(
             denoiser, self.schedule, obs_BO, noise_BTNA, prior_std=self.config.prior_std
         )
+        if action_BNA.shape[1] == 1:
+            return action_BNA[:, 0]
         return best_of_n(self.critic, obs_BO, action_BNA)[0]
 
 

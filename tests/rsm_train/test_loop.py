@@ -117,6 +117,14 @@ def test_an_occupied_run_directory_is_refused_and_untouched(run_dir):
     assert sorted(path.name for path in run_dir.iterdir()) == before
 
 
+def test_a_run_directory_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        tiny_run(tmp_path / "file")
+    with pytest.raises(ConfigError, match="Not a directory"):
+        tiny_run(tmp_path / "file" / "run")
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "abacus", "xpu"])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ConfigError, match="device"):

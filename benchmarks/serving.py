@@ -1,6 +1,6 @@
 """Latency of one client against a gRPC echo and against the bare policy, in one run.
 
-    python benchmarks/serve_latency.py --bundle DIR [--rounds 5] [--steps 400] [--out FILE]
+    python benchmarks/serving.py --bundle DIR [--rounds 5] [--steps 400] [--out FILE]
 
 The floor is a grpc.aio echo server of the same message sizes in a process of its own, asked by the same
 kind of client. Rounds alternate between floor and server, so that both see the same machine.
@@ -9,9 +9,6 @@ kind of client. Rounds alternate between floor and server, so that both see the 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +18,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from record import write_record
 
 from rsm_serve.client import PolicyClient
 from rsm_serve.local import open_policy
@@ -137,18 +135,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    report = {
-        "command": "python benchmarks/serve_latency.py "
-        f"--bundle {options.bundle.parent.name}/{options.bundle.name} --rounds {options.rounds} "
-        f"--steps {options.steps}",
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version(), "grpcio": grpc.__version__, "numpy": np.__version__},
-        **measure(options.bundle, options.rounds, options.steps),
-    }
-    text = json.dumps(report, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text)
+    write_record(measure(options.bundle, options.rounds, options.steps), options.out)
 
 
 if __name__ == "__main__":

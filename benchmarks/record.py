@@ -1,0 +1,26 @@
+"""What every benchmark writes: its numbers, and what is needed to judge and repeat them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rsm_serve.provenance import machine_facts, provenance
+
+
+def write_record(results: dict[str, Any], out: Path | None) -> None:
+    """Print the record as JSON, and write it to a file if one is given."""
+    record = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": {**machine_facts(), "load_average": round(os.getloadavg()[0], 2)},
+        "versions": provenance(),
+        **results,
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    print(text, end="")
+    if out is not None:
+        out.write_text(text)
