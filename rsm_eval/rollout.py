@@ -24,6 +24,8 @@ from rsm_serve.seeds import expand_seed
 MAX_BATCH_ROWS = 64
 """Rows per policy call; more episodes are split into several calls. Servers bound their batches."""
 
+_ACTION_SEED_MARK = 0x4143_5449_4F4E_5321  # "ACTIONS!" in ASCII
+
 DEFAULT_MAX_STEPS = 10_000
 """Longest episode in an environment that has no time limit of its own."""
 
@@ -81,9 +83,11 @@ def episode_seeds(seed: int, episodes: int) -> NDArray[np.uint64]:
 def action_seeds(episode_seed: int, steps: int) -> NDArray[np.uint64]:
     """The policy seeds [steps] of an episode: action k is sampled with element k.
 
-    A pure function of the episode seed and the step, so a trajectory can be replayed on any backend.
+    A pure function of the episode seed and the step, so a trajectory can be replayed on any backend. The
+    sequence starts at another place than `episode_seeds`, or the k-th action of the first episode would
+    have the noise of the first action of the k-th.
     """
-    return expand_seed(episode_seed, steps)
+    return expand_seed(int(episode_seed) ^ _ACTION_SEED_MARK, steps)
 
 
 def rollout(

@@ -110,8 +110,8 @@ def check_policy_name(name: str) -> str:
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise BundleError(
-            f"wanted a policy name of letters, digits, '.', '_' and '-' that starts with a letter or digit, "
-            f"got {name!r}"
+            f"wanted a policy name of letters, digits, '.', '_' and '-' that starts with a letter or digit and "
+            f"has no '..', got {name!r}; choose one, for example with rsm-export --name"
         )
     return name
 
@@ -196,6 +196,10 @@ def _read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
         version = data["schema_version"]
     except FileNotFoundError:
         raise BundleError(f"bundle {version_dir}: {MANIFEST_FILE} is missing; copy the whole bundle") from None
+    except OSError as error:
+        raise BundleError(
+            f"bundle {version_dir}: cannot read {MANIFEST_FILE} ({error.strerror}); check its permissions"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(
             f"bundle {version_dir}: {MANIFEST_FILE} is damaged ({error}); copy or export the bundle again"

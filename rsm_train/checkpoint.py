@@ -39,7 +39,7 @@ from rsm_serve import atomic
 from rsm_serve.errors import BundleError, CheckpointError
 from rsm_serve.policy import PolicySpec
 from rsm_train.diffusion import SamplerSettings, make_schedule
-from rsm_train.networks import Params, subset
+from rsm_train.networks import TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, Params, subset
 from rsm_train.policy import PolicyWeights, TorchPolicy
 
 SCHEMA_VERSION = 1
@@ -160,9 +160,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     networks = {
         name: subset(tensors, f"{name}.") for name in dict.fromkeys(key.split(".")[0] for key in tensors)
     }
-    _check_shapes(directory, spec, sampler, networks)
     state = _read_json(directory / _STATE_FILE)
-    return Checkpoint(directory, spec, sampler, networks, state, probe_obs, config)
+    checkpoint = Checkpoint(directory, spec, sampler, networks, state, probe_obs, config)
+    _check_content(checkpoint)
+    return checkpoint
 
 
 def load_torch_policy(path: str | Path) -> TorchPolicy:
@@ -174,33 +175,57 @@ def load_torch_policy(path: str | Path) -> TorchPolicy:
     return load_checkpoint(path).policy()
 
 
-def _check_shapes(
-    directory: Path, spec: PolicySpec, sampler: SamplerSettings, networks: Mapping[str, Params]
-) -> None:
-    missing = {"policy_average", "critic"} - set(networks)
-    if missing:
-        raise CheckpointError(
-            f"checkpoint {directory}: {_NETWORKS_FILE} has no {', '.join(sorted(missing))}; {_AGAIN}"
-        )
-    obs, action = spec.observation.size, spec.action.size
-    time = networks["policy_average"].get("time.layers.1.bias", torch.empty(0)).numel()
-    for network, inputs in (("policy_average", obs + action + time), ("critic", obs + action)):
-        weight = networks[network].get("layers.0.weight")
-        if weight is None or weight.shape[-1] != inputs:
-            got = "nothing" if weight is None else f"shape {list(weight.shape)}"
-            raise CheckpointError(
-                f"checkpoint {directory}: wanted {network}.layers.0.weight with {inputs} inputs, got {got}; "
-                f"{_AGAIN}"
-            )
+def _check_content(checkpoint: Checkpoint) -> None:
+    """Check that everything a policy is made from is there, fits together and is finite."""
+    spec, sampler, where = checkpoint.spec, checkpoint.sampler, f"checkpoint {checkpoint.path}"
+    try:
+        make_schedule(sampler.schedule, sampler.steps)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
     if (sampler.steps, sampler.particles) != (spec.steps, spec.particles):
         raise CheckpointError(
-            f"checkpoint {directory}: {CONFIG_FILE} and {_SPEC_FILE} disagree on steps and particles; {_AGAIN}"
+            f"{where}: {CONFIG_FILE} and {_SPEC_FILE} disagree on steps and particles; {_AGAIN}"
         )
+    if not isinstance(sampler.prior_std, (float, int)) or not sampler.prior_std > 0:
+        raise CheckpointError(f"{where}: wanted prior_std > 0, got {sampler.prior_std!r}; {_AGAIN}")
+    probe = checkpoint.probe_obs
+    obs, action = spec.observation.size, spec.action.size
+    if probe.shape[1:] != (obs,) or len(probe) < 1 or not torch.isfinite(probe).all():
+        raise CheckpointError(
+            f"{where}: wanted finite observations [P, {obs}] in {_PROBE_FILE}, got shape "
+            f"{list(probe.shape)}; {_AGAIN}"
+        )
+    policy, critic = (checkpoint.networks.get(name, {}) for name in ("policy_average", "critic"))
+    time = [TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, TIME_EMBEDDING_SIZE]
+    _check_mlp(f"{where}: policy_average.time", subset(policy, "time."), time[0], time[-1])
+    _check_mlp(f"{where}: policy_average", policy, obs + action + time[-1], action)
+    _check_mlp(f"{where}: critic", critic, obs + action, 1)
+
+
+def _check_mlp(where: str, params: Mapping[str, Tensor], inputs: int, outputs: int) -> None:
+    """Check that layers 0, 1, ... lead from `inputs` to `outputs`, and are finite."""
+    count = sum(name.startswith("layers.") and name.endswith(".weight") for name in params)
+    for i in range(max(count, 1)):
+        weight, bias = params.get(f"layers.{i}.weight"), params.get(f"layers.{i}.bias")
+        if weight is None or bias is None:
+            raise CheckpointError(f"{where}.layers.{i} is missing in {_NETWORKS_FILE}; {_AGAIN}")
+        fan_out = outputs if i == count - 1 else weight.shape[-2]
+        if weight.shape != (*bias.shape, inputs) or bias.shape[-1:] != (fan_out,):
+            raise CheckpointError(
+                f"{where}.layers.{i}: wanted a weight with {inputs} inputs and {fan_out} outputs and a bias "
+                f"for it, got {list(weight.shape)} and {list(bias.shape)}; {_AGAIN}"
+            )
+        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise CheckpointError(f"{where}.layers.{i} holds NaN or Inf; {_AGAIN}")
+        inputs = int(fan_out)
 
 
 def _score(checkpoint: Path) -> float:
-    evaluation = _read_json(checkpoint / _STATE_FILE).get("evaluation")
-    return float(evaluation["mean"]) if evaluation else float("-inf")
+    """The mean return of a checkpoint's evaluation; the lowest if it has none that can be read."""
+    try:
+        return float(_read_json(checkpoint / _STATE_FILE)["evaluation"]["mean"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return float("-inf")
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -25,12 +25,8 @@ def _command() -> click.Command:
         """
         run, algorithm = resolve(given)
         run_dir = Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
-        import torch
-
         from rsm_train.loop import train
 
-        if run.threads is not None:
-            torch.set_num_threads(run.threads)
         click.echo(f"run directory: {train(run, algorithm, run_dir)}")
 
     return command

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from rsm_serve.errors import ConfigError
-from rsm_train.algorithms.dpmd import DPMDConfig
+from rsm_train.algorithms.common import Algorithm
+from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
 
 AlgorithmName = Literal["dpmd"]
 AlgorithmConfig = DPMDConfig
@@ -45,12 +49,19 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.updates_per_step),
+            f"wanted a finite updates_per_step, got {self.updates_per_step}",
+        )
         for name in ("total_steps", "num_envs", "batch_size", "replay_size", "eval_every", "eval_episodes"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
         for name in ("keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
         _require(self.threads is None or self.threads >= 1, f"wanted threads >= 1, got {self.threads}")
-        _require(self.updates_per_step > 0, f"wanted updates_per_step > 0, got {self.updates_per_step}")
+        _require(
+            0 < self.updates_per_step < math.inf,
+            f"wanted a finite updates_per_step > 0, got {self.updates_per_step}",
+        )
         _require(0 <= self.seed < 2**63, f"wanted a seed from 0 to 2**63 - 1, got {self.seed}")
         _require(
             self.num_envs <= self.warmup_steps <= self.total_steps,
@@ -68,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in about two minutes.
     "quick": {
-        "total_steps": 10_000,
+        "total_steps": 12_000,
         "warmup_steps": 300,
         "num_envs": 4,
         "updates_per_step": 0.5,
@@ -112,7 +123,10 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     if preset not in PRESETS:
         raise ConfigError(f"wanted a preset of {', '.join(PRESETS)}, got {preset!r}")
     settings = PRESETS[preset] | chosen
-    algorithm_type = ALGORITHM_CONFIGS[settings.get("algo", "dpmd")]
+    algo = settings.get("algo", "dpmd")
+    if algo not in ALGORITHM_CONFIGS:
+        raise ConfigError(f"wanted an algorithm of {', '.join(ALGORITHM_CONFIGS)}, got {algo!r}")
+    algorithm_type = ALGORITHM_CONFIGS[algo]
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
     algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
     unknown = set(settings) - run_names - algorithm_names
@@ -130,6 +144,18 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return run, algorithm
+
+
+def make_algorithm(
+    config: AlgorithmConfig,
+    obs_size: int,
+    action_size: int,
+    *,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> Algorithm:
+    """The algorithm of a configuration, with freshly initialised networks."""
+    return DPMD(config, obs_size, action_size, generator=generator, device=device)
 
 
 def _require(condition: bool, message: str) -> None:

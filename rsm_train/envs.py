@@ -45,7 +45,8 @@ class TrainingEnvs:
             The transitions, whose next_obs is the final observation where an episode ended and not the
             first of the next episode; and the returns of the episodes that ended.
         """
-        env_action = self._center + self._half_range * action_BA.numpy()
+        # Rounding may carry an action over its bounds, as in ActionScale.to_env.
+        env_action = np.clip(self._center + self._half_range * action_BA.numpy(), *self.action_bounds)
         obs, reward, terminated, truncated, info = self._envs.step(
             env_action.astype(self._envs.action_space.dtype)
         )

@@ -20,10 +20,10 @@ from rsm_serve import atomic
 from rsm_serve.errors import ConfigError, TrainingError
 from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import provenance
+from rsm_serve.seeds import expand_seed
 from rsm_train.algorithms.common import Algorithm, Metrics
-from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.checkpoint import CONFIG_FILE, Checkpoint, prune_checkpoints, save_checkpoint
-from rsm_train.config import AlgorithmConfig, RunConfig
+from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
 from rsm_train.envs import TrainingEnvs
 from rsm_train.metrics import RunLog
 from rsm_train.replay import ReplayBuffer
@@ -49,14 +49,16 @@ class Trainer:
         self.run_dir = run_dir
         self.device = pick_device(run.device)
         self.envs = TrainingEnvs(run.env, run.num_envs, run.seed)
-        # Two streams: what is drawn for acting must not depend on how often the networks are updated.
-        self._acting_generator = torch.Generator().manual_seed(run.seed)
-        self._learning_generator = torch.Generator(self.device).manual_seed(run.seed + 1)
-        self.algorithm: Algorithm = DPMD(
+        # Separate streams: what is drawn for acting does not depend on how often the networks are updated,
+        # and no stream of one run is a stream of the run with the next seed.
+        initial, acting, learning = (int(seed) for seed in expand_seed(run.seed, 4)[1:])
+        self._acting_generator = torch.Generator().manual_seed(acting)
+        self._learning_generator = torch.Generator(self.device).manual_seed(learning)
+        self.algorithm: Algorithm = make_algorithm(
             algorithm_config,
             self.envs.obs_size,
             self.envs.action_size,
-            generator=torch.Generator().manual_seed(run.seed),
+            generator=torch.Generator().manual_seed(initial),
             device=self.device,
         )
         self.replay = ReplayBuffer(
@@ -76,10 +78,10 @@ class Trainer:
             self.collect()
             self.learn()
             if self.step >= next_log or self.step >= run.total_steps:
-                next_log = self.step + run.log_every
+                next_log += run.log_every
                 log.train(self.step, self._summary())
             if self.step >= next_eval or self.step >= run.total_steps:
-                next_eval = self.step + run.eval_every
+                next_eval += run.eval_every
                 returns = self.evaluate()
                 log.evaluation(self.step, returns)
                 self.save(returns)
@@ -197,6 +199,8 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> P
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
     """
     _check_run_directory(run_dir)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
     trainer = Trainer(run, algorithm_config, run_dir)
     try:
         _make_run_directory(run_dir)

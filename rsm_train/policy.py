@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rsm_serve.policy import ActResult, PolicySpec, Seed, Timing, act_rows
-from rsm_train.critic import best_of_n
+from rsm_train.critic import best_of_n, min_q
 from rsm_train.diffusion import NoiseSchedule
 from rsm_train.networks import Params, SplitDenoiser, sample_actions, split_denoiser
 
@@ -80,6 +80,16 @@ class TorchPolicy:
     def __init__(self, spec: PolicySpec, weights: PolicyWeights) -> None:
         self.spec = spec
         self.weights = weights
+
+    def particles(
+        self, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """All N particles [B, N, A] in environment units, and their values [B, N]."""
+        w = self.weights
+        with torch.inference_mode():
+            obs, noise = torch.from_numpy(obs_BO), torch.from_numpy(noise_BTNA)
+            action_BNA = sample_actions(w.denoiser, w.schedule, obs, noise, prior_std=w.prior_std)
+            return w.scale.to_env(action_BNA).numpy(), min_q(w.critics, obs, action_BNA).numpy()
 
     def act(
         self,

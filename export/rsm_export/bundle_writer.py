@@ -47,6 +47,7 @@ def write_bundle(repository: Path, spec: PolicySpec, model: bytes, probe: Probe)
         with atomic.new_directory(version_dir) as directory:
             for name, content in (payload | {MANIFEST_FILE: manifest_json(payload)}).items():
                 (directory / name).write_bytes(content)
+                (directory / name).chmod(0o644)  # the server may be another user
         atomic.write_file(policy_dir / CONFIG_FILE, triton_config(spec).encode())
     except FileExistsError:
         raise BundleError(

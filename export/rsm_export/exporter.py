@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 
 from rsm_export.bundle_writer import next_version, write_bundle, write_time
@@ -87,19 +86,11 @@ def _value_gap(
     policy: TorchPolicy, obs: NDArray[np.float32], noise: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """By how much the best particle's value exceeds the second best's, [P]."""
-    from rsm_train.critic import min_q
-    from rsm_train.networks import sample_actions
-
     if policy.spec.particles == 1:
         return np.zeros(len(obs), dtype=np.float32)
-    weights = policy.weights
-    with torch.no_grad():
-        obs_t, noise_t = torch.from_numpy(obs), torch.from_numpy(noise)
-        actions = sample_actions(
-            weights.denoiser, weights.schedule, obs_t, noise_t, prior_std=weights.prior_std
-        )
-        top = min_q(weights.critics, obs_t, actions).topk(2, dim=1).values
-    return (top[:, 0] - top[:, 1]).numpy()
+    best_two = np.sort(policy.particles(obs, noise)[1], axis=1)[:, -2:]
+    gap: NDArray[np.float32] = best_two[:, 1] - best_two[:, 0]
+    return gap
 
 
 def _observations(checkpoint: Checkpoint) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ Here w is a softmax over K actions of the same state, which divides by an estima
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -83,6 +84,9 @@ class DPMDConfig:
     )
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"wanted a finite {name}, got {value}")
         counts = ("diffusion_steps", "particles", "target_particles", "policy_samples")
         for name in (*counts, "width", "depth", "policy_every"):
             if getattr(self, name) < 1:
@@ -208,7 +212,9 @@ class DPMD:
             weight_BK = policy_weights(q_BK, self.temperature, self.config.q_scaling)
         loss = self._policy_loss(obs_BO, action_BKA, weight_BK, noise)
         _step(self.policy_optimizer, loss)
-        return {"policy_loss": loss.detach(), "q_spread": q_BK.std(dim=1).mean()} | weight_health(weight_BK)
+        return {"policy_loss": loss.detach(), "q_spread": q_BK.std(dim=1, correction=0).mean()} | weight_health(
+            weight_BK
+        )
 
     def _policy_loss(self, obs_BO: Tensor, action_BKA: Tensor, weight_BK: Tensor, noise: DPMDNoise) -> Tensor:
         """E_s sum_k w_k |eps_theta(s, a_t, t) - eps|^2."""

@@ -74,7 +74,7 @@ def test_action_k_is_sampled_with_the_documented_seed():
     obs, _ = env.reset(seed=seed)
     total = 0.0
     for step in range(tiny_env.expected_length(seed)):
-        action = policy.act(obs, seed=int(expand_seed(seed, step + 1)[step])).action
+        action = policy.act(obs, seed=int(action_seeds(seed, step + 1)[step])).action
         np.testing.assert_array_equal(result.trajectory.actions[step], action)
         obs, reward, *_ = env.step(action)
         total += float(reward)
@@ -84,7 +84,8 @@ def test_action_k_is_sampled_with_the_documented_seed():
 def test_seed_sequences_are_those_of_expand_seed_and_extend():
     assert episode_seeds(4, 3).tolist() == expand_seed(4, 3).tolist()
     assert episode_seeds(4, 9)[:3].tolist() == episode_seeds(4, 3).tolist()
-    assert action_seeds(4, 5).tolist() == expand_seed(4, 5).tolist()
+    assert action_seeds(4, 5).tolist() == expand_seed(4 ^ 0x4143_5449_4F4E_5321, 5).tolist()
+    assert not set(action_seeds(4, 50).tolist()) & set(episode_seeds(4, 50).tolist())
 
 
 def test_seeds_above_63_bits_work():

@@ -22,6 +22,7 @@ from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_train.checkpoint import load_checkpoint, load_torch_policy
+from rsm_train.policy import TorchPolicy
 from tests.rsm_train.runs import tiny_run
 
 
@@ -133,8 +134,48 @@ def test_parity_allows_its_tolerance_and_no_more(run_dir, made, shift, passes):
     if passes:
         assert check_parity(policy, session, observations(30)).max_error <= TOLERANCE
     else:
-        with pytest.raises(ParityError, match=r"batch 1, row 0, action 0 .* no bundle was written"):
+        with pytest.raises(ParityError, match=r"batch 1, row 0 is .* no bundle was written"):
             check_parity(policy, session, observations(30))
+
+
+def test_parity_lets_a_tie_be_broken_either_way_and_nothing_else(run_dir, made, monkeypatch):
+    policy = load_torch_policy(run_dir)
+    session = OnnxRuntimeSession(load_bundle(made.path).model, policy.spec)
+    monkeypatch.setattr("rsm_export.parity.BATCH_SIZES", (64,))
+    real = TorchPolicy.particles
+
+    def second_best_ties(gap):
+        def particles(self, obs, noise):
+            actions, q = real(self, obs, noise)
+            order = np.argsort(q, axis=1)
+            rows = np.arange(len(q))
+            best, second = order[:, -1], order[:, -2]
+            top = q[rows, best].copy()
+            # The policy prefers what the graph ranks second, by a hair or by more.
+            q[rows, best], q[rows, second] = top - gap, top
+            return actions, q
+
+        return particles
+
+    monkeypatch.setattr(TorchPolicy, "particles", second_best_ties(1e-6))
+    assert check_parity(policy, session, observations(64)).max_error <= TOLERANCE
+    monkeypatch.setattr(TorchPolicy, "particles", second_best_ties(1e-2))
+    with pytest.raises(ParityError, match="does not act like"):
+        check_parity(policy, session, observations(64))
+
+
+def test_parity_compares_the_values_too(run_dir, made):
+    policy = load_torch_policy(run_dir)
+    session = OnnxRuntimeSession(load_bundle(made.path).model, policy.spec)
+
+    class Overvalued:
+        def run(self, obs, noise):
+            action, q = session.run(obs, noise)
+            assert q is not None
+            return action, q + 1e-3
+
+    with pytest.raises(ParityError, match="does not value like"):
+        check_parity(policy, Overvalued(), observations(30))
 
 
 def test_a_graph_that_acts_differently_writes_no_bundle(run_dir, tmp_path, monkeypatch):
@@ -211,7 +252,7 @@ def test_random_weights_of_other_sizes_export_too(run_dir, tmp_path):
     from rsm_train.critic import init_critics
     from rsm_train.diffusion import make_schedule
     from rsm_train.networks import init_denoiser
-    from rsm_train.policy import PolicyWeights, TorchPolicy
+    from rsm_train.policy import PolicyWeights
 
     box = BoxSpec(tuple("abc"), (-0.4, 0.0, -2.0), (0.4, 5.0, 2.0))
     obs_box = BoxSpec(tuple(f"o{i}" for i in range(48)), (None,) * 48, (None,) * 48)

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from rsm_train.algorithms.common import Batch, td_target, weight_health
+from rsm_train.algorithms.common import Batch, copy_params, td_target, weight_health
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, policy_weights
-from rsm_train.critic import q_values
-from rsm_train.networks import mlp_tail
+from rsm_train.critic import best_of_n, q_values
+from rsm_train.networks import mlp_tail, sample_actions, split_denoiser
 
 SMALL = DPMDConfig(
     diffusion_steps=5,
@@ -148,6 +148,45 @@ def test_same_seed_same_networks_and_updates():
         results.append((metrics["policy_loss"].item(), algorithm.policy["layers.1.weight"].sum().item()))
     assert results[0] == results[1]
     assert make(seed=5).policy["layers.1.weight"].sum() != make(seed=3).policy["layers.1.weight"].sum()
+
+
+@pytest.mark.parametrize("scaling", ["raw", "state"])
+def test_one_update_by_hand_with_every_network_different(scaling):
+    """Networks, learning rates and temperature all differ, so none can be taken for another."""
+    config = dataclasses.replace(
+        SMALL, policy_lr=1e-3, critic_lr=3e-3, temperature=0.7, q_scaling=scaling, target_particles=3
+    )
+    algorithm = make(config)
+    g = torch.Generator().manual_seed(8)
+    for params in algorithm.networks().values():
+        for value in params.values():
+            value.data += 0.1 * torch.randn(value.shape, generator=g)
+    batch, noise = random_batch(12), algorithm.draw_noise(12, g)
+    assert set(algorithm.draw_noise(200, g).t.flatten().tolist()) == set(range(5))
+    live, average = (copy_params(algorithm.networks()[name]) for name in ("policy", "policy_average"))
+    critic, target = (copy_params(algorithm.networks()[name]) for name in ("critic", "critic_target"))
+
+    def sample(params, obs, z):
+        return sample_actions(split_denoiser(params, 5), algorithm.schedule, obs, z, prior_std=0.5)
+
+    with torch.no_grad():
+        next_action = best_of_n(critic, batch.next_obs, sample(live, batch.next_obs, noise.next_action))[0]
+        next_q = q_values(target, batch.next_obs, next_action[:, None])[..., 0].amin(0)
+        y = batch.reward + 0.99 * (1 - batch.terminated) * next_q
+        critic_loss = (q_values(critic, batch.obs, batch.action[:, None])[..., 0] - y).square().mean(1).sum()
+    metrics = algorithm.update(batch, noise)
+    torch.testing.assert_close(metrics["critic_loss"], critic_loss)
+    with torch.no_grad():
+        proposals = (sample(average, batch.obs, noise.action) + 0.2 * noise.proposal).clamp(-1, 1)
+        weights = policy_weights(q_values(algorithm.critic, batch.obs, proposals).amin(0), 0.7, scaling)
+        algorithm.policy, now = live, algorithm.policy
+        loss = algorithm._policy_loss(batch.obs, proposals, weights, noise)
+        algorithm.policy = now
+    torch.testing.assert_close(metrics["policy_loss"], loss)
+    # Adam's first step is the learning rate in every weight that has a gradient.
+    for before, after, rate in ((live, now, 1e-3), (critic, algorithm.critic, 3e-3)):
+        moved = (after["layers.1.weight"].detach() - before["layers.1.weight"]).abs().max()
+        assert moved.item() == pytest.approx(rate, rel=0.01)
 
 
 def test_exploration_noise_is_added_in_units_of_the_temperature():

@@ -34,6 +34,15 @@ class CountingEnv(gym.Env[Any, Any]):
         return np.array([self.first_seed, self.time], dtype=np.float64)
 
 
+class OddBounds(CountingEnv):
+    """Bounds of which hardly any survives (high + low) / 2 + (high - low) / 2 exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        low, high = np.sort(np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32), axis=0)
+        self.action_space = spaces.Box(low, high)
+
+
 gym.register("RsmCounting-v0", f"{__name__}:CountingEnv", max_episode_steps=3)
 ENV_ID = f"{__name__}:RsmCounting-v0"
 
@@ -72,6 +81,14 @@ def test_stored_observations_are_not_overwritten_by_later_steps():
     copy = first.next_obs.clone()
     envs.step(torch.zeros(2, 2))
     assert torch.equal(first.next_obs, copy)
+    envs.close()
+
+
+def test_rounding_does_not_carry_actions_over_odd_bounds():
+    gym.register("RsmOdd-v0", f"{__name__}:OddBounds")
+    envs = TrainingEnvs("RsmOdd-v0", 1, seed=0)
+    for sign in (-1.0, 1.0):
+        envs.step(torch.full((1, 300), sign))  # the environment asserts that it contains the action
     envs.close()
 
 

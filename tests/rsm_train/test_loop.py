@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -15,7 +16,9 @@ from rsm_train.checkpoint import (
     save_checkpoint,
 )
 from rsm_train.config import resolve
+from rsm_train.diffusion import make_schedule
 from rsm_train.loop import Trainer, pick_device
+from rsm_train.policy import PolicyWeights, act_best_of_n
 from tests.rsm_train.runs import TINY, tiny_run
 
 
@@ -151,6 +154,8 @@ def damaged(run_dir, tmp_path, file, change):
             "config.json",
             lambda content: content.replace(b'"particles": 4,\n    "prior', b'"particles": 5,\n    "prior'),
         ),
+        ("config.json", lambda content: content.replace(b'"cosine"', b'"square"')),
+        ("config.json", lambda content: content.replace(b'"prior_std": 0.5', b'"prior_std": "x"')),
         ("policy.json", lambda content: content.replace(b'"steps": 5', b'"steps": "five"')),
         ("probe.safetensors", lambda content: b""),
     ],
@@ -161,6 +166,47 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(run_dir, tmp_path, file
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.networks["policy_average"].pop("layers.1.weight"), "policy_average.layers.1 is missing"),
+        (lambda c: c.networks["policy_average"].pop("time.layers.0.bias"), "time.layers.0 is missing"),
+        (lambda c: c.networks.pop("critic"), "critic.layers.0 is missing"),
+        (lambda c: c.networks["critic"].update({"layers.0.weight": torch.zeros(2, 16, 9)}), "5 inputs"),
+        (lambda c: c.networks["critic"]["layers.1.bias"].fill_(float("nan")), "NaN"),
+        (lambda c: c.probe_obs.fill_(float("inf")), "finite observations"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(run_dir, tmp_path, change, words):
+    checkpoint = load_checkpoint(run_dir)
+    change(checkpoint)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(save_checkpoint(tmp_path, checkpoint))
+
+
+def test_an_unreadable_evaluation_does_not_hide_the_other_checkpoints(run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir)
+    good = save_checkpoint(tmp_path, dataclasses.replace(checkpoint, state={**checkpoint.state, "step": 1}))
+    bad = save_checkpoint(tmp_path, dataclasses.replace(checkpoint, state={**checkpoint.state, "step": 2}))
+    (bad / "state.json").write_text('{"evaluation": {"x": 1}}')
+    assert find_checkpoint(tmp_path) == good
+
+
+def test_the_average_and_not_the_live_policy_is_what_acts(run_dir):
+    checkpoint = load_checkpoint(list_checkpoints(run_dir)[-1])
+    obs, noise = torch.randn(9, 4), torch.randn(9, 5, 4, 1)
+    schedule = make_schedule(checkpoint.sampler.schedule, 5)
+
+    def actions(network):
+        params = checkpoint.networks[network]
+        weights = PolicyWeights.prepare(params, checkpoint.networks["critic"], schedule, 0.5, checkpoint.spec)
+        return act_best_of_n(weights, obs, noise)[0].numpy()
+
+    got = checkpoint.policy().act(obs.numpy(), noise=noise.numpy()).action
+    assert np.array_equal(got, actions("policy_average"))
+    assert not np.array_equal(got, actions("policy"))
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(run_dir, tmp_path, monkeypatch):
