@@ -6,6 +6,7 @@ Content is written under a temporary name beside its destination, flushed to the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -14,7 +15,14 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write or replace a file atomically; its directory must exist."""
+    """Write or replace a file atomically; its directory must exist. A link is followed.
+
+    Raises:
+        FileExistsError: the path is something else than a file, such as a device, which renaming would destroy.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:

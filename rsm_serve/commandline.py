@@ -35,6 +35,9 @@ def run_command(command: click.Command | Callable[[], click.Command], argv: Sequ
     except click.ClickException as error:
         error.show()
         return EXIT_USER_ERROR
+    except MissingExtraError as error:
+        click.echo(str(error), err=True)  # says itself what needs the extra
+        return EXIT_USER_ERROR
     except RsmError as error:
         click.echo(f"{name}{error}", err=True)
         return EXIT_USER_ERROR

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.errors import ConfigError
+from rsm_serve.local import Backend
 from rsm_serve.registry import Selection
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
@@ -26,7 +26,7 @@ class ServerConfig:
     """host:port (port 0: any free one) or unix:/path."""
     policies: tuple[Selection, ...] = ()
     """What to load; empty: the newest version of every policy."""
-    backend: Literal["auto", "onnxruntime"] = field(
+    backend: Backend = field(
         default="auto", metadata={"help": "Inference runtime; auto takes the fastest installed."}
     )
     threads: int = field(default=1, metadata={"help": "CPU threads of one inference."})

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,8 +20,8 @@ from rsm_serve.sessions import Session
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnxruntime")
 Backend = Literal["auto", "onnxruntime"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 BOUND_TOLERANCE = 1e-5
 """How far, as a fraction of the action range, rounding may carry an action over its bounds; it is clipped

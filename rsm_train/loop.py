@@ -120,7 +120,13 @@ class Trainer:
 
     def save(self, returns: list[float] | None) -> None:
         """Write a checkpoint and delete those no longer kept."""
-        save_checkpoint(self.run_dir, self.checkpoint(returns))
+        try:
+            save_checkpoint(self.run_dir, self.checkpoint(returns))
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the checkpoint of step {self.step} to {str(self.run_dir)!r}: {error.strerror}; "
+                "earlier checkpoints are intact, make room and train again"
+            ) from None
         prune_checkpoints(self.run_dir, self.run.keep_checkpoints)
 
     def checkpoint(self, returns: list[float] | None) -> Checkpoint:
@@ -185,8 +191,8 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"{name} became {value} at step {self.step}; the last checkpoint is intact, lower the "
-                    "learning rates or raise the temperature"
+                    f"{name} became {value} at step {self.step}; checkpoints written so far are intact, lower "
+                    "the learning rates or raise the temperature"
                 )
         return values
 

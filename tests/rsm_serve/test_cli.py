@@ -105,7 +105,7 @@ def test_without_the_server_extra_one_sentence(monkeypatch, capsys, bundle_repo)
     monkeypatch.setitem(sys.modules, "grpc_health", None)
     monkeypatch.delitem(sys.modules, "grpc_health.v1", raising=False)
     assert cli.main(["--repo", str(bundle_repo)]) == 2
-    assert capsys.readouterr().err.startswith('rsm-serve: rsm-serve needs: pip install "rsm-toolkit[serve]"')
+    assert capsys.readouterr().err.startswith('rsm-serve needs: pip install "rsm-toolkit[serve]"')
 
 
 @pytest.mark.parametrize(

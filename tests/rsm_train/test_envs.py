@@ -4,6 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 
@@ -87,8 +88,10 @@ def test_stored_observations_are_not_overwritten_by_later_steps():
 def test_rounding_does_not_carry_actions_over_odd_bounds():
     gym.register("RsmOdd-v0", f"{__name__}:OddBounds")
     envs = TrainingEnvs("RsmOdd-v0", 1, seed=0)
-    for sign in (-1.0, 1.0):
-        envs.step(torch.full((1, 300), sign))  # the environment asserts that it contains the action
+    low, high = envs.action_bounds
+    for sign, bound in ((-1.0, low), (1.0, high)):
+        batch, _ = envs.step(torch.full((1, 300), sign))  # the environment asserts that it contains the action
+        assert batch.reward.item() == pytest.approx(bound[0], abs=1e-6)
     envs.close()
 
 

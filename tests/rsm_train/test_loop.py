@@ -221,6 +221,15 @@ def test_an_interrupted_write_leaves_no_checkpoint(run_dir, tmp_path, monkeypatc
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_a_full_disk_in_training_is_one_sentence(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rsm_train.loop.save_checkpoint", full)
+    with pytest.raises(TrainingError, match="No space left on device; earlier checkpoints are intact"):
+        tiny_run(tmp_path / "run")
+
+
 def test_random_warm_up_then_policy_actions(tmp_path):
     run, algorithm = resolve(TINY)
     trainer = Trainer(run, algorithm, tmp_path)
