@@ -30,6 +30,9 @@ class Batch:
 class Algorithm(Protocol):
     """What the training loop and the checkpoint know of an algorithm."""
 
+    updates: int
+    """Updates done."""
+
     @property
     def sampler(self) -> SamplerSettings:
         """How the policy samples."""
@@ -56,6 +59,19 @@ class Algorithm(Protocol):
         """Every network by name; "policy_average" and "critic" make the exported policy."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """Beside the networks, every tensor that learning continues from: moments, statistics, temperature."""
+        ...
+
+    def restore(self, networks: Mapping[str, Params], state: Mapping[str, Tensor], updates: int) -> None:
+        """Continue from what `networks()`, `state()` and `updates` were.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a tensor has another shape.
+        """
+        ...
+
 
 def td_target(batch: Batch, next_q_B: Tensor, *, gamma: float, reward_scale: float) -> Tensor:
     """y = reward_scale * r + gamma (1 - terminated) Q'(s', a'), [B]. A time limit bootstraps."""
@@ -71,6 +87,41 @@ def move_average(average: Mapping[str, Tensor], params: Mapping[str, Tensor], ta
 def copy_params(params: Mapping[str, Tensor]) -> Params:
     """A detached copy."""
     return {name: value.detach().clone() for name, value in params.items()}
+
+
+def adam_state(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The moments and step counts of an Adam optimiser, "<moment>.<parameter>"; empty before its first step."""
+    return {
+        f"{moment}.{name}": value
+        for name, param in params.items()
+        for moment, value in optimizer.state[param].items()
+    }
+
+
+def load_adam_state(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """The reverse of `adam_state`."""
+    for name, param in params.items():
+        if f"step.{name}" in state:
+            optimizer.state[param] = {
+                moment: state[f"{moment}.{name}"].to(param.device, copy=True)
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+def load_params(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters, in place.
+
+    Raises:
+        KeyError: a value is missing.
+        ValueError: a value has another shape.
+    """
+    with torch.no_grad():
+        for name, param in params.items():
+            if values[name].shape != param.shape:
+                raise ValueError(f"{name}: wanted shape {list(param.shape)}, got {list(values[name].shape)}")
+            param.copy_(values[name])
 
 
 def explore(action_BA: Tensor, exploration_BA: Tensor, std: Tensor | float) -> Tensor:

@@ -14,6 +14,7 @@ Here w is a softmax over K actions of the same state, which divides by an estima
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,15 +24,25 @@ from torch import Tensor
 from rsm_train.algorithms.common import (
     Batch,
     Metrics,
+    adam_state,
     copy_params,
     explore,
+    load_adam_state,
+    load_params,
     move_average,
     td_target,
     weight_health,
 )
 from rsm_train.critic import best_of_n, init_critics, min_q, q_values
 from rsm_train.diffusion import SamplerSettings, ScheduleName, forward_noise, make_schedule
-from rsm_train.networks import Params, init_denoiser, predict_noise, sample_actions, split_denoiser
+from rsm_train.networks import (
+    Params,
+    init_denoiser,
+    predict_noise,
+    sample_actions,
+    split_denoiser,
+    subset,
+)
 from rsm_train.temperature import Temperature, TemperatureSchedule
 
 _STD_FLOOR = 1e-6
@@ -158,6 +169,28 @@ class DPMD:
             "critic": self.critic,
             "critic_target": self.critic_target,
         }
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Algorithm.state`."""
+        return {
+            f"{name}.{key}": value
+            for name, optimizer, params in self._optimizers()
+            for key, value in adam_state(optimizer, params).items()
+        }
+
+    def restore(self, networks: Mapping[str, Params], state: Mapping[str, Tensor], updates: int) -> None:
+        """See `Algorithm.restore`."""
+        for name, params in self.networks().items():
+            load_params(params, networks[name])
+        for name, optimizer, params in self._optimizers():
+            load_adam_state(optimizer, params, subset(state, f"{name}."))
+        self.updates = updates
+
+    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer, Params]]:
+        return [
+            ("policy_optimizer", self.policy_optimizer, self.policy),
+            ("critic_optimizer", self.critic_optimizer, self.critic),
+        ]
 
     @torch.no_grad()
     def act(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:

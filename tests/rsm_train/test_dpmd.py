@@ -227,3 +227,30 @@ def test_learns_a_quadratic_problem_to_its_closed_form_optimum():
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         DPMDConfig(**{name: value})
+
+
+def test_restored_algorithm_continues_bit_for_bit():
+    noise_generator = torch.Generator().manual_seed(5)
+    first = make()
+    noises = [first.draw_noise(16, noise_generator) for _ in range(6)]
+    for noise in noises[:3]:
+        first.update(random_batch(), noise)
+    saved_networks = {name: copy_params(params) for name, params in first.networks().items()}
+    saved_state = {name: value.clone() for name, value in first.state().items()}
+    second = make(seed=9)
+    second.restore(saved_networks, saved_state, first.updates)
+    for noise in noises[3:]:
+        first.update(random_batch(), noise)
+        second.update(random_batch(), noise)
+    assert second.updates == 6
+    for (name, ours), theirs in zip(first.networks().items(), second.networks().values(), strict=True):
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), (name, key)
+
+
+def test_restore_refuses_another_shape():
+    first = make()
+    networks = {name: dict(params) for name, params in first.networks().items()}
+    networks["critic"]["layers.0.bias"] = torch.zeros(2, 33)
+    with pytest.raises(ValueError, match="wanted shape"):
+        make().restore(networks, {}, 0)
