@@ -1,11 +1,27 @@
-"""The replay buffer: a ring of transitions in preallocated tensors."""
+"""The replay buffer: a ring of transitions in preallocated tensors, and its files.
+
+Transitions are numbered in the order they are added. On disk they are immutable segments
+`<first>-<end>.safetensors`, each written once, right before the first checkpoint that needs it.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from rsm_serve import atomic
+from rsm_serve.errors import CheckpointError
 from rsm_train.algorithms.common import Batch
+
+SEGMENT_ROWS = 50_000
+"""Most transitions in one file: a file is built in memory."""
+_NAME = re.compile(r"(\d{12})-(\d{12})\.safetensors")
 
 
 class ReplayBuffer:
@@ -30,13 +46,27 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest transition that is still there."""
+        return max(0, self.added - self.capacity)
+
     def add(self, rows: Batch) -> None:
         """Append transitions, overwriting the oldest when full."""
-        count = len(rows.reward)
-        index = torch.arange(self.added, self.added + count, device=self._data.reward.device) % self.capacity
+        index = self._places(self.added, self.added + len(rows.reward))
         for name, stored in vars(self._data).items():
             stored[index] = getattr(rows, name).to(stored.device, stored.dtype)
-        self.added += count
+        self.added += len(rows.reward)
+
+    def rows(self, first: int, end: int) -> Batch:
+        """Copies of the transitions numbered from `first` to before `end`."""
+        assert self.oldest <= first <= end <= self.added
+        index = self._places(first, end)
+        return Batch(**{name: stored[index] for name, stored in vars(self._data).items()})
+
+    def shapes(self, count: int) -> dict[str, torch.Size]:
+        """Shapes of the tensors of so many transitions."""
+        return {name: torch.Size((count, *stored.shape[1:])) for name, stored in vars(self._data).items()}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Transitions drawn uniformly with replacement."""
@@ -47,3 +77,81 @@ class ReplayBuffer:
         """Observations [count, O] drawn uniformly with replacement."""
         index = torch.randint(len(self), (count,), generator=generator, device=generator.device)
         return self._data.obs[index]
+
+    def _places(self, first: int, end: int) -> Tensor:
+        return torch.arange(first, end, device=self._data.reward.device) % self.capacity
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """A file with the transitions numbered from `first` to before `end`."""
+
+    first: int
+    end: int
+    path: Path
+
+
+def list_segments(directory: Path) -> list[Segment]:
+    """The segments in a directory, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    return sorted(Segment(int(name[1]), int(name[2]), path) for name, path in found if name)
+
+
+def write_segments(directory: Path, replay: ReplayBuffer) -> None:
+    """Write the transitions that no file has yet.
+
+    Raises:
+        OSError: they cannot be written; what was there is untouched.
+    """
+    directory.mkdir(exist_ok=True)
+    written = list_segments(directory)
+    start = max(written[-1].end if written else 0, replay.oldest)
+    for first in range(start, replay.added, SEGMENT_ROWS):
+        end = min(first + SEGMENT_ROWS, replay.added)
+        tensors = {name: value.cpu() for name, value in vars(replay.rows(first, end)).items()}
+        atomic.write_file(directory / f"{first:012d}-{end:012d}.safetensors", save(tensors))
+
+
+def load_segments(directory: Path, replay: ReplayBuffer, added: int) -> None:
+    """Fill an empty buffer as it was after `added` transitions, each in its old place.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another environment.
+    """
+    assert replay.added == 0
+    replay.added = max(0, added - replay.capacity)
+    for segment in list_segments(directory):
+        if segment.first > replay.added or segment.end > added:
+            break
+        if segment.end > replay.added:
+            replay.add(_read(segment, replay))
+    if replay.added != added:
+        raise CheckpointError(
+            f"wanted transitions up to {added} in {directory}, got only those before {replay.added}; without "
+            "them the run cannot be resumed"
+        )
+
+
+def remove_segments(directory: Path, *, before: int = 0, beyond: int | None = None) -> None:
+    """Delete the files that hold nothing from transition `before` on, and those that reach past `beyond`."""
+    for segment in list_segments(directory):
+        if segment.end <= before or (beyond is not None and segment.end > beyond):
+            segment.path.unlink()
+
+
+def _read(segment: Segment, replay: ReplayBuffer) -> Batch:
+    """The transitions of a segment that the buffer lacks."""
+    skip = replay.added - segment.first
+    try:
+        with safe_open(segment.path, "pt") as file:  # maps the file into memory
+            rows = Batch(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        for name, shape in replay.shapes(segment.end - segment.first).items():
+            if getattr(rows, name).shape != shape:
+                raise ValueError(f"{name}: wanted {list(shape)}, got {list(getattr(rows, name).shape)}")
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"replay file {segment.path} is damaged: {error}; without it the run cannot be resumed"
+        ) from None
+    return Batch(**{name: value[skip:] for name, value in vars(rows).items()})
