@@ -14,6 +14,7 @@ from rsm_serve.errors import ConfigError
 from rsm_train.algorithms.common import Algorithm
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
 
+VectorName = Literal["sync", "async", "envpool"]
 AlgorithmName = Literal["dpmd"]
 AlgorithmConfig = DPMDConfig
 
@@ -35,11 +36,18 @@ class RunConfig:
     total_steps: int = field(default=1_000_000, metadata={"help": "Environment steps, of all environments."})
     warmup_steps: int = field(default=30_000, metadata={"help": "Steps with random actions at the start."})
     num_envs: int = field(default=5, metadata={"help": "Environments stepped together."})
+    vector: VectorName = field(
+        default="sync",
+        metadata={"help": "How environments are stepped: sync, async (processes), or envpool (C++ threads)."},
+    )
     updates_per_step: float = field(default=0.2, metadata={"help": "Updates per environment step."})
     batch_size: int = field(default=256, metadata={"help": "Transitions per update."})
     replay_size: int = field(default=1_000_000, metadata={"help": "Transitions kept for replay."})
-    eval_every: int = field(default=25_000, metadata={"help": "Steps between evaluations and checkpoints."})
+    eval_every: int = field(default=25_000, metadata={"help": "Steps between evaluations."})
     eval_episodes: int = field(default=20, metadata={"help": "Episodes per evaluation."})
+    checkpoint_every: int = field(
+        default=5_000, metadata={"help": "Steps between checkpoints; every evaluation makes one as well."}
+    )
     keep_checkpoints: int = field(
         default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
@@ -55,7 +63,7 @@ class RunConfig:
         )
         for name in ("total_steps", "num_envs", "batch_size", "replay_size", "eval_every", "eval_episodes"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
-        for name in ("keep_checkpoints", "log_every"):
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
         _require(self.threads is None or self.threads >= 1, f"wanted threads >= 1, got {self.threads}")
         _require(
@@ -87,6 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "replay_size": 100_000,
         "eval_every": 1_000,
         "eval_episodes": 5,
+        "checkpoint_every": 1_000,
         "log_every": 250,
         # More threads gain nothing at this size, and lose much where another process shares the cores.
         "threads": 1,
