@@ -4,6 +4,9 @@
         config.json         resolved configuration of the run
         metrics.jsonl       one JSON object per line
         tensorboard/
+        lock                held by the process that writes here
+        replay/
+            000000000000-000000005000.safetensors   transitions 0 to 4,999; see rsm_train.replay
         checkpoints/
             step_000010000/
                 networks.safetensors   "<network>.<parameter>", float32; see below
@@ -11,8 +14,13 @@
                 config.json            resolved configuration, sampler
                 state.json             counters, evaluation
                 probe.safetensors      "obs" [P, O] float32: observations the policy met
+                training.safetensors   what only --resume needs; see rsm_train.loop.Trainer.training_state
 
-A checkpoint directory is complete or absent. Networks: "policy_average" (the policy that is evaluated and
+A checkpoint directory is complete or absent, and so is a replay file. The newest checkpoints (RunConfig.
+keep_checkpoints) can be resumed: their transitions are in replay/. The best one, when older, is a policy only.
+Order of a save: replay files, checkpoint; then the old checkpoints go, then the replay files that none needs.
+
+Networks: "policy_average" (the policy that is evaluated and
 exported), "policy", "critic", "critic_target". Parameters of a policy: `time.layers.{0,1}.{weight,bias}`
 [32, 16] and [16, 32], and `layers.i.{weight,bias}` [out, in] and [out], the input of layer 0 being
 [observation, noisy action, time embedding]. Parameters of the critics have a leading axis for the members
@@ -50,6 +58,7 @@ _NETWORKS_FILE = "networks.safetensors"
 _SPEC_FILE = "policy.json"
 _STATE_FILE = "state.json"
 _PROBE_FILE = "probe.safetensors"
+_TRAINING_FILE = "training.safetensors"
 _NAME = re.compile(r"step_(\d{9})")
 _AGAIN = "train again, or choose another checkpoint"
 
@@ -63,10 +72,12 @@ class Checkpoint:
     sampler: SamplerSettings
     networks: dict[str, Params]
     state: Mapping[str, Any]
-    """"step", "updates", and "evaluation" (None if it was not evaluated)."""
+    """"step", "updates", "evaluation" (None if it was not evaluated) and, if it can be resumed, "training"."""
     probe_obs: Tensor
     """[P, O] observations that the policy met in training."""
     config: Mapping[str, Any]
+    training: Mapping[str, Tensor] | None = None
+    """What resuming the run needs beside the networks; None in what `load_checkpoint` returns."""
 
     def policy(self) -> TorchPolicy:
         """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
@@ -95,6 +106,9 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
     }
     with atomic.new_directory(path) as directory:
         save_file(tensors, directory / _NETWORKS_FILE)
+        if checkpoint.training is not None:
+            training = {name: value.detach().cpu().clone() for name, value in checkpoint.training.items()}
+            save_file(training, directory / _TRAINING_FILE)
         save_file({"obs": checkpoint.probe_obs.cpu().contiguous()}, directory / _PROBE_FILE)
         (directory / _SPEC_FILE).write_text(checkpoint.spec.to_json())
         _write_json(directory / CONFIG_FILE, config)
@@ -133,8 +147,10 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
     checkpoints = list_checkpoints(run_dir)
     if checkpoints:
         kept = {*checkpoints[-keep:], find_checkpoint(run_dir)}
-        for path in set(checkpoints) - kept:
-            shutil.rmtree(path)
+        for path in sorted(set(checkpoints) - kept):
+            # Out of sight first: half a checkpoint must not look like one.
+            hidden = path.rename(path.with_name(f".{path.name}.pruned"))
+            shutil.rmtree(hidden)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -160,10 +176,46 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     networks = {
         name: subset(tensors, f"{name}.") for name in dict.fromkeys(key.split(".")[0] for key in tensors)
     }
-    state = _read_json(directory / _STATE_FILE)
+    state = read_state(directory)
     checkpoint = Checkpoint(directory, spec, sampler, networks, state, probe_obs, config)
     _check_content(checkpoint)
     return checkpoint
+
+
+def load_training(path: Path) -> Checkpoint:
+    """Read a checkpoint together with what resuming needs.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; or it holds a policy only.
+    """
+    checkpoint = load_checkpoint(path)
+    if not (path / _TRAINING_FILE).is_file() or "training" not in checkpoint.state:
+        raise CheckpointError(
+            f"checkpoint {path} holds a policy but not the state of its training, so the run cannot be "
+            "resumed; export or evaluate it, or train again into another directory"
+        )
+    try:
+        training = load_file(path / _TRAINING_FILE)
+    except (OSError, SafetensorError) as error:
+        raise damaged_training(path, error) from None
+    return dataclasses.replace(checkpoint, training=training)
+
+
+def damaged_training(path: Path, error: Exception) -> CheckpointError:
+    """What to say of a checkpoint whose training state cannot be used."""
+    return CheckpointError(
+        f"checkpoint {path}: {_TRAINING_FILE} is damaged or of another version ({error}); delete this "
+        "checkpoint to resume from the one before it"
+    )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The counters and the evaluation of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    return _read_json(path / _STATE_FILE)
 
 
 def load_torch_policy(path: str | Path) -> TorchPolicy:
@@ -223,7 +275,7 @@ def _check_mlp(where: str, params: Mapping[str, Tensor], inputs: int, outputs: i
 def _score(checkpoint: Path) -> float:
     """The mean return of a checkpoint's evaluation; the lowest if it has none that can be read."""
     try:
-        return float(_read_json(checkpoint / _STATE_FILE)["evaluation"]["mean"])
+        return float(read_state(checkpoint)["evaluation"]["mean"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return float("-inf")
 

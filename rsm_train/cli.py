@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,20 +13,29 @@ from rsm_serve.commandline import dataclass_options, require_extra, run_command
 def _command() -> click.Command:
     require_extra("rsm-train", "train", ["torch", "gymnasium", "mujoco", "safetensors", "rich", "tensorboard"])
     from rsm_train.config import ALGORITHM_CONFIGS, RunConfig, resolve
+    from rsm_train.run_directory import default_run_dir, resume_settings
+    from rsm_train.stopping import RunStopped
 
     @click.command("rsm-train", context_settings={"max_content_width": 110})
     @click.version_option(package_name="rsm-toolkit")
     @dataclass_options(RunConfig, *ALGORITHM_CONFIGS.values(), defaults=False)
-    def command(**given: Any) -> None:
+    @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
+    def command(resume: bool, **given: Any) -> None:
         """Learn a diffusion policy with Reweighted Score Matching.
 
         A preset sets defaults; every option given on the command line wins over it.
         """
-        run, algorithm = resolve(given)
-        run_dir = Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
+        if resume:
+            run, algorithm, run_dir = resume_settings(given)
+        else:
+            run, algorithm = resolve(given)
+            run_dir = default_run_dir(run)
         from rsm_train.loop import train
 
-        click.echo(f"run directory: {train(run, algorithm, run_dir)}")
+        try:
+            click.echo(f"run directory: {train(run, algorithm, run_dir, resume=resume)}")
+        except RunStopped as stopped:
+            click.echo(str(stopped), err=True)
 
     return command
 

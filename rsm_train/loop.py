@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
+import sys
 import time
 from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rsm_eval.envs import EnvPool, control_dt_s, env_boxes
@@ -22,23 +27,52 @@ from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import provenance
 from rsm_serve.seeds import expand_seed
 from rsm_train.algorithms.common import Algorithm, Metrics
-from rsm_train.checkpoint import CONFIG_FILE, Checkpoint, prune_checkpoints, save_checkpoint
+from rsm_train.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    damaged_training,
+    list_checkpoints,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
 from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
 from rsm_train.envs import TrainingEnvs
 from rsm_train.metrics import RunLog
-from rsm_train.replay import ReplayBuffer
+from rsm_train.networks import subset
+from rsm_train.replay import ReplayBuffer, load_segments, remove_segments, write_segments
+from rsm_train.run_directory import (
+    REPLAY_DIR,
+    lock,
+    make,
+    newest_checkpoint,
+    remove_leftovers,
+    require_new,
+    resume_command,
+    sync_metrics,
+    trim_metrics,
+)
+from rsm_train.stopping import RunStopped, StopRequest
 
 PROBE_ROWS = 256
 RECENT_EPISODES = 20
 _EVALUATION_SEED = 2**32
 """Evaluation episodes of a run with seed s use the seeds of 2**32 + s, which no environment of the run has."""
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+
 
 class Trainer:
     """One run: its environments, its replay buffer, its algorithm and its books."""
 
-    def __init__(self, run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> None:
-        """Create everything; nothing is written yet.
+    def __init__(
+        self,
+        run: RunConfig,
+        algorithm_config: AlgorithmConfig,
+        run_dir: Path,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Create everything, the environments as they were at the checkpoint; nothing is written yet.
 
         Raises:
             UnsupportedEnvError: the environment is unknown or not Box-to-Box.
@@ -48,7 +82,14 @@ class Trainer:
         self.algorithm_config = algorithm_config
         self.run_dir = run_dir
         self.device = pick_device(run.device)
-        self.envs = TrainingEnvs(run.env, run.num_envs, run.seed)
+        training = None if checkpoint is None else checkpoint.training
+        self.envs = TrainingEnvs(
+            run.env,
+            run.num_envs,
+            run.seed,
+            vector=run.vector,
+            state=None if training is None else subset(training, "envs."),
+        )
         # Separate streams: what is drawn for acting does not depend on how often the networks are updated,
         # and no stream of one run is a stream of the run with the next seed.
         initial, acting, learning = (int(seed) for seed in expand_seed(run.seed, 4)[1:])
@@ -66,26 +107,42 @@ class Trainer:
         )
         self.step = 0
         self.updates = 0
+        self._saved_step = 0
         self._recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self._means = _RunningMeans()
+        self._means = _RunningMeans(self.device)
         self._pool = EnvPool(run.env)
 
-    def train(self, log: RunLog) -> None:
-        """Run to the last step, leaving metrics and checkpoints in the run directory."""
-        run = self.run
-        next_log, next_eval = run.log_every, run.eval_every
-        while self.step < run.total_steps:
+    def train(self, log: RunLog, stop: StopRequest) -> None:
+        """Run to the last step, leaving metrics and checkpoints in the run directory.
+
+        Raises:
+            RunStopped: a signal asked for it; everything is saved.
+            TrainingError: the run cannot go on; the last checkpoint is intact.
+        """
+        while self.step < self.run.total_steps and stop.signal_name is None:
             self.collect()
             self.learn()
-            if self.step >= next_log or self.step >= run.total_steps:
-                next_log += run.log_every
+            if self._due(self.run.log_every):
                 log.train(self.step, self._summary())
-            if self.step >= next_eval or self.step >= run.total_steps:
-                next_eval += run.eval_every
+            if self._due(self.run.eval_every):
+                self._require_finite()
                 returns = self.evaluate()
                 log.evaluation(self.step, returns)
-                self.save(returns)
+                self.save(returns, log.wall_s)
+            elif self._due(self.run.checkpoint_every):
+                self.save(None, log.wall_s)
             log.advance(self.step)
+        if self.step < self.run.total_steps:
+            self.save(None, log.wall_s)
+            raise RunStopped(
+                f"{stop.signal_name}: stopped and saved at step {self.step:,}; go on with: "
+                f"{resume_command(self.run_dir)}"
+            )
+
+    def _due(self, every: int) -> bool:
+        """Whether the present step is the first at or after a multiple of `every`, or the last of all."""
+        last = self.step >= self.run.total_steps
+        return last or self.step // every > (self.step - self.envs.count) // every
 
     def collect(self) -> None:
         """One step of every environment: random ones in the warm-up, then exploring ones."""
@@ -118,19 +175,105 @@ class Trainer:
         seeds = episode_seeds(_EVALUATION_SEED + self.run.seed, self.run.eval_episodes)
         return [float(value) for value in rollout(policy, self._pool, seeds).returns]
 
-    def save(self, returns: list[float] | None) -> None:
-        """Write a checkpoint and delete those no longer kept."""
+    def save(self, returns: list[float] | None, wall_s: float) -> None:
+        """Write a checkpoint that the run can be resumed from, and delete what is no longer needed.
+
+        Raises:
+            TrainingError: it cannot be written, or would hold NaN or Inf.
+        """
+        if self.step == self._saved_step:
+            return
+        self._require_finite()
+        checkpoint = self.checkpoint(returns)
+        state = {"added": self.replay.added, "wall_s": wall_s, "log_counts": self._means.counts}
+        with _disk_errors(self.run_dir, f"the checkpoint of step {self.step}"):
+            sync_metrics(self.run_dir)
+            write_segments(self.run_dir / REPLAY_DIR, self.replay)
+            save_checkpoint(
+                self.run_dir,
+                dataclasses.replace(
+                    checkpoint,
+                    state={**checkpoint.state, "training": state},
+                    training=self.training_state(),
+                ),
+            )
+        self._saved_step = self.step
+        self._prune()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What learning continues from beside the networks and the replay buffer.
+
+        "algorithm.*" is `Algorithm.state`, "envs.*" `TrainingEnvs.state`, "means.*" the sums of the metrics
+        since the last log line, "generator.*" the states of the random generators, "recent_returns" the last
+        episode returns.
+        """
+        return {
+            **_prefixed("algorithm", self.algorithm.state()),
+            **_prefixed("envs", self.envs.state()),
+            **_prefixed("means", self._means.sums),
+            "generator.acting": self._acting_generator.get_state(),
+            "generator.learning": self._learning_generator.get_state(),
+            "recent_returns": torch.tensor(list(self._recent_returns), dtype=torch.float64),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """The reverse of `save`, but for the environments, which began where they were.
+
+        Raises:
+            CheckpointError: the checkpoint's training state or its transitions are missing or damaged.
+        """
+        training, counters = checkpoint.training, checkpoint.state["training"]
+        assert training is not None
         try:
-            save_checkpoint(self.run_dir, self.checkpoint(returns))
-        except OSError as error:
-            raise TrainingError(
-                f"cannot write the checkpoint of step {self.step} to {str(self.run_dir)!r}: {error.strerror}; "
-                "earlier checkpoints are intact, make room and train again"
-            ) from None
-        prune_checkpoints(self.run_dir, self.run.keep_checkpoints)
+            self.step = self._saved_step = int(checkpoint.state["step"])
+            self.updates = int(checkpoint.state["updates"])
+            self.algorithm.restore(checkpoint.networks, subset(training, "algorithm."), self.updates)
+            self._means.restore(subset(training, "means."), counters["log_counts"], self.step, self.updates)
+            self._acting_generator.set_state(training["generator.acting"])
+            self._restore_learning_generator(training["generator.learning"])
+            self._recent_returns.extend(training["recent_returns"].tolist())
+            added = int(counters["added"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise damaged_training(checkpoint.path, error) from None
+        load_segments(self.run_dir / REPLAY_DIR, self.replay, added)
+
+    def _restore_learning_generator(self, state: Tensor) -> None:
+        if state.shape == self._learning_generator.get_state().shape:
+            self._learning_generator.set_state(state)
+        else:
+            # A CPU's state means nothing on a GPU: another stream, of this step.
+            stream = np.random.SeedSequence(self.run.seed, spawn_key=(self.step,)).generate_state(1, np.uint64)
+            self._learning_generator.manual_seed(int(stream[0]))
+
+    def _require_finite(self) -> None:
+        """Keep NaN and Inf out of evaluations and checkpoints.
+
+        Raises:
+            TrainingError: a network, an optimiser or the sum of a metric holds one.
+        """
+        learnt = [_prefixed(name, params) for name, params in self.algorithm.networks().items()]
+        for tensors in (*learnt, self.algorithm.state(), self._means.sums):
+            for name, value in tensors.items():
+                if value.is_floating_point() and not torch.isfinite(value).all():
+                    raise self._diverged(f"{name} holds NaN or Inf")
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self.step}; checkpoints written so far are intact, lower the learning rates or "
+            "raise the temperature"
+        )
+
+    def _prune(self) -> None:
+        """First the checkpoints that are no longer kept, then the transitions that no kept one needs."""
+        keep = self.run.keep_checkpoints
+        prune_checkpoints(self.run_dir, keep)
+        oldest = read_state(list_checkpoints(self.run_dir)[-keep:][0])
+        if "training" in oldest:
+            needed = oldest["training"]["added"] - self.replay.capacity
+            remove_segments(self.run_dir / REPLAY_DIR, before=needed)
 
     def checkpoint(self, returns: list[float] | None) -> Checkpoint:
-        """The present state as a checkpoint, with the evaluation's returns if there was one."""
+        """The present policy as a checkpoint, with the evaluation's returns if there was one."""
         evaluation = None
         if returns is not None:
             evaluation = {
@@ -190,50 +333,98 @@ class Trainer:
         values["updates"] = self.updates
         for name, value in values.items():
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"{name} became {value} at step {self.step}; checkpoints written so far are intact, lower "
-                    "the learning rates or raise the temperature"
-                )
+                raise self._diverged(f"{name} became {value}")
         return values
 
 
-def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> Path:
+def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, resume: bool = False) -> Path:
     """Train and return the run directory.
 
+    SIGINT and SIGTERM, in the main thread, end the run after its present step and a checkpoint.
+
+    Args:
+        run: settings of the loop.
+        algorithm_config: settings of the algorithm.
+        run_dir: where everything is written.
+        resume: go on from the newest checkpoint in the directory, or from the start where there is none;
+            the settings are those of `rsm_train.run_directory.resume_settings`.
+
     Raises:
-        ConfigError: the run directory holds another run already, or the device is not available.
+        ConfigError: the run directory holds another run already or another process writes there, or the
+            device is not available.
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
+        CheckpointError: the newest checkpoint cannot be resumed from.
+        TrainingError: the run cannot go on; its last checkpoint is intact.
+        RunStopped: a signal ended it; its message has the command to resume.
     """
-    _check_run_directory(run_dir)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    trainer = Trainer(run, algorithm_config, run_dir)
-    try:
-        _make_run_directory(run_dir)
-        content = json.dumps(trainer.config(), indent=2) + "\n"
-        atomic.write_file(run_dir / CONFIG_FILE, content.encode())
-        with RunLog(run_dir, run.total_steps) as log:
-            trainer.train(log)
-    finally:
-        trainer.close()
+    with StopRequest() as stop, contextlib.ExitStack() as stack:
+        checkpoint = None
+        continuing = resume and (run_dir / CONFIG_FILE).is_file()
+        if continuing:
+            stack.enter_context(lock(run_dir))
+            checkpoint = newest_checkpoint(run_dir)
+            if checkpoint is not None and checkpoint.state["step"] >= run.total_steps:
+                _say(f"the run is finished at step {checkpoint.state['step']:,}; raise --total-steps to go on")
+                return run_dir
+        else:
+            require_new(run_dir)
+        trainer = Trainer(run, algorithm_config, run_dir, checkpoint)
+        stack.callback(trainer.close)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if not continuing:
+            make(run_dir)
+            stack.enter_context(lock(run_dir))
+            require_new(run_dir)
+        wall_s = 0.0 if checkpoint is None else float(checkpoint.state["training"]["wall_s"])
+        with _disk_errors(run_dir, "the run", _DISK):
+            _prepare(trainer)
+            with RunLog(run_dir, run.total_steps, first_step=trainer.step, wall_s=wall_s) as log:
+                trainer.train(log, stop)
     return run_dir
 
 
-def _check_run_directory(run_dir: Path) -> None:
-    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
-        found = "is not empty" if run_dir.is_dir() else "is a file"
-        raise ConfigError(
-            f"wanted a new run directory, got {str(run_dir)!r}, which {found}; choose another with --out"
+def _prepare(trainer: Trainer) -> None:
+    """Leave in the run directory what belongs to the present step, and nothing else."""
+    run_dir = trainer.run_dir
+    remove_leftovers(run_dir)
+    remove_segments(run_dir / REPLAY_DIR, beyond=trainer.replay.added)
+    trim_metrics(run_dir, trainer.step)
+    content = json.dumps(trainer.config(), indent=2) + "\n"
+    atomic.write_file(run_dir / CONFIG_FILE, content.encode())
+    if trainer.step:
+        _say(f"resuming at step {trainer.step:,}")
+    if trainer.envs.restarted:
+        names = ", ".join(map(str, trainer.envs.restarted))
+        _say(
+            f"warning: the open episodes of environments {names} could not be restored and begin anew, so the "
+            "run is not bit for bit the one without an interruption"
         )
 
 
-def _make_run_directory(run_dir: Path) -> None:
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _disk_errors(run_dir: Path, what: str, numbers: Collection[int] = ()) -> Iterator[None]:
+    """Make one sentence of an error in writing; of only those numbers where others may have other causes."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot create the run directory {str(run_dir)!r}: {error.strerror}; choose another with --out"
+        yield
+    except (OSError, SafetensorError) as error:
+        if numbers and getattr(error, "errno", None) not in numbers:
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(
+            f"cannot write {what} to {str(run_dir)!r}: {reason}; earlier checkpoints are intact, make room and "
+            f"go on with: {resume_command(run_dir)}"
         ) from None
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
 def pick_device(name: str) -> torch.device:
@@ -259,22 +450,28 @@ def pick_device(name: str) -> torch.device:
 class _RunningMeans:
     """Means of metrics since the last log line, summed on the device."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self._last = (time.monotonic(), 0, 0)
 
     def add(self, metrics: Metrics) -> None:
         for name, value in metrics.items():
-            total = self._sums.get(name)
-            self._sums[name] = value.clone() if total is None else total.add_(value)
-            self._counts[name] = self._counts.get(name, 0) + 1
+            total = self.sums.get(name)
+            self.sums[name] = value.clone() if total is None else total.add_(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums.clear()
+        self.counts.clear()
         return means
+
+    def restore(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], step: int, updates: int) -> None:
+        self.counts = {name: int(count) for name, count in counts.items()}
+        self.sums = {name: sums[name].to(self._device) for name in self.counts}  # in the order of a log line
+        self._last = (time.monotonic(), step, updates)
 
     def rates(self, step: int, updates: int) -> dict[str, float]:
         now = time.monotonic()

@@ -26,11 +26,20 @@ class RunLog:
     "eval_returns" (one per episode), "eval_mean" and "eval_std".
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, *, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        *,
+        console: Console | None = None,
+        first_step: int = 0,
+        wall_s: float = 0.0,
+    ) -> None:
+        """Append to the run's files; a resumed run says at which step and after how many seconds it goes on."""
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._console = console or Console(file=sys.stderr)
-        self._started = time.monotonic()
+        self._started = time.monotonic() - wall_s
         self._progress = Progress(
             TextColumn("{task.completed:>9,}/{task.total:,}"),
             BarColumn(bar_width=24),
@@ -42,7 +51,9 @@ class RunLog:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=total_steps, episode_return="-", rate="")
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=first_step, episode_return="-", rate=""
+        )
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -57,7 +68,7 @@ class RunLog:
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the run began."""
+        """Seconds since the run began, without those between an end and a resume."""
         return time.monotonic() - self._started
 
     def advance(self, step: int) -> None:
