@@ -1,6 +1,10 @@
 """Termination, truncation, auto-reset, seeds and restoring, on environments that can be known."""
 
 import importlib.util
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from rsm_train.episodes import episode_seed
 from tests.rsm_train.training_envs import MODULE, CountingEnv, FailingEnv
 
 ENV_ID = f"{MODULE}:RsmCounting-v0"
+PYTHON_ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture
@@ -190,6 +195,29 @@ def test_a_worker_that_dies_is_one_sentence(monkeypatch):
         step(40)
     envs.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_signals_for_the_trainer_do_not_end_its_workers():
+    envs = TrainingEnvs(f"{MODULE}:RsmLong-v0", 2, 5, vector="async")
+    for worker in getattr(envs._envs, "processes"):  # noqa: B009
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    envs.step(torch.zeros(2, 2))
+    envs.close()
+
+
+def test_workers_end_with_a_process_that_did_not_close_them():
+    code = (
+        "from rsm_train.envs import TrainingEnvs\n"
+        f"envs = TrainingEnvs('{MODULE}:RsmLong-v0', 2, 5, vector='async')\n"
+        "print(*(worker.pid for worker in envs._envs.processes))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=PYTHON_ENV, capture_output=True, text=True, timeout=60, check=True
+    )
+    for pid in map(int, done.stdout.split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_workers_end_with_environments_that_nobody_closed():

@@ -28,7 +28,7 @@ from rsm_train.cli import main
 from rsm_train.config import resolve
 from rsm_train.loop import Trainer, train
 from rsm_train.replay import ReplayBuffer, list_segments, load_segments
-from rsm_train.run_directory import lock, resume_command, resume_settings
+from rsm_train.run_directory import lock, resume_command, resume_settings, trim_metrics
 from rsm_train.stopping import RunStopped
 from tests.rsm_train.launcher import ROOT, Launcher
 from tests.rsm_train.runs import TINY, tiny_run
@@ -151,8 +151,9 @@ def test_wall_time_goes_on_and_the_past_of_tensorboard_is_purged(uninterrupted, 
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
     tiny_run(run, **SETTINGS)
-    # As after a crash: lines of a future that the newest checkpoint does not know, and half a line.
+    # As after a crash: lines and transitions of a future that the newest checkpoint does not know.
     shutil.rmtree(list_checkpoints(run)[-1])
+    list_segments(run / "replay")[-1].path.write_bytes(b"stale")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 500, "kind": "train"}\n{"step": 4, "ki')
     assert list_checkpoints(run)[-1].name == "step_000000210"
@@ -164,6 +165,13 @@ def test_wall_time_goes_on_and_the_past_of_tensorboard_is_purged(uninterrupted, 
     steps = [event.step for event in board.Scalars("train/critic_loss")]
     assert steps == sorted(set(steps))
     assert steps[-1] == 240
+
+
+@pytest.mark.parametrize("tail", ['{"step": 2, "kind": "train"}', '{"step": 2', "", "null\n", '{"step": 3}\n'])
+def test_lines_of_the_future_and_half_lines_are_dropped(tmp_path, tail):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    trim_metrics(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_finished_run_says_so_and_goes_on_when_it_may(uninterrupted, tmp_path, capsys):
@@ -230,8 +238,8 @@ def test_killed_at_twenty_random_moments(tmp_path, launcher):
         assert launcher.wait() == -signal.SIGKILL, error.read_text()
         steps.append(newest(run))
         assert logged(run) - steps[-1] <= settings["checkpoint_every"] + settings["num_envs"]
-        if list_checkpoints(run):
-            load_torch_policy(run)  # whatever is there can be used as it is
+        for path in list_checkpoints(run):
+            load_torch_policy(path)  # whatever is there can be used as it is
     assert steps == sorted(steps), "a run never loses a checkpoint"
     assert len(set(steps)) > 5
     end = ["--total-steps", str(steps[-1] + 100)]
@@ -256,9 +264,9 @@ def test_killed_at_every_step_of_a_save(tmp_path, launcher):
         launcher.start(["--resume", "--out", str(run), "--total-steps", "110"], error, at)
         status = launcher.wait()
         seen.add((newest(run), status))
-        load_torch_policy(run)
+        for path in list_checkpoints(run):
+            load_torch_policy(path)
         assert newest(run) in (100, 110)
-        resume_settings({"out": str(run)})
         if status == 0:
             break
         launcher.start(["--resume", "--out", str(run), "--total-steps", "110"], error)
@@ -360,6 +368,8 @@ def test_handlers_come_back_and_threads_have_none(tmp_path, stop_at):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stop_at(10, number=signal.SIGINT)
     stopped(lambda: tiny_run(tmp_path / "run", **SETTINGS))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    resume(tmp_path / "run")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     thread = threading.Thread(target=tiny_run, args=(tmp_path / "thread",), kwargs={"total_steps": 100})
     thread.start()
