@@ -178,7 +178,9 @@ class TrainingEnvs:
     @contextlib.contextmanager
     def _described(self) -> Iterator[None]:
         """Turn the death of a worker into a TrainingError; other errors are described where they happen."""
-        level, gym.logger.min_level = gym.logger.min_level, 50  # or a worker's traceback is printed as well
+        level = gym.logger.min_level
+        if hasattr(self._envs, "processes"):
+            gym.logger.min_level = 50  # or a worker's traceback is printed as well
         try:
             yield
         except (EOFError, ConnectionError):

@@ -27,6 +27,7 @@ from rsm_train.config import ALGORITHM_CONFIGS, AlgorithmConfig, RunConfig, reso
 
 REPLAY_DIR = "replay"
 _LOCK_FILE = "lock"
+_TEMPORARY_FILES = (f".{CONFIG_FILE}.*", f".{METRICS_FILE}.*", f"{REPLAY_DIR}/.*.safetensors.*")
 _FREE_TO_CHANGE = (
     "total_steps",
     "eval_every",
@@ -115,17 +116,16 @@ def make(run_dir: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed process had not yet given its final name, or was about to delete."""
-    for directory in (run_dir, run_dir / CHECKPOINTS_DIR, run_dir / REPLAY_DIR):
-        for path in directory.glob(".*"):
-            if path.is_dir() and directory != run_dir:
-                shutil.rmtree(path)
-            elif directory != run_dir or _is_ours(path):
-                path.unlink(missing_ok=True)
+    for pattern in _TEMPORARY_FILES:
+        for path in run_dir.glob(pattern):
+            path.unlink()
+    for path in run_dir.glob(f"{CHECKPOINTS_DIR}/.step_*"):
+        shutil.rmtree(path)
 
 
 def _is_ours(path: Path) -> bool:
     """Whether an entry of a run directory may be there before the run has begun."""
-    return path.name == _LOCK_FILE or path.name.startswith((f".{CONFIG_FILE}.", f".{METRICS_FILE}."))
+    return path.name == _LOCK_FILE or path.match(_TEMPORARY_FILES[0])
 
 
 def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig, Path]:

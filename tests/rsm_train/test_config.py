@@ -12,6 +12,13 @@ def test_preset_beats_defaults_and_the_command_line_beats_the_preset():
     assert run.batch_size == PRESETS["quick"]["batch_size"]
 
 
+def test_how_much_a_killed_run_can_lose():
+    assert resolve({"env": "Hopper-v5"})[0].checkpoint_every == 5_000
+    assert resolve({"env": "Hopper-v5", "preset": "quick"})[0].checkpoint_every == 1_000
+    with pytest.raises(ConfigError, match="checkpoint_every >= 1, got 0"):
+        resolve({"env": "Hopper-v5", "checkpoint_every": 0})
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves(preset):
     run, _ = resolve({"env": "Hopper-v5", "preset": preset})
