@@ -61,7 +61,7 @@ def update_flops(c: DPMDConfig | SDACConfig, obs: int, action: int, batch: int) 
     critic = best_of(c.target_particles) + 4 * (value + c.critics * first)
     if isinstance(c, SDACConfig):
         draws = c.critics * first + c.reverse_samples * value
-        policy = best_of(c.particles) + draws + 3 * (first + denoise)
+        policy = best_of(c.proposal_particles) + draws + 3 * (first + denoise)
     elif c.policy_actions == "backup":
         policy = c.critics * first + value + 3 * (first + denoise)
     else:

@@ -95,6 +95,7 @@ _QUICK_DIFFUSION: dict[str, Any] = {
     "diffusion_steps": 5,
     "particles": 8,
     "target_particles": 1,
+    "prior_std": 0.5,
     "temperature_schedule": "constant",
     "temperature": 0.5,
     "exploration_noise": 1.0,
@@ -117,6 +118,7 @@ PRESETS: dict[str, Preset] = {
     "paper": Preset("The mathematics of the paper; the defaults of every setting."),
     "reference": Preset(
         "The published program, with its deviations from the paper, to reproduce its curves.",
+        {"prior_std": 0.5},
         per_algorithm={
             "dpmd": {
                 "policy_lr_final": 3e-5,
@@ -127,7 +129,12 @@ PRESETS: dict[str, Preset] = {
                 "weighting": "exp",
                 "q_scaling": "running_slip",
             },
-            "sdac": {"policy_lr_final": 3e-5, "noisy_backup": True, "reverse_draws": "clipped"},
+            "sdac": {
+                "policy_lr_final": 3e-5,
+                "noisy_backup": True,
+                "reverse_draws": "clipped",
+                "proposal_particles": 32,
+            },
         },
         algorithms=("dpmd", "sdac"),
     ),

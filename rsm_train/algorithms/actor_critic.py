@@ -56,7 +56,9 @@ class ActorCriticConfig:
         default=32, metadata={"help": "Particles of which the critics choose the action of the TD target."}
     )
     schedule: ScheduleName = field(default="cosine", metadata={"help": "Noise schedule."})
-    prior_std: float = field(default=0.5, metadata={"help": "Standard deviation of the initial latent."})
+    prior_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of the initial latent; below 1, a lower temperature."}
+    )
     width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
     depth: int = field(default=3, metadata={"help": "Hidden layers of policy and critics."})
     critics: int = field(default=2, metadata={"help": "E, members of the ensemble of critics."})

@@ -36,6 +36,10 @@ class SDACConfig(ActorCriticConfig):
     temperature_scale: float = field(
         default=0.2, metadata={"help": "lambda / alpha; lambda divides Q in the weights."}
     )
+    proposal_particles: int = field(
+        default=1,
+        metadata={"help": "Particles of which the critics choose the action that is noised to a_t."},
+    )
     reverse_samples: int = field(
         default=64, metadata={"help": "K, clean actions drawn per noisy action by inverting the noise."}
     )
@@ -49,7 +53,8 @@ class SDACConfig(ActorCriticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("reverse_samples", self.reverse_samples >= 1, ">= 1")
+        for name in ("proposal_particles", "reverse_samples"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class SDACNoise:
 
     next_action: Tensor  # [B, T, N', A] samples a' at s'
     exploration: Tensor  # [B, A] of a' with noisy_backup
-    action: Tensor  # [B, T, N, A] samples the action at s that is noised to a_t
+    action: Tensor  # [B, T, N'', A] samples the action at s that is noised to a_t
     proposal: Tensor  # [B, A] of that action with noisy_backup
     t: Tensor  # [B, 1] int64, uniform over {0, ..., T - 1}
     eps: Tensor  # [B, 1, A] noises that action
@@ -141,7 +146,7 @@ class SDAC:
         return SDACNoise(
             next_action=normal(c.diffusion_steps, c.target_particles, size),
             exploration=normal(size),
-            action=normal(c.diffusion_steps, c.particles, size),
+            action=normal(c.diffusion_steps, c.proposal_particles, size),
             proposal=normal(size),
             t=torch.randint(c.diffusion_steps, (batch_size, 1), generator=generator, device=device),
             eps=normal(1, size),

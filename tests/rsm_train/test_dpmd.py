@@ -11,6 +11,7 @@ from rsm_train.networks import mlp_tail, sample_actions, split_denoiser
 SMALL = DPMDConfig(
     diffusion_steps=5,
     particles=4,
+    prior_std=0.5,
     policy_samples=8,
     width=32,
     depth=2,

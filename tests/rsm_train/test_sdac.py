@@ -14,7 +14,9 @@ SMALL = SDACConfig(
     diffusion_steps=5,
     particles=4,
     target_particles=3,
+    proposal_particles=3,
     reverse_samples=8,
+    prior_std=0.5,
     width=32,
     depth=2,
     policy_lr=2e-3,
@@ -114,6 +116,7 @@ def test_one_update_by_hand_with_every_network_different(reverse):
     metrics = algorithm.update(batch, noise)
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     with torch.no_grad():
+        assert noise.action.shape[2] == 3
         particles, obs = best(batch.obs, noise.action)
         proposal = choose_best(particles, q_values(agent.critic, obs, particles).amin(0))[0]
         a_t = forward_noise(agent.schedule, proposal[:, None], noise.t, noise.eps)
