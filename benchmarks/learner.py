@@ -24,12 +24,13 @@ from rsm_train.config import PRESETS
 from rsm_train.networks import mish
 
 FULL = DPMDConfig()
-QUICK = DPMDConfig(**{name: value for name, value in PRESETS["quick"].items() if hasattr(DPMDConfig, name)})
+QUICK_SETTINGS = PRESETS["quick"].of("dpmd")
+QUICK = DPMDConfig(**{name: value for name, value in QUICK_SETTINGS.items() if hasattr(DPMDConfig, name)})
 # setting: (configuration, observation size, action size, batch size)
 SETTINGS = {
     "full": (FULL, 17, 6, 256),
     "humanoid": (FULL, 348, 17, 256),
-    "quick": (QUICK, 4, 1, PRESETS["quick"]["batch_size"]),
+    "quick": (QUICK, 4, 1, QUICK_SETTINGS["batch_size"]),
 }
 ACTING_ENVS = 5
 

@@ -132,7 +132,8 @@ def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable
     has_default = item.default is not dataclasses.MISSING
     text = item.metadata["help"]
     if has_default and item.default is not None and not defaults:
-        text = f"{text}  [default: {item.default}]"
+        shown = item.default if not isinstance(item.default, bool) else "on" if item.default else "off"
+        text = f"{text}  [default: {shown}]"
     settings: dict[str, Any] = {
         "show_default": defaults and has_default and item.default is not None,
         "required": defaults and not has_default,
@@ -143,6 +144,8 @@ def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable
         settings["default"] = item.default
     kind = _option_type(hint)
     if kind is bool:
+        if not defaults:
+            settings["default"] = None  # or click says False where nothing was said
         return click.option(f"{flag}/--no-{flag[2:]}", item.name, **settings)
     return click.option(flag, item.name, type=kind, **settings)
 

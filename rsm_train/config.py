@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,12 +41,18 @@ class RunConfig:
     replay_size: int = field(default=1_000_000, metadata={"help": "Transitions kept for replay."})
     eval_every: int = field(default=25_000, metadata={"help": "Steps between evaluations and checkpoints."})
     eval_episodes: int = field(default=20, metadata={"help": "Episodes per evaluation."})
+    eval_one_particle: bool = field(
+        default=True, metadata={"help": "Evaluate N=1 too: as many episodes without the critics' choice."}
+    )
     keep_checkpoints: int = field(
         default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
     log_every: int = field(default=1_000, metadata={"help": "Steps between lines in metrics.jsonl."})
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads of torch; default as torch decides."}
+    )
+    wandb: str | None = field(
+        default=None, metadata={"help": "Project of Weights & Biases that gets the metrics too."}
     )
 
     def __post_init__(self) -> None:
@@ -74,38 +81,55 @@ class RunConfig:
         )
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # The mathematics of the paper; the defaults of the dataclasses.
-    "paper": {},
-    # Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in about two minutes.
-    "quick": {
-        "total_steps": 12_000,
-        "warmup_steps": 300,
-        "num_envs": 4,
-        "updates_per_step": 0.5,
-        "batch_size": 128,
-        "replay_size": 100_000,
-        "eval_every": 1_000,
-        "eval_episodes": 5,
-        "log_every": 250,
-        # More threads gain nothing at this size, and lose much where another process shares the cores.
-        "threads": 1,
-        "diffusion_steps": 5,
-        "particles": 8,
-        "target_particles": 1,
-        "policy_samples": 8,
-        "width": 64,
-        "depth": 2,
-        "policy_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.05,
-        "reward_scale": 0.1,
-        "temperature_schedule": "constant",
-        "temperature": 0.5,
-        "q_scaling": "state",
-        "proposal_noise": 0.2,
-        "exploration_noise": 1.0,
-    },
+@dataclass(frozen=True)
+class Preset:
+    """Named settings that take the place of the dataclasses' defaults."""
+
+    description: str
+    """One line for --list-presets."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever the algorithm."""
+    per_algorithm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By the algorithm's name; wins over `settings`."""
+
+    def of(self, algo: str) -> dict[str, Any]:
+        """The settings for one algorithm."""
+        return {**self.settings, **self.per_algorithm.get(algo, {})}
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset("The mathematics of the paper; the defaults of every setting."),
+    "quick": Preset(
+        "Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in two minutes.",
+        {
+            "total_steps": 12_000,
+            "warmup_steps": 300,
+            "num_envs": 4,
+            "updates_per_step": 0.5,
+            "batch_size": 128,
+            "replay_size": 100_000,
+            "eval_every": 1_000,
+            "eval_episodes": 5,
+            "log_every": 250,
+            # More threads gain nothing at this size, and lose much where another process shares the cores.
+            "threads": 1,
+            "diffusion_steps": 5,
+            "particles": 8,
+            "target_particles": 1,
+            "policy_samples": 8,
+            "width": 64,
+            "depth": 2,
+            "policy_lr": 1e-3,
+            "critic_lr": 1e-3,
+            "tau": 0.05,
+            "reward_scale": 0.1,
+            "temperature_schedule": "constant",
+            "temperature": 0.5,
+            "q_scaling": "state",
+            "proposal_noise": 0.2,
+            "exploration_noise": 1.0,
+        },
+    ),
 }
 
 
@@ -122,10 +146,10 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     preset = chosen.get("preset", "paper")
     if preset not in PRESETS:
         raise ConfigError(f"wanted a preset of {', '.join(PRESETS)}, got {preset!r}")
-    settings = PRESETS[preset] | chosen
-    algo = settings.get("algo", "dpmd")
+    algo = chosen.get("algo", "dpmd")
     if algo not in ALGORITHM_CONFIGS:
         raise ConfigError(f"wanted an algorithm of {', '.join(ALGORITHM_CONFIGS)}, got {algo!r}")
+    settings = PRESETS[preset].of(algo) | chosen
     algorithm_type = ALGORITHM_CONFIGS[algo]
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
     algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
@@ -144,6 +168,11 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return run, algorithm
+
+
+def run_directory(run: RunConfig) -> Path:
+    """Where a run writes: as given, or named after what it is."""
+    return Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
 
 
 def make_algorithm(

@@ -9,7 +9,7 @@ def test_preset_beats_defaults_and_the_command_line_beats_the_preset():
     assert (run.batch_size, algorithm.diffusion_steps, algorithm.particles) == (256, 20, 32)
     run, algorithm = resolve({"env": "Hopper-v5", "preset": "quick", "particles": 3, "batch_size": None})
     assert algorithm.particles == 3
-    assert run.batch_size == PRESETS["quick"]["batch_size"]
+    assert run.batch_size == PRESETS["quick"].settings["batch_size"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
