@@ -84,7 +84,7 @@ def _train_seeds(plan: Plan) -> None:
 
     click.echo(f"{len(plan.workers)} seeds, {plan.jobs} at once", err=True)
     statuses = run_seeds(plan.workers, plan.jobs, lambda line: click.echo(line, err=True))
-    click.echo(format_results(plan.workers))
+    click.echo(format_results(plan.workers, statuses))
     failed = failures(plan.workers, statuses)
     if failed is not None:
         raise TrainingError(failed)
@@ -108,7 +108,8 @@ def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
         rounds = -(-len(plan.workers) // plan.jobs)
         everything = duration(rounds * total_s(run, cost))
         click.echo(
-            f"\n{len(plan.workers)} seeds, {plan.jobs} at once: about {everything}, and as often the memory"
+            f"\n{len(plan.workers)} seeds, {plan.jobs} at once: about {everything}, "
+            f"{plan.jobs} times the memory, {len(plan.workers)} times the disk"
         )
 
 

@@ -24,8 +24,8 @@ from rsm_train.metrics import duration
 BUDGET_S = 3.0
 """Measuring goes on for about this long; an update that takes longer is still measured a few times."""
 
-_WARM_UP = 3
-"""Repetitions of everything that are not counted: allocation, compilation, caches."""
+_WARM_UP = 2
+"""Repetitions of everything that are not counted: allocation, compilation, caches. Even, see below."""
 _RANDOM_STEPS = 20
 _EVAL_STEPS = 10
 
@@ -100,7 +100,8 @@ def format_estimate(run: RunConfig, cost: Estimate) -> str:
     total_s = 0.0
     for name, each_s, number in _parts(run, cost):
         total_s += each_s * number
-        rows.append([name, f"{each_s * 1e3:,.3f} ms", f"{number:,}", duration(each_s * number)])
+        each = duration(each_s) if each_s >= 1 else f"{each_s * 1e3:#.3g} ms"
+        rows.append([name, each, f"{number:,}", duration(each_s * number)])
     rows.append(["all", "", "", duration(total_s)])
     memory = [["memory", "size"], ["replay buffer, full", size(cost.replay_bytes)]]
     memory.append(["networks", size(cost.network_bytes)])
@@ -174,7 +175,7 @@ def _measure_learning(trainer: Trainer) -> tuple[float, float]:
     collecting = learning = 0.0
     rounds = 0
     # An even number: updates of the policy come with every second one of the critics, unless told otherwise.
-    while rounds < 4 or rounds % 2 or time.monotonic() - started < BUDGET_S:
+    while rounds < 2 or rounds % 2 or time.monotonic() - started < BUDGET_S:
         collecting += _timed(trainer.device, trainer.collect)
         learning += _timed(trainer.device, trainer.learn)
         rounds += 1

@@ -22,7 +22,7 @@ from typing import Any
 from rsm_eval.envs import make_env
 from rsm_eval.statistics import mean_interval
 from rsm_serve.commandline import EXIT_INTERRUPTED, EXIT_USER_ERROR, aligned
-from rsm_serve.errors import CheckpointError, ConfigError
+from rsm_serve.errors import ConfigError
 from rsm_train.config import resolve, run_directory
 from rsm_train.loop import pick_device
 from rsm_train.results import EvalPoint, RunResult, read_result
@@ -114,9 +114,12 @@ def run_seeds(workers: Sequence[Worker], jobs: int, say: Callable[[str], None]) 
     return {seed: future.result() for seed, future in futures.items()}
 
 
-def format_results(workers: Sequence[Worker]) -> str:
+def format_results(workers: Sequence[Worker], statuses: Mapping[int, int]) -> str:
     """The final and the best evaluation of each seed, and their means over seeds with 95 % intervals."""
-    results: dict[int, RunResult | None] = {worker.seed: _result(worker.run_dir) for worker in workers}
+    # Of a seed that failed, the directory may hold another run.
+    results = {
+        worker.seed: read_result(worker.run_dir) if statuses[worker.seed] == 0 else None for worker in workers
+    }
     rows = [["seed", "final", "N = 1", "best", "N = 1", "at step"]]
     rows += [_row(str(seed), result) for seed, result in results.items()]
     known = [result for result in results.values() if result is not None]
@@ -239,13 +242,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _result(run_dir: Path) -> RunResult | None:
-    try:
-        return read_result(run_dir)
-    except CheckpointError:
-        return None
 
 
 def _row(seed: str, result: RunResult | None) -> list[str]:

@@ -44,10 +44,10 @@ def test_a_dry_run_explains_and_estimates_and_writes_nothing(tmp_path, monkeypat
         r"particles +8 +preset quick",
         r"policy_every +2 +default",
         r"eval_one_particle +off +command line",
-        r"update +\d+\.\d+ ms +5,850 +.*",
-        r"step of 4 environments, random +\d+\.\d+ ms +75 +.*",
-        r"step of 4 environments, acting +\d+\.\d+ ms +2,925 +.*",
-        r"evaluation, at most +[\d,]+\.\d+ ms +12 +.*",
+        r"update +[\d.]+ ms +5,850 +.*",
+        r"step of 4 environments, random +[\d.]+ ms +75 +.*",
+        r"step of 4 environments, acting +[\d.]+ ms +2,925 +.*",
+        r"evaluation, at most +[\d.]+ m?s +12 +.*",
         # (4 + 1 + 1 + 4 + 1) float32 for each of 100,000 transitions
         r"replay buffer, full +4\.2 MiB",
     ):

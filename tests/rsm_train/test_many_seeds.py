@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -31,7 +32,8 @@ def weights(run_dir):
 
 def test_every_seed_is_its_lone_run_and_a_failing_one_stops_no_other(tmp_path, capfd):
     (tmp_path / "s1").mkdir()
-    (tmp_path / "s1" / "occupied").touch()
+    old = {"step": 7, "kind": "eval", "eval_returns": [9.0], "eval_mean": 9.0, "eval_std": 0.0}
+    (tmp_path / "s1" / "metrics.jsonl").write_text(json.dumps(old))
     assert main([*TINY, "--seeds", "0-2", "--jobs", "2", "--out", str(tmp_path / "s{seed}")]) == 2
     output = capfd.readouterr()
     sentence = output.err.splitlines()[-1]
