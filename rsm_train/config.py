@@ -14,11 +14,18 @@ import torch
 from rsm_serve.errors import ConfigError
 from rsm_train.algorithms.common import Algorithm
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
+from rsm_train.algorithms.sac import SAC, SACConfig
+from rsm_train.algorithms.sdac import SDAC, SDACConfig
+from rsm_train.kernels import DEFAULT_COMPUTE, CompileMode, Compute, Precision
 
-AlgorithmName = Literal["dpmd"]
-AlgorithmConfig = DPMDConfig
+AlgorithmName = Literal["dpmd", "sdac", "sac"]
+AlgorithmConfig = DPMDConfig | SDACConfig | SACConfig
 
-ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {"dpmd": DPMDConfig}
+ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
+    "dpmd": DPMDConfig,
+    "sdac": SDACConfig,
+    "sac": SACConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class RunConfig:
 
     env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId."})
     algo: AlgorithmName = field(default="dpmd", metadata={"help": "Learning algorithm."})
-    preset: str = field(default="paper", metadata={"help": "Named set of defaults: paper or quick."})
+    preset: str = field(default="paper", metadata={"help": "Named set of defaults; see --list-presets."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random in the run."})
     device: str = field(default="auto", metadata={"help": "One of auto, cpu, cuda and cuda:N."})
     out: str | None = field(
@@ -48,6 +55,16 @@ class RunConfig:
         default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
     log_every: int = field(default=1_000, metadata={"help": "Steps between lines in metrics.jsonl."})
+    precision: Precision = field(
+        default="fp32",
+        metadata={"help": "Of the products while sampling: fp32, tf32 (on CUDA, everywhere) or bf16."},
+    )
+    compile: CompileMode = field(
+        default="auto",
+        metadata={
+            "help": "Compile the sampling; auto: where there is a compiler. It takes up to a minute, once."
+        },
+    )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads of torch; default as torch decides."}
     )
@@ -81,16 +98,28 @@ class RunConfig:
         )
 
 
+_QUICK_DIFFUSION: dict[str, Any] = {
+    "diffusion_steps": 5,
+    "particles": 8,
+    "target_particles": 1,
+    "temperature_schedule": "constant",
+    "temperature": 0.5,
+    "exploration_noise": 1.0,
+}
+
+
 @dataclass(frozen=True)
 class Preset:
-    """Named settings that take the place of the dataclasses' defaults."""
+    """A named set of defaults."""
 
     description: str
     """One line for --list-presets."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever the algorithm."""
+    """For every algorithm that has them."""
     per_algorithm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By the algorithm's name; wins over `settings`."""
+    algorithms: tuple[str, ...] = tuple(ALGORITHM_CONFIGS)
+    """Those that have it."""
 
     def of(self, algo: str) -> dict[str, Any]:
         """The settings for one algorithm."""
@@ -99,8 +128,43 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "paper": Preset("The mathematics of the paper; the defaults of every setting."),
+    "reference": Preset(
+        "The published program, with its deviations from the paper, to reproduce its curves.",
+        per_algorithm={
+            "dpmd": {
+                "policy_lr_final": 3e-5,
+                "noisy_backup": True,
+                "critic_repeats": 2,
+                "policy_actions": "backup",
+                "policy_samples": 1,
+                "weighting": "exp",
+                "q_scaling": "running_slip",
+            },
+            "sdac": {"policy_lr_final": 3e-5, "noisy_backup": True, "reverse_draws": "clipped"},
+        },
+        algorithms=("dpmd", "sdac"),
+    ),
+    "kl": Preset(
+        "Mirror descent with many actions per state and the temperature tuned to a KL of 2 nats.",
+        {"updates_per_step": 1.0},
+        per_algorithm={
+            "dpmd": {
+                "policy_samples": 64,
+                "old_policy_every": 1_000,
+                "proposal_noise": 0.2,
+                "critic_selection": "mean",
+                "target_particles": 1,
+                "temperature_schedule": "kl",
+                "temperature": 1.0,
+                "target_kl": 2.0,
+                "exploration_units": "absolute",
+            },
+        },
+        algorithms=("dpmd",),
+    ),
+    # InvertedPendulum-v5 in about two minutes.
     "quick": Preset(
-        "Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in two minutes.",
+        "Small networks and short chains, for small tasks on a CPU.",
         {
             "total_steps": 12_000,
             "warmup_steps": 300,
@@ -113,21 +177,18 @@ PRESETS: dict[str, Preset] = {
             "log_every": 250,
             # More threads gain nothing at this size, and lose much where another process shares the cores.
             "threads": 1,
-            "diffusion_steps": 5,
-            "particles": 8,
-            "target_particles": 1,
-            "policy_samples": 8,
+            # At this size it takes longer than it saves.
+            "compile": "off",
             "width": 64,
             "depth": 2,
             "policy_lr": 1e-3,
             "critic_lr": 1e-3,
             "tau": 0.05,
             "reward_scale": 0.1,
-            "temperature_schedule": "constant",
-            "temperature": 0.5,
-            "q_scaling": "state",
-            "proposal_noise": 0.2,
-            "exploration_noise": 1.0,
+        },
+        per_algorithm={
+            "dpmd": {**_QUICK_DIFFUSION, "policy_samples": 8, "q_scaling": "state", "proposal_noise": 0.2},
+            "sdac": _QUICK_DIFFUSION,
         },
     ),
 }
@@ -149,7 +210,12 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     algo = chosen.get("algo", "dpmd")
     if algo not in ALGORITHM_CONFIGS:
         raise ConfigError(f"wanted an algorithm of {', '.join(ALGORITHM_CONFIGS)}, got {algo!r}")
-    settings = PRESETS[preset].of(algo) | chosen
+    defaults = PRESETS[preset]
+    if algo not in defaults.algorithms:
+        raise ConfigError(
+            f"wanted an algorithm of {', '.join(defaults.algorithms)} with preset {preset}, got {algo}"
+        )
+    settings = defaults.of(algo) | chosen
     algorithm_type = ALGORITHM_CONFIGS[algo]
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
     algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
@@ -182,9 +248,14 @@ def make_algorithm(
     *,
     generator: torch.Generator,
     device: torch.device | str,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> Algorithm:
     """The algorithm of a configuration, with freshly initialised networks."""
-    return DPMD(config, obs_size, action_size, generator=generator, device=device)
+    if isinstance(config, DPMDConfig):
+        return DPMD(config, obs_size, action_size, generator=generator, device=device, compute=compute)
+    if isinstance(config, SDACConfig):
+        return SDAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
+    return SAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -51,18 +51,20 @@ def text(value: Any) -> str:
 
 def _describe_preset(name: str, preset: Preset) -> str:
     algorithms: dict[tuple[str, str, str], list[str]] = {}
-    for algo, config in ALGORITHM_CONFIGS.items():
+    for algo in preset.algorithms:
+        config = ALGORITHM_CONFIGS[algo]
         defaults = {item.name: item.default for cls in (RunConfig, config) for item in dataclasses.fields(cls)}
         for setting, value in preset.of(algo).items():
             if setting in defaults and defaults[setting] != value:
                 key = (setting, text(defaults[setting]), text(value))
                 algorithms.setdefault(key, []).append(algo)
-    title = f"{name}: {preset.description}"
+    only = "" if len(preset.algorithms) == len(ALGORITHM_CONFIGS) else f" ({', '.join(preset.algorithms)})"
+    title = f"{name}{only}: {preset.description}"
     if not algorithms:
         return title
-    # A setting that is the same for every algorithm needs no name of one.
+    # A setting that is the same for every algorithm of the preset needs no name of one.
     rows = [
-        [setting, default, "->", value, "" if len(algos) == len(ALGORITHM_CONFIGS) else ", ".join(algos)]
+        [setting, default, "->", value, "" if len(algos) == len(preset.algorithms) else ", ".join(algos)]
         for (setting, default, value), algos in algorithms.items()
     ]
     return f"{title}\n\n{aligned([['setting', 'default', '', name, ''], *rows], left=5)}"

@@ -18,6 +18,7 @@ from rsm_eval.rollout import DEFAULT_MAX_STEPS
 from rsm_serve.commandline import aligned
 from rsm_train.checkpoint import Checkpoint
 from rsm_train.config import AlgorithmConfig, RunConfig
+from rsm_train.graphs import WARM_UP_CALLS
 from rsm_train.loop import Trainer
 from rsm_train.metrics import duration
 
@@ -73,7 +74,8 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
         random_step_s = _measure_random_steps(trainer)
         step_s, update_s = _measure_learning(trainer)
         eval_step_s = _measure_evaluation(trainer)
-        networks = [value for params in trainer.algorithm.networks().values() for value in params.values()]
+        agent = trainer.algorithm.agent
+        networks = [value for params in agent.networks().values() for value in params.values()]
         gradients = [value.grad for value in networks if value.grad is not None]
         return Estimate(
             device=_device_name(trainer.device),
@@ -85,7 +87,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
             eval_limit=_episode_limit(run.env),
             replay_bytes=trainer.replay.nbytes,
             network_bytes=_nbytes(networks),
-            learning_bytes=_nbytes([*trainer.algorithm.state().values(), *gradients]),
+            learning_bytes=_nbytes([*agent.state().values(), *gradients]),
             program_bytes=_program_bytes(),
             checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(None)),
         )
@@ -100,7 +102,7 @@ def format_estimate(run: RunConfig, cost: Estimate) -> str:
     total_s = 0.0
     for name, each_s, number in _parts(run, cost):
         total_s += each_s * number
-        each = duration(each_s) if each_s >= 1 else f"{each_s * 1e3:#.3g} ms"
+        each = duration(each_s) if each_s >= 1 else f"{each_s * 1e3:.3g} ms"
         rows.append([name, each, f"{number:,}", duration(each_s * number)])
     rows.append(["all", "", "", duration(total_s)])
     memory = [["memory", "size"], ["replay buffer, full", size(cost.replay_bytes)]]
@@ -168,7 +170,9 @@ def _measure_random_steps(trainer: Trainer) -> float:
 
 
 def _measure_learning(trainer: Trainer) -> tuple[float, float]:
-    for _ in range(_WARM_UP):
+    # On a GPU an update is captured when it has run a few times, with the policy's part and without.
+    captured = trainer.device.type == "cuda"
+    for _ in range(2 * (WARM_UP_CALLS + 1) if captured else _WARM_UP):
         trainer.collect()
         trainer.learn()
     started, first = time.monotonic(), trainer.updates

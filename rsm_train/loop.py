@@ -27,6 +27,7 @@ from rsm_train.checkpoint import CONFIG_FILE, Checkpoint, prune_checkpoints, sav
 from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
 from rsm_train.envs import TrainingEnvs
 from rsm_train.evaluation import Evaluation, evaluate
+from rsm_train.kernels import Compute, can_compile
 from rsm_train.metrics import RunLog, extra_sinks
 from rsm_train.replay import ReplayBuffer
 
@@ -50,6 +51,7 @@ class Trainer:
         self.algorithm_config = algorithm_config
         self.run_dir = run_dir
         self.device = pick_device(run.device)
+        torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
         self.envs = TrainingEnvs(run.env, run.num_envs, run.seed)
         # Separate streams: what is drawn for acting does not depend on how often the networks are updated,
         # and no stream of one run is a stream of the run with the next seed.
@@ -62,6 +64,7 @@ class Trainer:
             self.envs.action_size,
             generator=torch.Generator().manual_seed(initial),
             device=self.device,
+            compute=pick_compute(run, self.device),
         )
         self.replay = ReplayBuffer(
             run.replay_size, self.envs.obs_size, self.envs.action_size, device=self.device
@@ -95,11 +98,11 @@ class Trainer:
         if self.step < self.run.warmup_steps:
             action = torch.rand(count, size, generator=self._acting_generator) * 2 - 1
         else:
-            sampler = self.algorithm.sampler
+            sampler = self.algorithm.agent.sampler
             noise_shape = (count, sampler.steps, sampler.particles, size)
             noise = torch.randn(noise_shape, generator=self._acting_generator)
             exploration = torch.randn(count, size, generator=self._acting_generator)
-            action = self.algorithm.act(*(x.to(self.device) for x in (self.envs.obs, noise, exploration)))
+            action = self.algorithm.agent.act(*(x.to(self.device) for x in (self.envs.obs, noise, exploration)))
         batch, returns = self.envs.step(action.cpu())
         self.replay.add(batch)
         self._recent_returns.extend(returns)
@@ -145,8 +148,8 @@ class Trainer:
         return Checkpoint(
             path=self.run_dir,
             spec=dataclasses.replace(self._spec(), evaluation=evaluation),
-            sampler=self.algorithm.sampler,
-            networks=self.algorithm.networks(),
+            sampler=self.algorithm.agent.sampler,
+            networks=self.algorithm.agent.networks(),
             state={"step": self.step, "updates": self.updates, "evaluation": evaluation},
             probe_obs=self._probe_obs(),
             config=self.config(),
@@ -179,15 +182,15 @@ class Trainer:
             env_id=self.run.env,
             observation=observation,
             action=action,
-            steps=self.algorithm.sampler.steps,
-            particles=self.algorithm.sampler.particles,
+            steps=self.algorithm.agent.sampler.steps,
+            particles=self.algorithm.agent.sampler.particles,
             control_dt_s=control_dt_s(env),
             provenance={"run": self.run_dir.name, "step": self.step, **provenance()},
         )
 
     def _summary(self) -> dict[str, float]:
         rates = self._means.rates(self.step, self.updates)
-        values = {**rates, **self._means.take(), "temperature": self.algorithm.temperature}
+        values = {**rates, **self._means.take(), "temperature": self.algorithm.agent.temperature}
         if self._recent_returns:
             values["episode_return"] = float(np.mean(self._recent_returns))
         values["updates"] = self.updates
@@ -225,6 +228,20 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> P
     finally:
         trainer.close()
     return run_dir
+
+
+def pick_compute(run: RunConfig, device: torch.device) -> Compute:
+    """How a run computes its particles.
+
+    Raises:
+        ConfigError: compilation was asked for and there is no compiler.
+    """
+    possible = can_compile(device)
+    if run.compile == "on" and not possible:
+        wanted = "Triton" if device.type == "cuda" else "a C++ compiler (g++, clang++ or $CXX)"
+        raise ConfigError(f"wanted {wanted} for compile on, found none; install one or use --compile off")
+    enabled = run.compile == "on" or (run.compile == "auto" and possible)
+    return Compute(precision=run.precision, compile=enabled)
 
 
 def _check_run_directory(run_dir: Path) -> None:

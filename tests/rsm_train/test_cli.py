@@ -27,7 +27,7 @@ def test_trains_and_says_where(tmp_path, capsys):
         (["--env", "Nope-v1"], ["Nope-v1", "environment"]),
         (["--env", "CartPole-v1"], ["CartPole-v1", "Box"]),
         (["--env", "Hopper-v5", "--algo", "ppo"], ["dpmd"]),
-        (["--env", "Hopper-v5", "--preset", "fast"], ["paper, quick"]),
+        (["--env", "Hopper-v5", "--preset", "fast"], ["paper, reference, kl, quick"]),
         (["--env", "Hopper-v5", "--device", "cuda:7"], ["cuda:7"]),
         (["--env", "Hopper-v5", "--particles", "0"], ["particles"]),
         (["--env", "Hopper-v5", "--particles", "x"], ["particles"]),
