@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,9 @@ class RunConfig:
     replay_size: int = field(default=1_000_000, metadata={"help": "Transitions kept for replay."})
     eval_every: int = field(default=25_000, metadata={"help": "Steps between evaluations and checkpoints."})
     eval_episodes: int = field(default=20, metadata={"help": "Episodes per evaluation."})
+    eval_one_particle: bool = field(
+        default=True, metadata={"help": "Evaluate N=1 too: as many episodes without the critics' choice."}
+    )
     keep_checkpoints: int = field(
         default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
@@ -63,6 +67,9 @@ class RunConfig:
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads of torch; default as torch decides."}
+    )
+    wandb: str | None = field(
+        default=None, metadata={"help": "Project of Weights & Biases that gets the metrics too."}
     )
 
     def __post_init__(self) -> None:
@@ -107,11 +114,17 @@ class Preset:
     """A named set of defaults."""
 
     description: str
+    """One line for --list-presets."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """For every algorithm that has them."""
     per_algorithm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By the algorithm's name; wins over `settings`."""
     algorithms: tuple[str, ...] = tuple(ALGORITHM_CONFIGS)
     """Those that have it."""
+
+    def of(self, algo: str) -> dict[str, Any]:
+        """The settings for one algorithm."""
+        return {**self.settings, **self.per_algorithm.get(algo, {})}
 
 
 PRESETS: dict[str, Preset] = {
@@ -209,7 +222,7 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
         raise ConfigError(
             f"wanted an algorithm of {', '.join(defaults.algorithms)} with preset {preset}, got {algo}"
         )
-    settings = {**defaults.settings, **defaults.per_algorithm.get(algo, {}), **chosen}
+    settings = defaults.of(algo) | chosen
     algorithm_type = ALGORITHM_CONFIGS[algo]
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
     algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
@@ -228,6 +241,11 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return run, algorithm
+
+
+def run_directory(run: RunConfig) -> Path:
+    """Where a run writes: as given, or named after what it is."""
+    return Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
 
 
 def make_algorithm(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rsm_eval.envs import EnvPool, control_dt_s, env_boxes
-from rsm_eval.rollout import episode_seeds, rollout
+from rsm_eval.rollout import episode_seeds
 from rsm_serve import atomic
+from rsm_serve.commandline import require_extra
 from rsm_serve.errors import ConfigError, TrainingError
 from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import provenance
@@ -25,8 +26,9 @@ from rsm_train.algorithms.common import Algorithm, Metrics
 from rsm_train.checkpoint import CONFIG_FILE, Checkpoint, prune_checkpoints, save_checkpoint
 from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
 from rsm_train.envs import TrainingEnvs
+from rsm_train.evaluation import Evaluation, evaluate
 from rsm_train.kernels import Compute, can_compile
-from rsm_train.metrics import RunLog
+from rsm_train.metrics import RunLog, extra_sinks
 from rsm_train.replay import ReplayBuffer
 
 PROBE_ROWS = 256
@@ -85,9 +87,9 @@ class Trainer:
                 log.train(self.step, self._summary())
             if self.step >= next_eval or self.step >= run.total_steps:
                 next_eval += run.eval_every
-                returns = self.evaluate()
-                log.evaluation(self.step, returns)
-                self.save(returns)
+                evaluation = self.evaluate()
+                log.evaluation(self.step, evaluation)
+                self.save(evaluation.returns)
             log.advance(self.step)
 
     def collect(self) -> None:
@@ -115,11 +117,12 @@ class Trainer:
             self._means.add(self.algorithm.update(batch, noise))
             self.updates += 1
 
-    def evaluate(self) -> list[float]:
+    def evaluate(self, max_steps: int | None = None) -> Evaluation:
         """Returns of the evaluation episodes, the same initial states every time."""
         policy = self.checkpoint(None).policy()
         seeds = episode_seeds(_EVALUATION_SEED + self.run.seed, self.run.eval_episodes)
-        return [float(value) for value in rollout(policy, self._pool, seeds).returns]
+        one_particle = self.run.eval_one_particle
+        return evaluate(policy, self._pool, seeds, one_particle=one_particle, max_steps=max_steps)
 
     def save(self, returns: list[float] | None) -> None:
         """Write a checkpoint and delete those no longer kept."""
@@ -206,16 +209,21 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> P
     Raises:
         ConfigError: the run directory holds another run already, or the device is not available.
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
+        MissingExtraError: wandb is asked for and not installed.
     """
+    if run.wandb is not None:
+        require_extra("rsm-train --wandb", "wandb", ["wandb"])
     _check_run_directory(run_dir)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     trainer = Trainer(run, algorithm_config, run_dir)
     try:
         _make_run_directory(run_dir)
+        # First, as wandb may refuse: the directory is then still empty, and can be used again.
+        sinks = extra_sinks(run.wandb, run_dir, trainer.config())
         content = json.dumps(trainer.config(), indent=2) + "\n"
         atomic.write_file(run_dir / CONFIG_FILE, content.encode())
-        with RunLog(run_dir, run.total_steps) as log:
+        with RunLog(run_dir, run.total_steps, sinks) as log:
             trainer.train(log)
     finally:
         trainer.close()

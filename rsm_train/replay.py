@@ -30,6 +30,11 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes when full."""
+        return sum(stored.nbytes for stored in vars(self._data).values())
+
     def add(self, rows: Batch) -> None:
         """Append transitions, overwriting the oldest when full."""
         count = len(rows.reward)

@@ -17,6 +17,7 @@ from rsm_train.checkpoint import (
 )
 from rsm_train.config import resolve
 from rsm_train.diffusion import SamplerSettings
+from rsm_train.evaluation import Evaluation
 from rsm_train.loop import Trainer, pick_device
 from rsm_train.policy import PolicyWeights, act_best_of_n
 from tests.rsm_train.runs import TINY, tiny_run
@@ -91,7 +92,7 @@ def test_same_seed_same_run_and_other_seed_another(run_dir, tmp_path):
 
 def test_the_best_checkpoint_is_found_and_survives_pruning(tmp_path, monkeypatch):
     returns = iter([[1.0], [9.0], [2.0], [3.0]])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: next(returns))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: Evaluation(next(returns)))
     run = tiny_run(tmp_path / "run", eval_every=40, keep_checkpoints=1)
     assert [path.name for path in list_checkpoints(run)] == ["step_000000080", "step_000000160"]
     assert find_checkpoint(run).name == "step_000000080"
