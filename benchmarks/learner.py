@@ -1,14 +1,19 @@
 """Speed of learning: seconds per update and per action, and the share of the machine's own matrix rate.
 
-    python benchmarks/learner.py [--setting full] [--threads 1] [--updates 5] [--out FILE]
+    python benchmarks/learner.py [--setting dpmd] [--threads 2] [--precision bf16] [--peer FILE] [--out FILE]
 
-The matrix rate is that of a float32 product of the setting's shapes, measured in the same run: a program
-that did nothing but its matrix products at that rate would have a fraction of 1.
+Settings are B = 256, T = 20, N = 32, 3 x 256 networks. dpmd, sdac and humanoid do the work of the published
+program (preset `reference`) and are compared with its published times and, with --peer, with the times that
+benchmarks/jax_peer.py took on this machine; dpmd-paper and sdac-paper are the default presets.
+
+The matrix rate is the best of the float32 (or bf16) products that torch and oneDNN do on this machine in the
+same run: a program that did nothing but its matrix products at that rate would have a fraction of 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,37 +23,58 @@ from typing import Any
 import torch
 from record import write_record
 
+from rsm_train import kernels
 from rsm_train.algorithms.common import Batch
-from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
-from rsm_train.config import PRESETS
+from rsm_train.algorithms.dpmd import DPMDConfig
+from rsm_train.algorithms.sdac import SDACConfig
+from rsm_train.config import make_algorithm, resolve
+from rsm_train.kernels import Compute
 from rsm_train.networks import mish
 
-FULL = DPMDConfig()
-QUICK = DPMDConfig(**{name: value for name, value in PRESETS["quick"].items() if hasattr(DPMDConfig, name)})
-# setting: (configuration, observation size, action size, batch size)
+HALF_CHEETAH, HUMANOID, PENDULUM = (17, 6), (348, 17), (4, 1)
+# setting: (algorithm, preset, (observation size, action size))
 SETTINGS = {
-    "full": (FULL, 17, 6, 256),
-    "humanoid": (FULL, 348, 17, 256),
-    "quick": (QUICK, 4, 1, PRESETS["quick"]["batch_size"]),
+    "dpmd": ("dpmd", "reference", HALF_CHEETAH),
+    "sdac": ("sdac", "reference", HALF_CHEETAH),
+    "humanoid": ("dpmd", "reference", HUMANOID),
+    "dpmd-paper": ("dpmd", "paper", HALF_CHEETAH),
+    "sdac-paper": ("sdac", "paper", HALF_CHEETAH),
+    "quick": ("dpmd", "quick", PENDULUM),
 }
 ACTING_ENVS = 5
+PUBLISHED_S = {"dpmd": 0.52, "sdac": 1.48, "humanoid": 1.05, "acting": 0.017}
+"""The authors' program, JAX 0.4.27 on two cores of a machine of this class (not measured here)."""
 
 
-def update_flops(c: DPMDConfig, obs: int, action: int, batch: int) -> float:
+def update_flops(c: DPMDConfig | SDACConfig, obs: int, action: int, batch: int) -> float:
     """Floating-point operations of the matrix products of one update, the policy's share averaged."""
     body = (c.depth - 1) * c.width**2
-    denoise = 2 * (action * c.width + body + c.width * action)  # a row of one step
-    value = 2 * 2 * (action * c.width + body + c.width)  # a particle, both critics
-    first = 2 * obs * c.width  # an observation, once per network
-    target = c.target_particles * (c.diffusion_steps * denoise + value) + value + 5 * first
-    critic = 3 * (value + 2 * first)
-    policy = c.policy_samples * (c.diffusion_steps * denoise + value + 3 * denoise) + 6 * first
-    return batch * (target + critic + policy / c.policy_every)
+    denoise = 2 * (2 * action * c.width + body)  # a particle's step
+    value = 2 * c.critics * (action * c.width + body + c.width)  # a particle
+    first = 2 * obs * c.width  # an observation, per network and use
+
+    def best_of(particles: int) -> float:
+        chain = first + particles * c.diffusion_steps * denoise
+        return chain + (0 if particles == 1 else c.critics * first + particles * value)
+
+    # The TD target, and the critics forward and backward.
+    critic = best_of(c.target_particles) + 4 * (value + c.critics * first)
+    if isinstance(c, SDACConfig):
+        draws = c.critics * first + c.reverse_samples * value
+        policy = best_of(c.proposal_particles) + draws + 3 * (first + denoise)
+    elif c.policy_actions == "backup":
+        policy = c.critics * first + value + 3 * (first + denoise)
+    else:
+        chains = first + c.policy_samples * c.diffusion_steps * denoise
+        weighing = c.critics * first + c.policy_samples * value
+        policy = chains + weighing + 3 * (first + c.policy_samples * denoise)
+    return batch * (critic + policy / c.policy_every)
 
 
-def median_s(call: Callable[[], object], repeats: int) -> float:
-    """Median wall time of a call, after one that warms up."""
-    call()
+def median_s(call: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
+    """Median wall time of a call, after some that warm up."""
+    for _ in range(warm_up):
+        call()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -57,63 +83,103 @@ def median_s(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def matrix_rate(width: int, rows: int) -> float:
-    """Floating-point operations per second of [rows, width] @ [width, width], float32."""
-    x, w = torch.randn(rows, width), torch.randn(width, width)
-    return 2 * rows * width * width / median_s(lambda: x @ w, 50)
+@torch.no_grad()
+def matrix_rate(width: int, rows: int, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of [rows, width] @ [width, width], the best of two libraries."""
+    x, w, b = (torch.randn(*shape).to(dtype) for shape in ((rows, width), (width, width), (width,)))
+    fastest = min(
+        median_s(lambda: torch.nn.functional.linear(x, w, b), 50),
+        median_s(lambda: kernels.linear(x, w, b), 50),
+    )
+    return 2 * rows * width * width / fastest
 
 
-def measure(setting: str, updates: int) -> dict[str, Any]:
-    config, obs, action, batch_size = SETTINGS[setting]
+def measure(setting: str, updates: int, compute: Compute, peer: dict[str, float]) -> dict[str, Any]:
+    """One setting's figures."""
+    algo, preset, (obs, action) = SETTINGS[setting]
+    run, config = resolve({"env": "benchmark", "algo": algo, "preset": preset})
+    assert isinstance(config, DPMDConfig | SDACConfig)
+    if preset == "quick":
+        compute = Compute()
     generator = torch.Generator().manual_seed(0)
-    algorithm = DPMD(config, obs, action, generator=generator)
+    algorithm = make_algorithm(config, obs, action, generator=generator, device="cpu", compute=compute)
+    rows = run.batch_size
     batch = Batch(
-        obs=torch.randn(batch_size, obs),
-        action=torch.rand(batch_size, action) * 2 - 1,
-        reward=torch.randn(batch_size),
-        next_obs=torch.randn(batch_size, obs),
-        terminated=torch.zeros(batch_size),
+        obs=torch.randn(rows, obs),
+        action=torch.rand(rows, action) * 2 - 1,
+        reward=torch.randn(rows),
+        next_obs=torch.randn(rows, obs),
+        terminated=torch.zeros(rows),
     )
 
     def period() -> None:
         for _ in range(config.policy_every):
-            algorithm.update(batch, algorithm.draw_noise(batch_size, generator))
+            algorithm.update(batch, algorithm.draw_noise(rows, generator))
 
     acting = [
         torch.randn(ACTING_ENVS, *shape)
         for shape in ((obs,), (config.diffusion_steps, config.particles, action), (action,))
     ]
-    rate = matrix_rate(config.width, batch_size * config.policy_samples)
+    started = time.perf_counter()
+    period()
+    first_s = time.perf_counter() - started
+    rate = matrix_rate(config.width, 1024, compute.dtype)
     seconds = median_s(period, updates) / config.policy_every
-    flops = update_flops(config, obs, action, batch_size)
-    rows = torch.randn(batch_size * config.policy_samples, config.width)
-    with torch.no_grad():
-        mish_ratio = median_s(lambda: torch.nn.functional.mish(rows), 50) / median_s(lambda: mish(rows), 50)
-    return {
+    act_s = median_s(lambda: algorithm.agent.act(*acting), 50)
+    flops = update_flops(config, obs, action, rows)
+    result = {
         "setting": setting,
+        "preset": preset,
+        "precision": compute.precision,
+        "compiled": compute.compile,
         "threads": torch.get_num_threads(),
         "update_s": round(seconds, 5),
-        "act_ms": round(1e3 * median_s(lambda: algorithm.act(*acting), 20), 3),
+        "act_ms": round(1e3 * act_s, 3),
+        "first_updates_s": round(first_s, 1),
         "update_gflop": round(flops / 1e9, 3),
         "gflop_per_s": round(flops / seconds / 1e9, 1),
         "matrix_gflop_per_s": round(rate / 1e9, 1),
         "fraction_of_matrix_rate": round(flops / seconds / rate, 3),
-        "torch_mish_over_ours": round(mish_ratio, 2),
     }
+    for name, times in (("published", PUBLISHED_S), ("jax_peer", peer)):
+        if setting in times:
+            result[f"{name}_over_ours"] = round(times[setting] / seconds, 2)
+            if setting == "dpmd":
+                result[f"{name}_acting_over_ours"] = round(times["acting"] / act_s, 2)
+    return result
+
+
+@torch.no_grad()
+def mish_ratio() -> float:
+    """Time of torch's mish over that of ours, uncompiled, in a tensor that leaves the cache."""
+    x = torch.randn(8192, 256)
+    return round(median_s(lambda: torch.nn.functional.mish(x), 20) / median_s(lambda: mish(x), 20), 2)
 
 
 def main() -> None:
+    """Measure and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, action="append")
     parser.add_argument("--threads", type=int, action="append")
-    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], action="append")
+    parser.add_argument("--compile", choices=["on", "off"], default="on")
+    parser.add_argument("--updates", type=int, default=7)
+    parser.add_argument("--peer", type=Path, help="what benchmarks/jax_peer.py wrote, with as many threads")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    record = json.loads(options.peer.read_text()) if options.peer else {}
     results = []
-    for threads in options.threads or [1]:
+    for threads in options.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
-        results += [measure(setting, options.updates) for setting in options.setting or SETTINGS]
-    write_record({"results": results}, options.out)
+        peer = record.get("seconds", {}) if record.get("threads") == threads else {}
+        for precision in options.precision or ["fp32"]:
+            compute = Compute(precision, options.compile == "on")
+            for setting in options.setting or SETTINGS:
+                results.append(measure(setting, options.updates, compute, peer))
+    write_record(
+        {"results": results, "published_s": PUBLISHED_S, "peer": record, "torch_mish_over_ours": mish_ratio()},
+        options.out,
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import datetime
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_serve import atomic
-from rsm_serve.commandline import dataclass_options, require_extra, run_command
+from rsm_serve.commandline import aligned, dataclass_options, require_extra, run_command
 from rsm_serve.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def _run(sources: Sequence[str], config: EvalConfig, typed: str) -> int:
     from rsm_eval.evaluation import evaluate
     from rsm_eval.sources import open_policy
 
+    for path in (config.report, config.json):
+        if path is not None:
+            check_writable(path)
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_policy(source)) for source in sources]
@@ -132,17 +136,22 @@ def format_table(evaluation: Evaluation) -> str:
         if latency:
             pairs = [[format_ms(latency.percentile_ms(stage, p)) for p in (50, 99)] for stage in STAGES]
             stages.append([policy.label, *(" / ".join(pair) for pair in pairs)])
-    tables = [_aligned(rows)] + ([_aligned(stages)] if len(stages) > 1 else [])
+    tables = [aligned(rows)] + ([aligned(stages)] if len(stages) > 1 else [])
     return "\n\n".join([title, *tables])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def check_writable(path: Path) -> None:
+    """Make sure before the minutes of rollouts that a file can be written; nothing is left behind.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -155,9 +164,13 @@ def write_atomically(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_file(path, text.encode())
     except OSError as error:
-        raise UsageError(
-            f"wanted to write {str(path)!r}, got {error.strerror}; choose a place that you may write to"
-        ) from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"wanted to write {str(path)!r}, got {error.strerror}; choose a place that you may write to"
+    )
 
 
 if __name__ == "__main__":

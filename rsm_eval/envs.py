@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -32,6 +34,7 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> BoxEnv:
         UnsupportedEnvError: the id is unknown, its module or simulator cannot be imported, or an
             observation or action is not a flat box of real numbers, or an action has no finite bounds.
     """
+    _tame_mujoco()
     # An environment that cannot be rendered need not know the word.
     rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
@@ -114,6 +117,25 @@ class EnvPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@functools.cache
+def _tame_mujoco() -> None:
+    """Make MuJoCo tell each warning once on stderr, and not in a MUJOCO_LOG.TXT wherever the process runs.
+
+    MuJoCo 4 warns of a deprecated attribute in several of Gymnasium's models, for every environment made.
+    """
+    try:
+        import mujoco
+    except ImportError:
+        return
+    if hasattr(mujoco, "set_mju_user_warning") and mujoco.get_mju_user_warning() is None:
+
+        @functools.lru_cache(maxsize=100)
+        def tell(message: str) -> None:
+            print(f"MuJoCo: {message}", file=sys.stderr)
+
+        mujoco.set_mju_user_warning(tell)
 
 
 def _check_spaces(env_id: str, env: BoxEnv) -> None:

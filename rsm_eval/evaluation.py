@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from rsm_eval.latency import Latency, measure_latency
 from rsm_eval.rollout import RolloutResult, episode_seeds, rollout
 from rsm_eval.sources import OpenedPolicy
 from rsm_eval.statistics import Summary, summarise
+from rsm_serve.commandline import parse_seeds
 from rsm_serve.errors import ConfigError, UsageError
 from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import installed_versions, machine_facts
@@ -25,8 +25,6 @@ SCHEMA_VERSION = 1
 """Version of the JSON layout."""
 
 _KIND_NAMES = {"torch": "Torch policy", "bundle": "Bundle", "server": "Server"}
-_MAX_SEED = 2**64 - 1
-_MAX_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -117,26 +115,6 @@ class Evaluation:
             "deterministic": self.config.deterministic,
             "policies": [_policy_dict(policy, self.seeds) for policy in self.policies],
         }
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Evaluation seeds of '3', '0-4', '0,3,7' or '0-2,9', in that order.
-
-    Raises:
-        ConfigError: anything else, a seed twice, or more than 10,000 of them.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last <= _MAX_SEED or last - first >= _MAX_SEEDS:
-            raise ConfigError(
-                f"wanted evaluation seeds such as 0-4 or 0,3,7 (from 0 to 2**64 - 1), got {text!r}"
-            )
-        seeds.extend(range(first, last + 1))
-    if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"wanted every evaluation seed once, got {text!r}; its episodes would count twice")
-    return tuple(seeds)
 
 
 def choose_env(env_id: str | None, specs: Sequence[PolicySpec]) -> str:

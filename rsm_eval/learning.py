@@ -29,6 +29,10 @@ class LearningCurve:
     """[K]"""
     eval_max: NDArray[np.float64]
     """[K]"""
+    eval1_steps: NDArray[np.int64]
+    """[J], the evaluations that have N = 1, one particle, beside the best of N; J <= K."""
+    eval1_mean: NDArray[np.float64]
+    """[J]"""
     train_steps: NDArray[np.int64]
     """[M]"""
     train_return: NDArray[np.float64]
@@ -42,8 +46,8 @@ class LearningCurve:
         return int(max(self.eval_steps[-1:].max(initial=0), self.train_steps[-1:].max(initial=0)))
 
 
-def load_learning_curve(run: Path) -> LearningCurve:
-    """Read the metrics of a run directory.
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run directory's metrics.jsonl.
 
     Raises:
         CheckpointError: there is no metrics.jsonl, or a line before the last is not a metrics record. The
@@ -57,8 +61,18 @@ def load_learning_curve(run: Path) -> LearningCurve:
             f"wanted a training run with {METRICS_FILE} at {str(run)!r}, got {_reason(error)}; "
             "give a directory that rsm-train wrote"
         ) from None
-    records = [record for number, line in enumerate(lines) if (record := _parse(line, number, lines, path))]
+    return [record for number, line in enumerate(lines) if (record := _parse(line, number, lines, path))]
+
+
+def load_learning_curve(run: Path) -> LearningCurve:
+    """Read the metrics of a run directory.
+
+    Raises:
+        CheckpointError: see `read_metrics`.
+    """
+    records = read_metrics(run)
     evals = [record for record in records if "eval_returns" in record]
+    ones = [record for record in evals if record.get("eval1_returns")]
     # No training episode may have ended within a log interval.
     trains = [record for record in records if np.isfinite(record.get("episode_return", np.nan))]
     returns = [np.asarray(record["eval_returns"], dtype=np.float64) for record in evals]
@@ -68,6 +82,8 @@ def load_learning_curve(run: Path) -> LearningCurve:
         eval_std=np.array([values.std(ddof=1) if values.size > 1 else 0.0 for values in returns]),
         eval_min=np.array([values.min() for values in returns]),
         eval_max=np.array([values.max() for values in returns]),
+        eval1_steps=np.array([record["step"] for record in ones], dtype=np.int64),
+        eval1_mean=np.array([np.mean(record["eval1_returns"]) for record in ones], dtype=np.float64),
         train_steps=np.array([record["step"] for record in trains], dtype=np.int64),
         train_return=np.array([record["episode_return"] for record in trains], dtype=np.float64),
         wall_s=float(records[-1].get("wall_s", 0.0)) if records else 0.0,

@@ -86,12 +86,21 @@ def learning_curve_svg(curve: LearningCurve, *, ident: str, size_in: tuple[float
                 markersize=3.5,
                 label="evaluation",
             )
+        if curve.eval1_steps.size:
+            axes.plot(
+                curve.eval1_steps,
+                curve.eval1_mean,
+                color=_series(0),
+                linewidth=1,
+                linestyle=(0, (4, 2)),
+                label="one particle (N = 1)",
+            )
         axes.set_xlabel("environment steps")
         axes.set_ylabel("episode return")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
         axes.set_xlim(left=0)
-        _legend_above(figure, axes, columns=4 if size_in[0] > 5 else 2)
+        _legend_above(figure, axes, columns=5 if size_in[0] > 5 else 2)
     last = f", last evaluation {curve.eval_mean[-1]:.1f}" if curve.eval_mean.size else ""
     return _svg(figure, ident, f"Learning curve: episode return over {curve.last_step:,} steps{last}.")
 

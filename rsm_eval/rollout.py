@@ -10,7 +10,7 @@ Shape legend: E episodes, B rows of a batch, L steps of an episode, O observatio
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from rsm_eval.envs import BoxEnv, EnvPool, observation_size, time_limit
 from rsm_serve.errors import BackendError, ConfigError
-from rsm_serve.policy import Policy, Timing, check_env
+from rsm_serve.policy import ActResult, Policy, Timing, check_env
 from rsm_serve.seeds import expand_seed
 
 MAX_BATCH_ROWS = 64
 """Rows per policy call; more episodes are split into several calls. Servers bound their batches."""
+
+Ask = Callable[[NDArray[np.float32], NDArray[np.uint64], NDArray[np.intp]], ActResult]
+"""Observations [B, O], policy seeds [B] and numbers [B] of the episodes they belong to -> actions [B, A]."""
 
 _ACTION_SEED_MARK = 0x4143_5449_4F4E_5321  # "ACTIONS!" in ASCII
 
@@ -99,6 +102,7 @@ def rollout(
     max_steps: int | None = None,
     max_batch_rows: int = MAX_BATCH_ROWS,
     record: int | None = None,
+    ask: Ask | None = None,
 ) -> RolloutResult:
     """Run one episode per seed and return what happened.
 
@@ -112,6 +116,8 @@ def rollout(
             DEFAULT_MAX_STEPS where that has no limit.
         max_batch_rows: most observations in one policy call.
         record: index of the episode whose trajectory is kept.
+        ask: how the policy is asked for the actions of a batch, where episodes are to be acted in different
+            ways; None asks for `policy.act(obs, seed=seeds)`.
 
     Raises:
         UnsupportedEnvError: the environment is unknown, not Box-to-Box, or not one the policy is made for.
@@ -127,10 +133,11 @@ def rollout(
         check_env(policy.spec, envs[0])
         limit = max_steps or time_limit(envs[0]) or DEFAULT_MAX_STEPS
         episodes = _Episodes(envs, seeds_E, limit, record)
-        caller = _Caller(policy, deterministic, max_batch_rows)
+        caller = _Caller(policy, ask or _plainly(policy, deterministic), max_batch_rows)
         started = time.perf_counter()
         while episodes.running:
-            episodes.step(caller.act(episodes.observations(), episodes.action_seeds()))
+            numbers = np.array(episodes.running, dtype=np.intp)
+            episodes.step(caller.act(episodes.observations(), episodes.action_seeds(), numbers))
         wall_s = time.perf_counter() - started
     finally:
         if pool is not env:
@@ -159,29 +166,36 @@ def _check_arguments(episodes: int, max_steps: int | None, max_batch_rows: int, 
         raise ConfigError(f"wanted to record an episode from 0 to {episodes - 1}, got {record}")
 
 
+def _plainly(policy: Policy, deterministic: bool) -> Ask:
+    if deterministic:
+        return lambda obs_BO, seeds_B, numbers_B: policy.act(obs_BO, deterministic=True)
+    return lambda obs_BO, seeds_B, numbers_B: policy.act(obs_BO, seed=seeds_B)
+
+
 class _Caller:
     """Asks the policy for a batch of actions, and notes how long each call took."""
 
-    def __init__(self, policy: Policy, deterministic: bool, max_batch_rows: int) -> None:
+    def __init__(self, policy: Policy, ask: Ask, max_batch_rows: int) -> None:
         self._policy = policy
-        self._deterministic = deterministic
+        self._ask = ask
         self._max_rows = max_batch_rows
         self._action_size = policy.spec.action.size
         self.timings: list[Timing] = []
 
-    def act(self, obs_BO: NDArray[np.float32], seeds_B: NDArray[np.uint64]) -> NDArray[np.float32]:
+    def act(
+        self, obs_BO: NDArray[np.float32], seeds_B: NDArray[np.uint64], numbers_B: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
         rows = len(obs_BO)
         if rows <= self._max_rows:
-            return self._call(obs_BO, seeds_B)
+            return self._call(obs_BO, seeds_B, numbers_B)
         cuts = [slice(start, start + self._max_rows) for start in range(0, rows, self._max_rows)]
-        return np.concatenate([self._call(obs_BO[cut], seeds_B[cut]) for cut in cuts])
+        return np.concatenate([self._call(obs_BO[cut], seeds_B[cut], numbers_B[cut]) for cut in cuts])
 
-    def _call(self, obs_BO: NDArray[np.float32], seeds_B: NDArray[np.uint64]) -> NDArray[np.float32]:
+    def _call(
+        self, obs_BO: NDArray[np.float32], seeds_B: NDArray[np.uint64], numbers_B: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
         started = time.perf_counter()
-        if self._deterministic:
-            result = self._policy.act(obs_BO, deterministic=True)
-        else:
-            result = self._policy.act(obs_BO, seed=seeds_B)
+        result = self._ask(obs_BO, seeds_B, numbers_B)
         total_us = (time.perf_counter() - started) * 1e6
         timing, action_BA = result.timing, result.action
         self.timings.append(

@@ -42,6 +42,28 @@ class Summary:
     maximum: float
 
 
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean and its 95 % interval by Student's t, in units of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: ArrayLike) -> MeanInterval | None:
+    """Of independent values such as one per training seed, of which there are too few to resample.
+
+    None for fewer than two values, of which nobody knows how they vary.
+    """
+    sample = np.asarray(values, dtype=np.float64).reshape(-1)
+    if sample.size < 2:
+        return None
+    mean, error = float(sample.mean()), float(stats.sem(sample))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1)) * error
+    return MeanInterval(mean, mean - half, mean + half)
+
+
 def interquartile_mean(values: ArrayLike, axis: int = -1) -> NDArray[np.float64]:
     """Mean of what is left when the lowest and the highest quarter (rounded down) are cut off."""
     return np.asarray(stats.trim_mean(values, 0.25, axis=axis))

@@ -116,6 +116,7 @@ class PolicyClient:
     ) -> None:
         self.target = Target.parse(address, policy, version)
         self.timeout_s = _positive(timeout_s)
+        self._connected: _Call | None = None
         self._channel = grpc.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
         self._act = self._channel.unary_unary(
             f"/{SERVICE}/Act", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
@@ -132,7 +133,7 @@ class PolicyClient:
         except grpc.RpcError as error:
             self.close()
             raise _translate(error, self.target, connect_timeout_s) from None
-        self._call = _Call(self.target, PolicySpec.from_json(info.spec_json))
+        self._call = self._connected = _Call(self.target, PolicySpec.from_json(info.spec_json))
         self.max_batch_size: int = info.max_batch_size
         """Most rows that one call may carry."""
         self.server_version: str = info.server_version
@@ -185,7 +186,9 @@ class PolicyClient:
         check_env(self.spec, env)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; later calls raise NotReadyError."""
+        if self._connected is not None:
+            self._connected.closed = True
         self._channel.close()
 
     def __enter__(self) -> PolicyClient:
@@ -420,6 +423,8 @@ class AsyncPolicyClient:
 
     async def close(self) -> None:
         """Close the connection."""
+        if self._connected is not None:
+            self._connected.closed = True
         if self._channel is not None:
             await self._channel.close()
 
@@ -556,11 +561,15 @@ class _Call:
     def __init__(self, target: Target, spec: PolicySpec) -> None:
         self.target = target
         self.spec = spec
+        self.closed = False
+        """The client was closed: nothing goes out any more, on no stream of it either."""
         self._last_id = 0
 
     def request(
         self, obs: ArrayLike, seed: Seed, noise: NDArray[np.float32] | None, deterministic: bool
     ) -> tuple[ActRows, pb.ActRequest]:
+        if self.closed:
+            raise NotReadyError(f"the client of {self.target} was closed here; create another")
         rows = act_rows(self.spec, obs, seed=seed, noise=noise, deterministic=deterministic)
         self._last_id += 1  # only for logs and traces: two threads may draw the same
         message = encode_request(

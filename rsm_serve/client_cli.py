@@ -134,7 +134,7 @@ def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArr
     if path is not None:
         try:
             array: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({error})") from None
         return array
     if text is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 
 import click
 
-from rsm_serve.errors import MissingExtraError, RsmError
+from rsm_serve.errors import ConfigError, MissingExtraError, RsmError
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_MAX_SEED = 2**64 - 1
+_MAX_SEEDS = 10_000
 
 
 def run_command(command: click.Command | Callable[[], click.Command], argv: Sequence[str] | None = None) -> int:
@@ -62,6 +65,37 @@ def require_extra(command: str, extra: str, modules: Sequence[str]) -> None:
             )
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds of '3', '0-4', '0,3,7' or '0-2,9', in that order.
+
+    Raises:
+        ConfigError: anything else, a seed twice, or more than 10,000 of them.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last <= _MAX_SEED or last - first >= _MAX_SEEDS:
+            raise ConfigError(f"wanted seeds such as 0-4 or 0,3,7 (from 0 to 2**64 - 1), got {text!r}")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"wanted every seed once, got {text!r}; what it stands for would count twice")
+    return tuple(seeds)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Aligned plain text: a heading, a rule and lines; the first `left` columns begin at the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def dataclass_options(
     *configs: type, defaults: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -98,7 +132,8 @@ def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable
     has_default = item.default is not dataclasses.MISSING
     text = item.metadata["help"]
     if has_default and item.default is not None and not defaults:
-        text = f"{text}  [default: {item.default}]"
+        shown = item.default if not isinstance(item.default, bool) else "on" if item.default else "off"
+        text = f"{text}  [default: {shown}]"
     settings: dict[str, Any] = {
         "show_default": defaults and has_default and item.default is not None,
         "required": defaults and not has_default,
@@ -109,6 +144,8 @@ def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable
         settings["default"] = item.default
     kind = _option_type(hint)
     if kind is bool:
+        if not defaults:
+            settings["default"] = None  # or click says False where nothing was said
         return click.option(f"{flag}/--no-{flag[2:]}", item.name, **settings)
     return click.option(flag, item.name, type=kind, **settings)
 

@@ -260,7 +260,7 @@ def act_rows(
         InvalidRequestError: see `Policy.act`.
     """
     obs_size = spec.observation.size
-    array = np.asarray(obs)
+    array = _as_array("observation", obs)
     if array.dtype.kind not in "fiub":
         raise InvalidRequestError(
             f"wanted a float32 observation for policy {spec.name!r}, got dtype {array.dtype}; "
@@ -283,7 +283,10 @@ def act_rows(
         return ActRows(obs_BO, seeds, None, array.ndim == 1)
     if seed is not None or deterministic:
         raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
-    noise_BTNA = np.ascontiguousarray(noise, dtype=np.float32)
+    noise_array = _as_array("noise", noise)
+    if noise_array.dtype.kind not in "fiub":
+        raise InvalidRequestError(f"wanted float32 noise, got dtype {noise_array.dtype}; convert it to float32")
+    noise_BTNA = np.ascontiguousarray(noise_array, dtype=np.float32)
     if noise_BTNA.shape == spec.noise_shape and rows == 1:
         noise_BTNA = noise_BTNA[None]
     if noise_BTNA.shape != (rows, *spec.noise_shape):
@@ -293,6 +296,15 @@ def act_rows(
         )
     _require_finite("noise", noise_BTNA)
     return ActRows(obs_BO, None, noise_BTNA, array.ndim == 1)
+
+
+def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:  # rows of different lengths
+        raise InvalidRequestError(
+            f"wanted the {what} as an array of numbers, got none ({error}); make all rows equally long"
+        ) from None
 
 
 def _require_finite(what: str, array: NDArray[np.float32]) -> None:

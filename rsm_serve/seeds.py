@@ -7,6 +7,7 @@ of any batch, after a reload and on every backend.
 
 from __future__ import annotations
 
+import operator
 import secrets
 import threading
 from typing import Any
@@ -52,7 +53,7 @@ def resolve_seeds(
         deterministic: every row gets DETERMINISTIC_SEED; contradicts a given seed.
 
     Raises:
-        InvalidRequestError: the count is neither 1 nor `rows`, or a value is outside [0, 2**64).
+        InvalidRequestError: the count is neither 1 nor `rows`, or a value is not a whole number in [0, 2**64).
     """
     if deterministic:
         if seed is not None:
@@ -65,7 +66,12 @@ def resolve_seeds(
     if isinstance(seed, np.ndarray) and seed.dtype == np.uint64:
         given = seed.reshape(-1)
     else:
-        values = [int(s) for s in np.asarray(seed, dtype=object).reshape(-1)]
+        try:
+            values = [operator.index(s) for s in np.asarray(seed, dtype=object).reshape(-1)]
+        except (TypeError, ValueError):  # a float is refused, not truncated: it would replay another answer
+            raise InvalidRequestError(
+                f"wanted whole numbers from 0 to 2**64 - 1 as seeds, got {seed!r}; use unsigned 64-bit numbers"
+            ) from None
         if any(not 0 <= s <= _MASK64 for s in values):
             raise InvalidRequestError(
                 f"wanted seeds from 0 to 2**64 - 1, got {values}; use unsigned 64-bit numbers"

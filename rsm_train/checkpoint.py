@@ -16,15 +16,18 @@
                 probe.safetensors      "obs" [P, O] float32: observations the policy met
                 training.safetensors   what only --resume needs; see rsm_train.loop.Trainer.training_state
 
-A checkpoint directory is complete or absent, and so is a replay file. The newest checkpoints (RunConfig.
+A checkpoint directory is complete or absent, and so is a replay file. The newest checkpoints (setting
 keep_checkpoints) can be resumed: their transitions are in replay/. The best one, when older, is a policy only.
 Order of a save: replay files, checkpoint; then the old checkpoints go, then the replay files that none needs.
 
-Networks: "policy_average" (the policy that is evaluated and
-exported), "policy", "critic", "critic_target". Parameters of a policy: `time.layers.{0,1}.{weight,bias}`
-[32, 16] and [16, 32], and `layers.i.{weight,bias}` [out, in] and [out], the input of layer 0 being
-[observation, noisy action, time embedding]. Parameters of the critics have a leading axis for the members
-of the ensemble: `layers.i.weight` [2, out, in], the input of layer 0 being [observation, action].
+Networks: "policy_average" (the policy that is evaluated and exported), "policy", "critic", "critic_target";
+SAC has no "policy_average", and its "policy" is evaluated.
+
+Parameters of a diffusion policy: `time.layers.{0,1}.{weight,bias}` [32, 16] and [16, 32], and
+`layers.i.{weight,bias}` [out, in] and [out], the input of layer 0 being [observation, noisy action, time
+embedding]. Of a Gaussian policy: `layers.i`, from the observation to [mean, log standard deviation]. Of the
+critics: `layers.i.weight` [E, out, in] and `layers.i.bias` [E, out] for E members, the input of layer 0 being
+[observation, action]; with LayerNorm also `norms.i.{weight,bias}` [E, out] of the hidden layers.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -46,9 +49,9 @@ from torch import Tensor
 from rsm_serve import atomic
 from rsm_serve.errors import BundleError, CheckpointError
 from rsm_serve.policy import PolicySpec
-from rsm_train.diffusion import SamplerSettings, make_schedule
+from rsm_train.diffusion import GaussianSettings, PolicySettings, SamplerSettings, SelectionName, make_schedule
 from rsm_train.networks import TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, Params, subset
-from rsm_train.policy import PolicyWeights, TorchPolicy
+from rsm_train.policy import GaussianWeights, PolicyWeights, TorchPolicy
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -61,6 +64,7 @@ _PROBE_FILE = "probe.safetensors"
 _TRAINING_FILE = "training.safetensors"
 _NAME = re.compile(r"step_(\d{9})")
 _AGAIN = "train again, or choose another checkpoint"
+_SAMPLER_KINDS: dict[type[PolicySettings], str] = {SamplerSettings: "diffusion", GaussianSettings: "gaussian"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Checkpoint:
 
     path: Path
     spec: PolicySpec
-    sampler: SamplerSettings
+    sampler: PolicySettings
     networks: dict[str, Params]
     state: Mapping[str, Any]
     """"step", "updates", "evaluation" (None if it was not evaluated) and, if it can be resumed, "training"."""
@@ -81,14 +85,12 @@ class Checkpoint:
 
     def policy(self) -> TorchPolicy:
         """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
-        schedule = make_schedule(self.sampler.schedule, self.sampler.steps)
-        weights = PolicyWeights.prepare(
-            self.networks["policy_average"],
-            self.networks["critic"],
-            schedule,
-            self.sampler.prior_std,
-            self.spec,
-        )
+        weights: PolicyWeights | GaussianWeights
+        policy, critic = self.networks[_acting_network(self.sampler)], self.networks["critic"]
+        if isinstance(self.sampler, GaussianSettings):
+            weights = GaussianWeights.prepare(policy, critic, self.spec)
+        else:
+            weights = PolicyWeights.prepare(policy, critic, self.sampler, self.spec)
         return TorchPolicy(self.spec, weights)
 
 
@@ -102,7 +104,10 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
     }
     config = dict(checkpoint.config) | {
         "schema_version": SCHEMA_VERSION,
-        "sampler": dataclasses.asdict(checkpoint.sampler),
+        "sampler": {
+            "kind": _SAMPLER_KINDS[type(checkpoint.sampler)],
+            **dataclasses.asdict(checkpoint.sampler),
+        },
     }
     with atomic.new_directory(path) as directory:
         save_file(tensors, directory / _NETWORKS_FILE)
@@ -170,7 +175,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         spec = PolicySpec.from_json((directory / _SPEC_FILE).read_bytes())
         tensors = load_file(directory / _NETWORKS_FILE)
         probe_obs = load_file(directory / _PROBE_FILE)["obs"]
-        sampler = SamplerSettings(**config["sampler"])
+        sampler = _read_sampler(config["sampler"])
     except (OSError, SafetensorError, BundleError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged: {error}; {_AGAIN}") from None
     networks = {
@@ -227,19 +232,31 @@ def load_torch_policy(path: str | Path) -> TorchPolicy:
     return load_checkpoint(path).policy()
 
 
+def _acting_network(sampler: PolicySettings) -> str:
+    """The policy that is evaluated and exported."""
+    return "policy" if isinstance(sampler, GaussianSettings) else "policy_average"
+
+
+def _read_sampler(settings: Mapping[str, Any]) -> PolicySettings:
+    """The settings of a policy's sampler; without a kind they are from before there was a second one.
+
+    Raises:
+        KeyError, TypeError: other settings than the kind has.
+    """
+    kinds = {name: kind for kind, name in _SAMPLER_KINDS.items()}
+    kind = kinds[settings.get("kind", "diffusion")]
+    return kind(**{name: value for name, value in settings.items() if name != "kind"})
+
+
 def _check_content(checkpoint: Checkpoint) -> None:
     """Check that everything a policy is made from is there, fits together and is finite."""
     spec, sampler, where = checkpoint.spec, checkpoint.sampler, f"checkpoint {checkpoint.path}"
-    try:
-        make_schedule(sampler.schedule, sampler.steps)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
+    if isinstance(sampler, SamplerSettings):
+        _check_sampler(where, sampler)
     if (sampler.steps, sampler.particles) != (spec.steps, spec.particles):
         raise CheckpointError(
             f"{where}: {CONFIG_FILE} and {_SPEC_FILE} disagree on steps and particles; {_AGAIN}"
         )
-    if not isinstance(sampler.prior_std, (float, int)) or not sampler.prior_std > 0:
-        raise CheckpointError(f"{where}: wanted prior_std > 0, got {sampler.prior_std!r}; {_AGAIN}")
     probe = checkpoint.probe_obs
     obs, action = spec.observation.size, spec.action.size
     if probe.shape[1:] != (obs,) or len(probe) < 1 or not torch.isfinite(probe).all():
@@ -247,11 +264,33 @@ def _check_content(checkpoint: Checkpoint) -> None:
             f"{where}: wanted finite observations [P, {obs}] in {_PROBE_FILE}, got shape "
             f"{list(probe.shape)}; {_AGAIN}"
         )
-    policy, critic = (checkpoint.networks.get(name, {}) for name in ("policy_average", "critic"))
-    time = [TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, TIME_EMBEDDING_SIZE]
-    _check_mlp(f"{where}: policy_average.time", subset(policy, "time."), time[0], time[-1])
-    _check_mlp(f"{where}: policy_average", policy, obs + action + time[-1], action)
+    name = _acting_network(sampler)
+    policy, critic = (checkpoint.networks.get(key, {}) for key in (name, "critic"))
+    if isinstance(sampler, SamplerSettings):
+        time = [TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, TIME_EMBEDDING_SIZE]
+        _check_mlp(f"{where}: {name}.time", subset(policy, "time."), time[0], time[-1])
+        _check_mlp(f"{where}: {name}", policy, obs + action + time[-1], action)
+    else:
+        _check_mlp(f"{where}: {name}", policy, obs, 2 * action)
     _check_mlp(f"{where}: critic", critic, obs + action, 1)
+
+
+def _check_sampler(where: str, sampler: SamplerSettings) -> None:
+    try:
+        make_schedule(sampler.schedule, sampler.steps)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
+    if not isinstance(sampler.prior_std, (float, int)) or not sampler.prior_std > 0:
+        raise CheckpointError(f"{where}: wanted prior_std > 0, got {sampler.prior_std!r}; {_AGAIN}")
+    selections = get_args(SelectionName)
+    if sampler.selection not in selections:
+        raise CheckpointError(
+            f"{where}: wanted a selection of {', '.join(selections)}, got {sampler.selection!r}; {_AGAIN}"
+        )
+    if not isinstance(sampler.selection_std, (float, int)):
+        raise CheckpointError(
+            f"{where}: wanted a number as selection_std, got {sampler.selection_std!r}; {_AGAIN}"
+        )
 
 
 def _check_mlp(where: str, params: Mapping[str, Tensor], inputs: int, outputs: int) -> None:
@@ -269,7 +308,18 @@ def _check_mlp(where: str, params: Mapping[str, Tensor], inputs: int, outputs: i
             )
         if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
             raise CheckpointError(f"{where}.layers.{i} holds NaN or Inf; {_AGAIN}")
+        _check_norm(f"{where}.norms.{i}", subset(params, f"norms.{i}."), bias)
         inputs = int(fan_out)
+
+
+def _check_norm(where: str, norm: Mapping[str, Tensor], bias: Tensor) -> None:
+    """Check that a layer has no normalisation, or a complete, finite one of its size."""
+    for name in ("weight", "bias") if norm else ():
+        if name not in norm or norm[name].shape != bias.shape or not torch.isfinite(norm[name]).all():
+            raise CheckpointError(
+                f"{where}.{name}: wanted finite values of shape {list(bias.shape)} in {_NETWORKS_FILE}; "
+                f"{_AGAIN}"
+            )
 
 
 def _score(checkpoint: Path) -> float:

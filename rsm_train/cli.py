@@ -2,44 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from rsm_serve.commandline import dataclass_options, require_extra, run_command
+from rsm_serve.commandline import dataclass_options, parse_seeds, require_extra, run_command
+from rsm_serve.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from rsm_train.many_seeds import Plan
 
 
 def _command() -> click.Command:
     require_extra("rsm-train", "train", ["torch", "gymnasium", "mujoco", "safetensors", "rich", "tensorboard"])
-    from rsm_train.config import ALGORITHM_CONFIGS, RunConfig, resolve
-    from rsm_train.run_directory import default_run_dir, resume_settings
-    from rsm_train.stopping import RunStopped
+    from rsm_train.config import ALGORITHM_CONFIGS, RunConfig
 
     @click.command("rsm-train", context_settings={"max_content_width": 110})
     @click.version_option(package_name="rsm-toolkit")
+    @click.option("--list-presets", is_flag=True, help="Show what every preset changes, and exit.")
+    @click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show the resolved configuration and an estimate of time, memory and disk, measured in a few "
+        "seconds; write nothing.",
+    )
+    @click.option(
+        "--seeds",
+        help="Seeds such as 0-4 or 0,3,7: a process for each, with the result of a lone run with that --seed "
+        "and the same --threads, bit for bit. --threads is 1 on a CPU, unless given by an option or the "
+        "preset. An --out must contain {seed}.",
+    )
+    @click.option(
+        "--jobs",
+        type=click.IntRange(1),
+        help="Processes at once with --seeds.  [default: cores / threads; all of them on a GPU]",
+    )
     @dataclass_options(RunConfig, *ALGORITHM_CONFIGS.values(), defaults=False)
     @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
-    def command(resume: bool, **given: Any) -> None:
+    def command(
+        list_presets: bool, dry_run: bool, seeds: str | None, jobs: int | None, resume: bool, **given: Any
+    ) -> None:
         """Learn a diffusion policy with Reweighted Score Matching.
 
         A preset sets defaults; every option given on the command line wins over it.
         """
-        if resume:
-            run, algorithm, run_dir = resume_settings(given)
-        else:
-            run, algorithm = resolve(given)
-            run_dir = default_run_dir(run)
-        from rsm_train.loop import train
+        if list_presets:
+            from rsm_train.describe import describe_presets
 
-        try:
-            click.echo(f"run directory: {train(run, algorithm, run_dir, resume=resume)}")
-        except RunStopped as stopped:
-            click.echo(str(stopped), err=True)
+            click.echo(describe_presets())
+            return
+        plan = None
+        if seeds is not None:
+            from rsm_train.many_seeds import plan as make_plan
+
+            if resume:
+                raise ConfigError("wanted --seeds or --resume, got both; resume each run with --out")
+            plan = make_plan(given, parse_seeds(seeds), jobs)
+        if dry_run:
+            _dry_run(given, plan)
+        elif plan is not None:
+            _train_seeds(plan)
+        else:
+            _train(given, resume)
 
     return command
+
+
+def _train(given: Mapping[str, Any], resume: bool) -> None:
+    from rsm_train.config import resolve, run_directory
+    from rsm_train.loop import train
+    from rsm_train.results import read_result
+    from rsm_train.run_directory import resume_settings
+    from rsm_train.stopping import RunStopped
+
+    if resume:
+        run, algorithm, run_dir = resume_settings(given)
+    else:
+        run, algorithm = resolve(given)
+        run_dir = run_directory(run)
+    try:
+        train(run, algorithm, run_dir, resume=resume)
+    except RunStopped as stopped:
+        click.echo(str(stopped), err=True)
+        return
+    result = read_result(run_dir)
+    assert result is not None, "a run ends with an evaluation"
+    click.echo(f"final: {result.final}")
+    click.echo(f"best:  {result.best}")
+    click.echo(f"run directory: {run_dir}")
+
+
+def _train_seeds(plan: Plan) -> None:
+    from rsm_train.many_seeds import failures, format_results, run_seeds
+
+    click.echo(f"{len(plan.workers)} seeds, {plan.jobs} at once", err=True)
+    statuses = run_seeds(plan.workers, plan.jobs, lambda line: click.echo(line, err=True))
+    click.echo(format_results(plan.workers, statuses))
+    failed = failures(plan.workers, statuses)
+    if failed is not None:
+        raise TrainingError(failed)
+
+
+def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
+    from rsm_train.config import resolve, run_directory
+    from rsm_train.describe import describe_run
+    from rsm_train.estimate import estimate, format_estimate, total_s
+    from rsm_train.metrics import duration
+
+    if plan is not None:
+        given = plan.settings
+    run, algorithm = resolve(given)
+    run_dir = run_directory(run)
+    click.echo(describe_run(given, run, algorithm))
+    click.echo(f"\nrun directory: {run_dir}\n")
+    cost = estimate(run, algorithm, run_dir)
+    click.echo(format_estimate(run, cost))
+    if plan is not None:
+        rounds = -(-len(plan.workers) // plan.jobs)
+        everything = duration(rounds * total_s(run, cost))
+        click.echo(
+            f"\n{len(plan.workers)} seeds, {plan.jobs} at once: about {everything}, "
+            f"{plan.jobs} times the memory, {len(plan.workers)} times the disk"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of rsm-train; returns the exit status."""
     return run_command(_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

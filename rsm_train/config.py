@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,19 @@ import torch
 from rsm_serve.errors import ConfigError
 from rsm_train.algorithms.common import Algorithm
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
+from rsm_train.algorithms.sac import SAC, SACConfig
+from rsm_train.algorithms.sdac import SDAC, SDACConfig
+from rsm_train.kernels import DEFAULT_COMPUTE, CompileMode, Compute, Precision
 
 VectorName = Literal["sync", "async", "envpool"]
-AlgorithmName = Literal["dpmd"]
-AlgorithmConfig = DPMDConfig
+AlgorithmName = Literal["dpmd", "sdac", "sac"]
+AlgorithmConfig = DPMDConfig | SDACConfig | SACConfig
 
-ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {"dpmd": DPMDConfig}
+ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
+    "dpmd": DPMDConfig,
+    "sdac": SDACConfig,
+    "sac": SACConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class RunConfig:
 
     env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId."})
     algo: AlgorithmName = field(default="dpmd", metadata={"help": "Learning algorithm."})
-    preset: str = field(default="paper", metadata={"help": "Named set of defaults: paper or quick."})
+    preset: str = field(default="paper", metadata={"help": "Named set of defaults; see --list-presets."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random in the run."})
     device: str = field(default="auto", metadata={"help": "One of auto, cpu, cuda and cuda:N."})
     out: str | None = field(
@@ -48,12 +56,28 @@ class RunConfig:
     checkpoint_every: int = field(
         default=5_000, metadata={"help": "Steps between checkpoints; every evaluation makes one as well."}
     )
+    eval_one_particle: bool = field(
+        default=True, metadata={"help": "Evaluate N=1 too: as many episodes without the critics' choice."}
+    )
     keep_checkpoints: int = field(
         default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
     log_every: int = field(default=1_000, metadata={"help": "Steps between lines in metrics.jsonl."})
+    precision: Precision = field(
+        default="fp32",
+        metadata={"help": "Of the products while sampling: fp32, tf32 (on CUDA, everywhere) or bf16."},
+    )
+    compile: CompileMode = field(
+        default="auto",
+        metadata={
+            "help": "Compile the sampling; auto: where there is a compiler. It takes up to a minute, once."
+        },
+    )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads of torch; default as torch decides."}
+    )
+    wandb: str | None = field(
+        default=None, metadata={"help": "Project of Weights & Biases that gets the metrics too."}
     )
 
     def __post_init__(self) -> None:
@@ -82,39 +106,107 @@ class RunConfig:
         )
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # The mathematics of the paper; the defaults of the dataclasses.
-    "paper": {},
-    # Small networks and short chains for small tasks on a CPU: InvertedPendulum-v5 in about two minutes.
-    "quick": {
-        "total_steps": 12_000,
-        "warmup_steps": 300,
-        "num_envs": 4,
-        "updates_per_step": 0.5,
-        "batch_size": 128,
-        "replay_size": 100_000,
-        "eval_every": 1_000,
-        "eval_episodes": 5,
-        "checkpoint_every": 1_000,
-        "log_every": 250,
-        # More threads gain nothing at this size, and lose much where another process shares the cores.
-        "threads": 1,
-        "diffusion_steps": 5,
-        "particles": 8,
-        "target_particles": 1,
-        "policy_samples": 8,
-        "width": 64,
-        "depth": 2,
-        "policy_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.05,
-        "reward_scale": 0.1,
-        "temperature_schedule": "constant",
-        "temperature": 0.5,
-        "q_scaling": "state",
-        "proposal_noise": 0.2,
-        "exploration_noise": 1.0,
-    },
+_QUICK_DIFFUSION: dict[str, Any] = {
+    "diffusion_steps": 5,
+    "particles": 8,
+    "target_particles": 1,
+    "prior_std": 0.5,
+    "temperature_schedule": "constant",
+    "temperature": 0.5,
+    "exploration_noise": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of defaults."""
+
+    description: str
+    """One line for --list-presets."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """For every algorithm that has them."""
+    per_algorithm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By the algorithm's name; wins over `settings`."""
+    algorithms: tuple[str, ...] = tuple(ALGORITHM_CONFIGS)
+    """Those that have it."""
+
+    def of(self, algo: str) -> dict[str, Any]:
+        """The settings for one algorithm."""
+        return {**self.settings, **self.per_algorithm.get(algo, {})}
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset("The mathematics of the paper; the defaults of every setting."),
+    "reference": Preset(
+        "The published program, with its deviations from the paper, to reproduce its curves.",
+        {"prior_std": 0.5},
+        per_algorithm={
+            "dpmd": {
+                "policy_lr_final": 3e-5,
+                "noisy_backup": True,
+                "critic_repeats": 2,
+                "policy_actions": "backup",
+                "policy_samples": 1,
+                "weighting": "exp",
+                "q_scaling": "running_slip",
+            },
+            "sdac": {
+                "policy_lr_final": 3e-5,
+                "noisy_backup": True,
+                "reverse_draws": "clipped",
+                "proposal_particles": 32,
+            },
+        },
+        algorithms=("dpmd", "sdac"),
+    ),
+    "kl": Preset(
+        "Mirror descent with many actions per state and the temperature tuned to a KL of 2 nats.",
+        {"updates_per_step": 1.0},
+        per_algorithm={
+            "dpmd": {
+                "policy_samples": 64,
+                "old_policy_every": 1_000,
+                "proposal_noise": 0.2,
+                "critic_selection": "mean",
+                "target_particles": 1,
+                "temperature_schedule": "kl",
+                "temperature": 1.0,
+                "target_kl": 2.0,
+                "exploration_units": "absolute",
+            },
+        },
+        algorithms=("dpmd",),
+    ),
+    # InvertedPendulum-v5 in about two minutes.
+    "quick": Preset(
+        "Small networks and short chains, for small tasks on a CPU.",
+        {
+            "total_steps": 12_000,
+            "warmup_steps": 300,
+            "num_envs": 4,
+            "updates_per_step": 0.5,
+            "batch_size": 128,
+            "replay_size": 100_000,
+            "eval_every": 1_000,
+            "eval_episodes": 5,
+            "checkpoint_every": 1_000,
+            "log_every": 250,
+            # More threads gain nothing at this size, and lose much where another process shares the cores.
+            "threads": 1,
+            # At this size it takes longer than it saves.
+            "compile": "off",
+            "width": 64,
+            "depth": 2,
+            "policy_lr": 1e-3,
+            "critic_lr": 1e-3,
+            "tau": 0.05,
+            "reward_scale": 0.1,
+        },
+        per_algorithm={
+            "dpmd": {**_QUICK_DIFFUSION, "policy_samples": 8, "q_scaling": "state", "proposal_noise": 0.2},
+            "sdac": _QUICK_DIFFUSION,
+        },
+    ),
 }
 
 
@@ -131,10 +223,15 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     preset = chosen.get("preset", "paper")
     if preset not in PRESETS:
         raise ConfigError(f"wanted a preset of {', '.join(PRESETS)}, got {preset!r}")
-    settings = PRESETS[preset] | chosen
-    algo = settings.get("algo", "dpmd")
+    algo = chosen.get("algo", "dpmd")
     if algo not in ALGORITHM_CONFIGS:
         raise ConfigError(f"wanted an algorithm of {', '.join(ALGORITHM_CONFIGS)}, got {algo!r}")
+    defaults = PRESETS[preset]
+    if algo not in defaults.algorithms:
+        raise ConfigError(
+            f"wanted an algorithm of {', '.join(defaults.algorithms)} with preset {preset}, got {algo}"
+        )
+    settings = defaults.of(algo) | chosen
     algorithm_type = ALGORITHM_CONFIGS[algo]
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
     algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
@@ -155,6 +252,11 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
     return run, algorithm
 
 
+def run_directory(run: RunConfig) -> Path:
+    """Where a run writes: as given, or named after what it is."""
+    return Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
+
+
 def make_algorithm(
     config: AlgorithmConfig,
     obs_size: int,
@@ -162,9 +264,14 @@ def make_algorithm(
     *,
     generator: torch.Generator,
     device: torch.device | str,
+    compute: Compute = DEFAULT_COMPUTE,
 ) -> Algorithm:
     """The algorithm of a configuration, with freshly initialised networks."""
-    return DPMD(config, obs_size, action_size, generator=generator, device=device)
+    if isinstance(config, DPMDConfig):
+        return DPMD(config, obs_size, action_size, generator=generator, device=device, compute=compute)
+    if isinstance(config, SDACConfig):
+        return SDAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
+    return SAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ScheduleName = Literal["cosine", "linear"]
+SelectionName = Literal["min", "mean", "mean_std"]
 
 COSINE_OFFSET = 0.008  # s of Nichol & Dhariwal 2021, eq. 17
 MAX_BETA = 0.999
@@ -61,6 +62,19 @@ class SamplerSettings:
     steps: int  # T
     particles: int  # N, of which the critics choose the best
     prior_std: float  # standard deviation of the initial latent
+    selection: SelectionName = "min"  # how the values of the critics become the one that chooses
+    selection_std: float = 0.0  # for "mean_std": mean + selection_std * std
+
+
+@dataclass(frozen=True)
+class GaussianSettings:
+    """A Gaussian squashed by tanh, the policy of SAC: one step, one particle; the mean acts."""
+
+    steps: int = 1
+    particles: int = 1
+
+
+PolicySettings = SamplerSettings | GaussianSettings
 
 
 def make_schedule(
@@ -143,9 +157,29 @@ def reverse_chain(
     action = prior_std * noise_BTNA[:, 0]
     for k, step in enumerate(schedule.reverse_steps):
         eps = predict_noise(action, last - k)
-        x0 = torch.sub(step.inv_sqrt_alpha_bar * action, eps, alpha=step.noise_scale).clamp(-1.0, 1.0)
         if k == last:  # t = 0: x0_coef = 1, action_coef = 0, no noise
-            return x0
-        mean = torch.add(step.x0_coef * x0, action, alpha=step.action_coef)
-        action = torch.add(mean, noise_BTNA[:, k + 1], alpha=step.std)
+            return clean_action(action, eps, step.inv_sqrt_alpha_bar, step.noise_scale)
+        action = reverse_step(action, eps, noise_BTNA[:, k + 1], *vars(step).values())
     raise AssertionError("a schedule has at least one step")
+
+
+def clean_action(
+    a_t: Tensor, eps: Tensor, inv_sqrt_alpha_bar: float | Tensor, noise_scale: float | Tensor
+) -> Tensor:
+    """x0 = clip(a_t / sqrt(alpha_bar_t) - sqrt(1 / alpha_bar_t - 1) eps, -1, 1)."""
+    return (inv_sqrt_alpha_bar * a_t - noise_scale * eps).clamp(-1.0, 1.0)
+
+
+def reverse_step(
+    a_t: Tensor,
+    eps: Tensor,
+    z: Tensor,
+    inv_sqrt_alpha_bar: float | Tensor,
+    noise_scale: float | Tensor,
+    x0_coef: float | Tensor,
+    action_coef: float | Tensor,
+    std: float | Tensor,
+) -> Tensor:
+    """a_{t-1} from a_t, the predicted noise and z, with the constants of a `ReverseStep`; all [..., A]."""
+    x0 = clean_action(a_t, eps, inv_sqrt_alpha_bar, noise_scale)
+    return x0_coef * x0 + action_coef * a_t + std * z

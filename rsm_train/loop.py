@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsm_eval.envs import EnvPool, control_dt_s, env_boxes
-from rsm_eval.rollout import episode_seeds, rollout
+from rsm_eval.rollout import episode_seeds
 from rsm_serve import atomic
+from rsm_serve.commandline import require_extra
 from rsm_serve.errors import ConfigError, TrainingError
 from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import provenance
@@ -38,7 +39,9 @@ from rsm_train.checkpoint import (
 )
 from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
 from rsm_train.envs import TrainingEnvs
-from rsm_train.metrics import RunLog
+from rsm_train.evaluation import Evaluation, evaluate
+from rsm_train.kernels import Compute, can_compile
+from rsm_train.metrics import RunLog, extra_sinks
 from rsm_train.networks import subset
 from rsm_train.replay import ReplayBuffer, load_segments, remove_segments, write_segments
 from rsm_train.run_directory import (
@@ -82,6 +85,7 @@ class Trainer:
         self.algorithm_config = algorithm_config
         self.run_dir = run_dir
         self.device = pick_device(run.device)
+        torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
         training = None if checkpoint is None else checkpoint.training
         self.envs = TrainingEnvs(
             run.env,
@@ -101,6 +105,7 @@ class Trainer:
             self.envs.action_size,
             generator=torch.Generator().manual_seed(initial),
             device=self.device,
+            compute=pick_compute(run, self.device),
         )
         self.replay = ReplayBuffer(
             run.replay_size, self.envs.obs_size, self.envs.action_size, device=self.device
@@ -126,9 +131,9 @@ class Trainer:
                 log.train(self.step, self._summary())
             if self._due(self.run.eval_every):
                 self._require_finite()
-                returns = self.evaluate()
-                log.evaluation(self.step, returns)
-                self.save(returns, log.wall_s)
+                evaluation = self.evaluate()
+                log.evaluation(self.step, evaluation)
+                self.save(evaluation.returns, log.wall_s)
             elif self._due(self.run.checkpoint_every):
                 self.save(None, log.wall_s)
             log.advance(self.step)
@@ -150,11 +155,11 @@ class Trainer:
         if self.step < self.run.warmup_steps:
             action = torch.rand(count, size, generator=self._acting_generator) * 2 - 1
         else:
-            sampler = self.algorithm.sampler
+            sampler = self.algorithm.agent.sampler
             noise_shape = (count, sampler.steps, sampler.particles, size)
             noise = torch.randn(noise_shape, generator=self._acting_generator)
             exploration = torch.randn(count, size, generator=self._acting_generator)
-            action = self.algorithm.act(*(x.to(self.device) for x in (self.envs.obs, noise, exploration)))
+            action = self.algorithm.agent.act(*(x.to(self.device) for x in (self.envs.obs, noise, exploration)))
         batch, returns = self.envs.step(action.cpu())
         self.replay.add(batch)
         self._recent_returns.extend(returns)
@@ -169,11 +174,12 @@ class Trainer:
             self._means.add(self.algorithm.update(batch, noise))
             self.updates += 1
 
-    def evaluate(self) -> list[float]:
+    def evaluate(self, max_steps: int | None = None) -> Evaluation:
         """Returns of the evaluation episodes, the same initial states every time."""
         policy = self.checkpoint(None).policy()
         seeds = episode_seeds(_EVALUATION_SEED + self.run.seed, self.run.eval_episodes)
-        return [float(value) for value in rollout(policy, self._pool, seeds).returns]
+        one_particle = self.run.eval_one_particle
+        return evaluate(policy, self._pool, seeds, one_particle=one_particle, max_steps=max_steps)
 
     def save(self, returns: list[float] | None, wall_s: float) -> None:
         """Write a checkpoint that the run can be resumed from, and delete what is no longer needed.
@@ -208,7 +214,7 @@ class Trainer:
         episode returns.
         """
         return {
-            **_prefixed("algorithm", self.algorithm.state()),
+            **_prefixed("algorithm", self.algorithm.agent.state()),
             **_prefixed("envs", self.envs.state()),
             **_prefixed("means", self._means.sums),
             "generator.acting": self._acting_generator.get_state(),
@@ -227,7 +233,7 @@ class Trainer:
         try:
             self.step = self._saved_step = int(checkpoint.state["step"])
             self.updates = int(checkpoint.state["updates"])
-            self.algorithm.restore(checkpoint.networks, subset(training, "algorithm."), self.updates)
+            self.algorithm.agent.restore(checkpoint.networks, subset(training, "algorithm."), self.updates)
             self._means.restore(subset(training, "means."), counters["log_counts"], self.step, self.updates)
             self._acting_generator.set_state(training["generator.acting"])
             self._restore_learning_generator(training["generator.learning"])
@@ -251,8 +257,8 @@ class Trainer:
         Raises:
             TrainingError: a network, an optimiser or the sum of a metric holds one.
         """
-        learnt = [_prefixed(name, params) for name, params in self.algorithm.networks().items()]
-        for tensors in (*learnt, self.algorithm.state(), self._means.sums):
+        learnt = [_prefixed(name, params) for name, params in self.algorithm.agent.networks().items()]
+        for tensors in (*learnt, self.algorithm.agent.state(), self._means.sums):
             for name, value in tensors.items():
                 if value.is_floating_point() and not torch.isfinite(value).all():
                     raise self._diverged(f"{name} holds NaN or Inf")
@@ -285,8 +291,8 @@ class Trainer:
         return Checkpoint(
             path=self.run_dir,
             spec=dataclasses.replace(self._spec(), evaluation=evaluation),
-            sampler=self.algorithm.sampler,
-            networks=self.algorithm.networks(),
+            sampler=self.algorithm.agent.sampler,
+            networks=self.algorithm.agent.networks(),
             state={"step": self.step, "updates": self.updates, "evaluation": evaluation},
             probe_obs=self._probe_obs(),
             config=self.config(),
@@ -319,15 +325,15 @@ class Trainer:
             env_id=self.run.env,
             observation=observation,
             action=action,
-            steps=self.algorithm.sampler.steps,
-            particles=self.algorithm.sampler.particles,
+            steps=self.algorithm.agent.sampler.steps,
+            particles=self.algorithm.agent.sampler.particles,
             control_dt_s=control_dt_s(env),
             provenance={"run": self.run_dir.name, "step": self.step, **provenance()},
         )
 
     def _summary(self) -> dict[str, float]:
         rates = self._means.rates(self.step, self.updates)
-        values = {**rates, **self._means.take(), "temperature": self.algorithm.temperature}
+        values = {**rates, **self._means.take(), "temperature": self.algorithm.agent.temperature}
         if self._recent_returns:
             values["episode_return"] = float(np.mean(self._recent_returns))
         values["updates"] = self.updates
@@ -356,7 +362,10 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         CheckpointError: the newest checkpoint cannot be resumed from.
         TrainingError: the run cannot go on; its last checkpoint is intact.
         RunStopped: a signal ended it; its message has the command to resume.
+        MissingExtraError: wandb is asked for and not installed.
     """
+    if run.wandb is not None:
+        require_extra("rsm-train --wandb", "wandb", ["wandb"])
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     with StopRequest() as stop, contextlib.ExitStack() as stack:
@@ -379,9 +388,11 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
             stack.enter_context(lock(run_dir))
             require_new(run_dir)
         wall_s = 0.0 if checkpoint is None else float(checkpoint.state["training"]["wall_s"])
+        # First, as wandb may refuse: the directory is then still empty, and can be used again.
+        sinks = extra_sinks(run.wandb, run_dir, trainer.config())
         with _disk_errors(run_dir, "the run", _DISK):
             _prepare(trainer)
-            with RunLog(run_dir, run.total_steps, first_step=trainer.step, wall_s=wall_s) as log:
+            with RunLog(run_dir, run.total_steps, sinks, first_step=trainer.step, wall_s=wall_s) as log:
                 trainer.train(log, stop)
     return run_dir
 
@@ -425,6 +436,20 @@ def _disk_errors(run_dir: Path, what: str, numbers: Collection[int] = ()) -> Ite
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def pick_compute(run: RunConfig, device: torch.device) -> Compute:
+    """How a run computes its particles.
+
+    Raises:
+        ConfigError: compilation was asked for and there is no compiler.
+    """
+    possible = can_compile(device)
+    if run.compile == "on" and not possible:
+        wanted = "Triton" if device.type == "cuda" else "a C++ compiler (g++, clang++ or $CXX)"
+        raise ConfigError(f"wanted {wanted} for compile on, found none; install one or use --compile off")
+    enabled = run.compile == "on" or (run.compile == "auto" and possible)
+    return Compute(precision=run.precision, compile=enabled)
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsm_train import kernels
 from rsm_train.diffusion import NoiseSchedule, reverse_chain
 
 Params = dict[str, Tensor]
@@ -87,16 +88,27 @@ def depth(params: Mapping[str, Tensor]) -> int:
 
 def linear(params: Mapping[str, Tensor], i: int, x: Tensor) -> Tensor:
     """Layer i: [..., in] -> [..., out], or [E, R, in] -> [E, R, out] for a stack."""
-    weight, bias = params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]
-    if weight.dim() == 2:
-        return torch.nn.functional.linear(x, weight, bias)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return kernels.linear(x, params[f"layers.{i}.weight"], params[f"layers.{i}.bias"])
+
+
+def activate(params: Mapping[str, Tensor], i: int, x: Tensor) -> Tensor:
+    """mish behind layer i, behind a LayerNorm where the parameters have one (`norms.i`); shapes as `linear`."""
+    if f"norms.{i}.weight" in params:
+        weight, bias = params[f"norms.{i}.weight"], params[f"norms.{i}.bias"]
+        if weight.dim() == 2:
+            weight, bias = weight.unsqueeze(1), bias.unsqueeze(1)
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:]) * weight + bias
+    return mish(x)
 
 
 def mlp_tail(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """Everything behind the first layer: pre-activation of layer 0 [..., H] -> [..., out]."""
+    """Everything behind the first layer: pre-activation of layer 0 [..., H] -> [..., out].
+
+    The layers compute in the dtype of their weights, the activations in that of `hidden` and better.
+    """
     for i in range(1, depth(params)):
-        hidden = linear(params, i, mish(hidden))
+        active = activate(params, i - 1, hidden)
+        hidden = linear(params, i, active.to(params[f"layers.{i}.weight"].dtype))
     return hidden
 
 
@@ -154,19 +166,46 @@ def split_denoiser(params: Mapping[str, Tensor], steps: int) -> SplitDenoiser:
     return SplitDenoiser(obs_weight, action_weight, step_bias, tail)
 
 
+def observe(denoiser: SplitDenoiser, obs_BO: Tensor) -> Tensor:
+    """The observation's part of the first layer, for `predict_noise`: [B, 1, H]."""
+    return (obs_BO @ denoiser.obs_weight.T).unsqueeze(1)
+
+
 def predict_noise(denoiser: SplitDenoiser, obs_part: Tensor, action: Tensor, t: int | Tensor) -> Tensor:
-    """eps_theta: obs_part = obs @ obs_weight.T [B, 1, H], action [B, N, A], t an index or [B, N]."""
-    first = obs_part + denoiser.step_bias[t] + action @ denoiser.action_weight.T
-    return mlp_tail(denoiser.tail, first)
+    """eps_theta(s, a_t, t): obs_part [B, 1, H] from `observe`, action [B, N, A], t an index or [B, N]."""
+    return noise_from_parts(denoiser.tail, denoiser.action_weight, obs_part, denoiser.step_bias[t], action)
+
+
+def noise_from_parts(
+    tail: Mapping[str, Tensor], action_weight: Tensor, obs_part: Tensor, step_part: Tensor, action: Tensor
+) -> Tensor:
+    """`predict_noise` of what a `SplitDenoiser` holds: step_part [H] or [B, N, H] is its bias of the step."""
+    return mlp_tail(tail, obs_part + step_part + action @ action_weight.T)
 
 
 def sample_actions(
     denoiser: SplitDenoiser, schedule: NoiseSchedule, obs_BO: Tensor, noise_BTNA: Tensor, *, prior_std: float
 ) -> Tensor:
     """N actions per observation, [B, N, A] in [-1, 1]: THE sampler, in training, export and tests."""
-    obs_part = (obs_BO @ denoiser.obs_weight.T).unsqueeze(1)
+    obs_part = observe(denoiser, obs_BO)
 
     def predict(action_BNA: Tensor, t: int) -> Tensor:
         return predict_noise(denoiser, obs_part, action_BNA, t)
 
     return reverse_chain(schedule, predict, noise_BTNA, prior_std=prior_std)
+
+
+# --- the Gaussian policy of SAC ---------------------------------------------------------------------------
+
+LOG_STD_RANGE = (-20.0, 2.0)
+
+
+def init_gaussian(obs_size: int, action_size: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+    """An MLP from the observation to the mean and log standard deviation of every action dimension."""
+    return init_mlp([obs_size, *hidden, 2 * action_size], generator)
+
+
+def gaussian(params: Mapping[str, Tensor], obs_BO: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log standard deviation before the tanh, [B, A] each."""
+    mean, log_std = mlp_tail(params, linear(params, 0, obs_BO)).chunk(2, dim=-1)
+    return mean, log_std.clamp(*LOG_STD_RANGE)

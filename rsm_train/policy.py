@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rsm_serve.policy import ActResult, PolicySpec, Seed, Timing, act_rows
-from rsm_train.critic import best_of_n, min_q
-from rsm_train.diffusion import NoiseSchedule
-from rsm_train.networks import Params, SplitDenoiser, sample_actions, split_denoiser
+from rsm_train.critic import choose_best, q_values, select_value
+from rsm_train.diffusion import NoiseSchedule, SamplerSettings, make_schedule
+from rsm_train.networks import Params, SplitDenoiser, gaussian, sample_actions, split_denoiser
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PolicyWeights:
     denoiser: SplitDenoiser
     critics: Params
     schedule: NoiseSchedule
-    prior_std: float
+    sampler: SamplerSettings
     scale: ActionScale
 
     @classmethod
@@ -53,31 +53,62 @@ class PolicyWeights:
         cls,
         policy: Mapping[str, Tensor],
         critics: Mapping[str, Tensor],
-        schedule: NoiseSchedule,
-        prior_std: float,
+        sampler: SamplerSettings,
         spec: PolicySpec,
     ) -> PolicyWeights:
         """Detached copies of the parameters, with all that does not depend on the observation folded."""
+        schedule = make_schedule(sampler.schedule, sampler.steps)
         with torch.no_grad():
             frozen = {name: value.detach().clone().cpu() for name, value in policy.items()}
             denoiser = split_denoiser(frozen, schedule.steps)
         fixed_critics = {name: value.detach().clone().cpu() for name, value in critics.items()}
-        return cls(denoiser, fixed_critics, schedule, prior_std, ActionScale.of(spec))
+        return cls(denoiser, fixed_critics, schedule, sampler, ActionScale.of(spec))
+
+    def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor]:
+        """All N particles [B, N, A] in [-1, 1] and their values [B, N]."""
+        s = self.sampler
+        action_BNA = sample_actions(self.denoiser, self.schedule, obs_BO, noise_BTNA, prior_std=s.prior_std)
+        q_EBN = q_values(self.critics, obs_BO, action_BNA)
+        return action_BNA, select_value(q_EBN, s.selection, s.selection_std)
 
 
-def act_best_of_n(weights: PolicyWeights, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class GaussianWeights:
+    """The same for a Gaussian squashed by tanh, which acts by its mean: its one particle."""
+
+    policy: Params
+    critics: Params
+    scale: ActionScale
+
+    @classmethod
+    def prepare(
+        cls, policy: Mapping[str, Tensor], critics: Mapping[str, Tensor], spec: PolicySpec
+    ) -> GaussianWeights:
+        """Detached copies of the parameters."""
+        copies = [
+            {name: value.detach().clone().cpu() for name, value in params.items()}
+            for params in (policy, critics)
+        ]
+        return cls(copies[0], copies[1], ActionScale.of(spec))
+
+    def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean's action [B, 1, A] in [-1, 1], whatever the noise, and its value [B, 1]."""
+        action_B1A = torch.tanh(gaussian(self.policy, obs_BO)[0]).unsqueeze(1)
+        return action_B1A, select_value(q_values(self.critics, obs_BO, action_B1A))
+
+
+def act_best_of_n(
+    weights: PolicyWeights | GaussianWeights, obs_BO: Tensor, noise_BTNA: Tensor
+) -> tuple[Tensor, Tensor]:
     """The policy as a pure function: action [B, A] in environment units, and its value q [B]."""
-    action_BNA = sample_actions(
-        weights.denoiser, weights.schedule, obs_BO, noise_BTNA, prior_std=weights.prior_std
-    )
-    action_BA, q_B = best_of_n(weights.critics, obs_BO, action_BNA)
+    action_BA, q_B = choose_best(*weights.particles(obs_BO, noise_BTNA))
     return weights.scale.to_env(action_BA), q_B
 
 
 class TorchPolicy:
     """A `Policy` that runs in this process with torch on the CPU."""
 
-    def __init__(self, spec: PolicySpec, weights: PolicyWeights) -> None:
+    def __init__(self, spec: PolicySpec, weights: PolicyWeights | GaussianWeights) -> None:
         self.spec = spec
         self.weights = weights
 
@@ -85,11 +116,9 @@ class TorchPolicy:
         self, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """All N particles [B, N, A] in environment units, and their values [B, N]."""
-        w = self.weights
         with torch.inference_mode():
-            obs, noise = torch.from_numpy(obs_BO), torch.from_numpy(noise_BTNA)
-            action_BNA = sample_actions(w.denoiser, w.schedule, obs, noise, prior_std=w.prior_std)
-            return w.scale.to_env(action_BNA).numpy(), min_q(w.critics, obs, action_BNA).numpy()
+            action, q = self.weights.particles(torch.from_numpy(obs_BO), torch.from_numpy(noise_BTNA))
+            return self.weights.scale.to_env(action).numpy(), q.numpy()
 
     def act(
         self,

@@ -51,6 +51,11 @@ class ReplayBuffer:
         """Number of the oldest transition that is still there."""
         return max(0, self.added - self.capacity)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes when full."""
+        return sum(stored.nbytes for stored in vars(self._data).values())
+
     def add(self, rows: Batch) -> None:
         """Append transitions, overwriting the oldest when full."""
         index = self._places(self.added, self.added + len(rows.reward))

@@ -23,7 +23,7 @@ from rsm_train.checkpoint import (
     list_checkpoints,
     load_training,
 )
-from rsm_train.config import ALGORITHM_CONFIGS, AlgorithmConfig, RunConfig, resolve
+from rsm_train.config import ALGORITHM_CONFIGS, AlgorithmConfig, RunConfig, resolve, run_directory
 
 REPLAY_DIR = "replay"
 _LOCK_FILE = "lock"
@@ -38,6 +38,7 @@ _FREE_TO_CHANGE = (
     "device",
     "threads",
     "vector",
+    "wandb",
 )
 """Settings that do not change what is learnt from a step; a resume may have other ones."""
 
@@ -51,11 +52,6 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
-
-
-def default_run_dir(run: RunConfig) -> Path:
-    """Where a run goes that was not told where to go."""
-    return Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
 
 
 def resume_command(run_dir: Path) -> str:
@@ -139,7 +135,7 @@ def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfi
         CheckpointError: the run's configuration cannot be read.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    run_dir = Path(chosen["out"]) if "out" in chosen else default_run_dir(resolve(chosen)[0])
+    run_dir = Path(chosen["out"]) if "out" in chosen else run_directory(resolve(chosen)[0])
     if not (run_dir / CONFIG_FILE).is_file():
         if "env" not in chosen:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The temperature lambda: a constant, or the open-loop entropy schedule of the published runs."""
+"""The temperature alpha: the open-loop entropy schedule of the published runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-TemperatureSchedule = Literal["constant", "entropy"]
+TemperatureSchedule = Literal["constant", "entropy", "kl"]
 
 # The entropy schedule's setting in the published runs.
 ENTROPY_SCALE = 0.1  # the "policy" is taken to be N(., (0.1 alpha)^2 I)
@@ -38,20 +38,22 @@ def entropy_log_temperatures(
         log_alpha -= learning_rate * m_hat / (math.sqrt(v_hat) + _ADAM_EPS)
 
 
-class Temperature:
-    """lambda as a function of the number of updates done."""
+class OpenLoopTemperature:
+    """log alpha as a function of the number of updates done."""
 
-    def __init__(self, schedule: TemperatureSchedule, initial: float, target_entropy_per_dim: float) -> None:
-        self._constant = initial if schedule == "constant" else None
-        self._log_values = entropy_log_temperatures(
-            initial=initial, target_entropy_per_dim=target_entropy_per_dim
-        )
+    def __init__(self, initial: float, target_entropy_per_dim: float) -> None:
+        self._values = entropy_log_temperatures(initial=initial, target_entropy_per_dim=target_entropy_per_dim)
         self._seen: list[float] = []
 
-    def at(self, updates: int) -> float:
-        """The temperature after `updates` critic updates."""
-        if self._constant is not None:
-            return self._constant
+    def log_at(self, updates: int) -> float:
+        """log alpha after `updates` critic updates."""
         adam_steps = updates // ENTROPY_UPDATE_EVERY
-        self._seen.extend(itertools.islice(self._log_values, max(0, adam_steps + 1 - len(self._seen))))
-        return math.exp(self._seen[adam_steps])
+        self._seen.extend(itertools.islice(self._values, max(0, adam_steps + 1 - len(self._seen))))
+        return self._seen[adam_steps]
+
+
+def open_loop_temperature(
+    schedule: TemperatureSchedule, initial: float, target_entropy_per_dim: float
+) -> OpenLoopTemperature | None:
+    """The entropy schedule; None for a temperature that is constant or moved by the algorithm."""
+    return OpenLoopTemperature(initial, target_entropy_per_dim) if schedule == "entropy" else None

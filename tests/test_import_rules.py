@@ -31,7 +31,16 @@ NO_GRPC = (
     "addresses",
     "config",
 )
-PURE_TRAINING = ("diffusion", "networks", "critic", "temperature", "algorithms")
+PURE_TRAINING = (
+    "diffusion",
+    "networks",
+    "critic",
+    "temperature",
+    "kernels",
+    "inference",
+    "graphs",
+    "algorithms",
+)
 # Come with grpc, which imports the last two itself where they are installed, and with Cython's extensions.
 ALWAYS = {"typing_extensions", "cython_runtime", "grpc_health", "grpc_reflection"}
 

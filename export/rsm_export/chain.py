@@ -19,7 +19,7 @@ class UnrolledPolicy(nn.Module):
     def __init__(self, weights: PolicyWeights) -> None:
         super().__init__()
         self._schedule = weights.schedule
-        self._prior_std = weights.prior_std
+        self._sampler = weights.sampler
         self.scale = _Buffers(vars(weights.scale))
         self.denoiser = _Buffers(
             {
@@ -38,7 +38,7 @@ class UnrolledPolicy(nn.Module):
             folded.pop("obs_weight"), folded.pop("action_weight"), folded.pop("step_bias"), folded
         )
         scale = ActionScale(**self.scale.tensors())
-        weights = PolicyWeights(denoiser, self.critic.tensors(), self._schedule, self._prior_std, scale)
+        weights = PolicyWeights(denoiser, self.critic.tensors(), self._schedule, self._sampler, scale)
         return act_best_of_n(weights, obs, noise)
 
 

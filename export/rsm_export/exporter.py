@@ -15,12 +15,13 @@ from rsm_export.chain import UnrolledPolicy
 from rsm_export.onnx_graph import build_graph
 from rsm_export.parity import Parity, check_parity
 from rsm_serve.bundle import Probe
+from rsm_serve.errors import CheckpointError
 from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_train.checkpoint import Checkpoint, load_checkpoint
-from rsm_train.policy import TorchPolicy
+from rsm_train.policy import PolicyWeights, TorchPolicy
 
 PROBE_ROWS = 8
 _PROBE_SEED = 0x50_524F_4245
@@ -46,7 +47,7 @@ def export_checkpoint(source: str | Path, repository: Path, name: str | None = N
         name: of the policy; by default that of the run.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged.
+        CheckpointError: the checkpoint is missing, damaged, or not of a diffusion policy.
         BundleError: the name or the repository is not usable.
         ParityError: the graph does not act like the checkpoint; nothing was written.
     """
@@ -58,8 +59,14 @@ def export_checkpoint(source: str | Path, repository: Path, name: str | None = N
         version=str(next_version(repository, name)),
         provenance={**checkpoint.spec.provenance, **provenance(), "exported": write_time()},
     )
-    policy = TorchPolicy(spec, checkpoint.policy().weights)
-    model = build_graph(UnrolledPolicy(policy.weights), spec.noise_shape)
+    weights = checkpoint.policy().weights
+    if not isinstance(weights, PolicyWeights):
+        raise CheckpointError(
+            f"wanted a diffusion policy (dpmd, sdac) to export, got {spec.algorithm} at "
+            f"{str(checkpoint.path)!r}; evaluate it with rsm-eval"
+        )
+    policy = TorchPolicy(spec, weights)
+    model = build_graph(UnrolledPolicy(weights), spec.noise_shape)
     session = OnnxRuntimeSession(model, spec)
     parity = check_parity(policy, session, _observations(checkpoint))
     probe = make_probe(policy, _observations(checkpoint))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rsm_train.diffusion import SamplerSettings
+from rsm_train.diffusion import PolicySettings
 from rsm_train.networks import Params
 
 Metrics = dict[str, Tensor]
@@ -27,32 +27,24 @@ class Batch:
     terminated: Tensor  # [B], 1 where the episode ended in a terminal state; a time limit is not one
 
 
-class Algorithm(Protocol):
-    """What the training loop and the checkpoint know of an algorithm."""
+class Agent(Protocol):
+    """What acts and is kept: the networks and the state of an algorithm."""
 
     updates: int
     """Updates done."""
 
     @property
-    def sampler(self) -> SamplerSettings:
+    def sampler(self) -> PolicySettings:
         """How the policy samples."""
         ...
 
     @property
     def temperature(self) -> float:
-        """lambda now."""
+        """What divides Q in the weights, now."""
         ...
 
     def act(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:
         """Exploring actions [B, A] in [-1, 1]."""
-        ...
-
-    def draw_noise(self, batch_size: int, generator: torch.Generator) -> Any:
-        """All randomness of one update."""
-        ...
-
-    def update(self, batch: Batch, noise: Any) -> Metrics:
-        """One update of critics and, when due, policy."""
         ...
 
     def networks(self) -> dict[str, Params]:
@@ -70,6 +62,23 @@ class Algorithm(Protocol):
             KeyError: a tensor is missing.
             ValueError: a tensor has another shape.
         """
+        ...
+
+
+class Algorithm(Protocol):
+    """What the training loop knows of an algorithm."""
+
+    @property
+    def agent(self) -> Agent:
+        """What acts and is kept."""
+        ...
+
+    def draw_noise(self, batch_size: int, generator: torch.Generator) -> Any:
+        """All randomness of one update."""
+        ...
+
+    def update(self, batch: Batch, noise: Any) -> Metrics:
+        """One update of critics and, when due, policy."""
         ...
 
 
@@ -124,9 +133,40 @@ def load_params(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
             param.copy_(values[name])
 
 
-def explore(action_BA: Tensor, exploration_BA: Tensor, std: Tensor | float) -> Tensor:
-    """clip(a + std * N(0, I), -1, 1)."""
-    return (action_BA + std * exploration_BA).clamp(-1.0, 1.0)
+def leaves(params: Params, device: torch.device | str) -> Params:
+    """Parameters on a device, ready for an optimiser."""
+    return {name: value.to(device).requires_grad_() for name, value in params.items()}
+
+
+def adam(params: Params, learning_rate: float) -> torch.optim.Optimizer:
+    """Adam; on CUDA in the form that a graph can hold, with the learning rate in a tensor."""
+    device = next(iter(params.values())).device
+    if device.type == "cuda":
+        rate = torch.tensor(learning_rate, device=device)
+        return torch.optim.Adam(params.values(), lr=rate, fused=True, capturable=True)
+    return torch.optim.Adam(params.values(), lr=learning_rate, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Change the learning rate, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *, repeats: int = 1) -> None:
+    """Differentiate once and apply the gradient, `repeats` times."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for _ in range(repeats):
+        optimizer.step()
+
+
+def explore(action: Tensor, noise: Tensor, std: Tensor | float) -> Tensor:
+    """a + std * N(0, I), not clipped."""
+    return action + std * noise
 
 
 def weight_health(weight_BK: Tensor) -> Metrics:

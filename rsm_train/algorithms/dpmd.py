@@ -13,119 +13,92 @@ Here w is a softmax over K actions of the same state, which divides by an estima
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rsm_train.algorithms.common import (
-    Batch,
-    Metrics,
-    adam_state,
-    copy_params,
-    explore,
-    load_adam_state,
-    load_params,
-    move_average,
-    td_target,
-    weight_health,
-)
-from rsm_train.critic import best_of_n, init_critics, min_q, q_values
-from rsm_train.diffusion import SamplerSettings, ScheduleName, forward_noise, make_schedule
-from rsm_train.networks import (
-    Params,
-    init_denoiser,
-    predict_noise,
-    sample_actions,
-    split_denoiser,
-    subset,
-)
-from rsm_train.temperature import Temperature, TemperatureSchedule
+from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
+from rsm_train.algorithms.common import Batch, Metrics, copy_params, explore, load_params, weight_health
+from rsm_train.diffusion import forward_noise
+from rsm_train.kernels import DEFAULT_COMPUTE, Compute
+from rsm_train.networks import observe, predict_noise, split_denoiser
+
+QScaling = Literal["raw", "state", "running", "running_slip"]
 
 _STD_FLOOR = 1e-6
+_RUNNING_RATE = 1e-3  # of the statistics of Q
+_RUNNING_CLIP = 3.0
 
 
 @dataclass(frozen=True)
-class DPMDConfig:
+class DPMDConfig(ActorCriticConfig):
     """Settings of DPMD; the defaults are the `paper` preset."""
 
-    diffusion_steps: int = field(default=20, metadata={"help": "T, denoising steps."})
-    particles: int = field(
-        default=32, metadata={"help": "N, particles per action; the critics choose the best."}
-    )
-    target_particles: int = field(
-        default=32, metadata={"help": "Particles of which the critics choose the action of the TD target."}
-    )
     policy_samples: int = field(
         default=32, metadata={"help": "K, actions per state that the policy loss weights."}
-    )
-    schedule: ScheduleName = field(default="cosine", metadata={"help": "Noise schedule."})
-    prior_std: float = field(default=0.5, metadata={"help": "Standard deviation of the initial latent."})
-    width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
-    depth: int = field(default=3, metadata={"help": "Hidden layers of policy and critics."})
-    policy_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the policy."})
-    critic_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the critics."})
-    gamma: float = field(default=0.99, metadata={"help": "Discount factor."})
-    tau: float = field(default=0.005, metadata={"help": "Rate of the target and average networks."})
-    reward_scale: float = field(default=0.2, metadata={"help": "Factor on rewards in the TD target."})
-    policy_every: int = field(
-        default=2, metadata={"help": "Critic updates per policy, target and average update."}
-    )
-    temperature_schedule: TemperatureSchedule = field(
-        default="entropy", metadata={"help": "How lambda moves: constant, or the published entropy schedule."}
-    )
-    temperature: float = field(default=5.0, metadata={"help": "Lambda (its initial value with a schedule)."})
-    target_entropy: float = field(
-        default=-1.5, metadata={"help": "Target of the entropy schedule, per action dimension."}
-    )
-    q_scaling: Literal["raw", "state"] = field(
-        default="raw",
-        metadata={"help": "Q in the weights: raw, or standardised over the K actions of each state."},
     )
     proposal_noise: float = field(
         default=0.0,
         metadata={"help": "Std of the noise added to the K actions; keeps them apart."},
     )
-    exploration_noise: float = field(
-        default=0.1,
-        metadata={"help": "Standard deviation of the noise added when exploring, in units of lambda."},
+    old_policy_every: int = field(
+        default=0,
+        metadata={
+            "help": "pi_k is the policy as it was at every so many updates; 0: it is the averaged policy."
+        },
+    )
+    policy_actions: Literal["policy", "backup"] = field(
+        default="policy",
+        metadata={
+            "help": "a_0 of the policy loss: K actions of pi_k at s, or the TD target's (s', a'): deviation 3."
+        },
+    )
+    weighting: Literal["softmax", "exp"] = field(
+        default="softmax",
+        metadata={"help": "w: softmax over the K actions of a state, or exp(Q / lambda) as it is."},
+    )
+    q_scaling: QScaling = field(
+        default="raw",
+        metadata={
+            "help": "Q in the weights: raw; standardised over the K actions of each state (state); by running "
+            "statistics, clipped to +-3 (running); so, with the published slip q - mean / std: deviation 1 "
+            "(running_slip)."
+        },
     )
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"wanted a finite {name}, got {value}")
-        counts = ("diffusion_steps", "particles", "target_particles", "policy_samples")
-        for name in (*counts, "width", "depth", "policy_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"wanted {name} >= 1, got {getattr(self, name)}")
-        for name in ("policy_lr", "critic_lr", "temperature", "reward_scale", "prior_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"wanted {name} > 0, got {getattr(self, name)}")
-        for name in ("gamma", "tau"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"wanted {name} between 0 and 1, got {getattr(self, name)}")
-        for name in ("exploration_noise", "proposal_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"wanted {name} >= 0, got {getattr(self, name)}")
+        super().__post_init__()
+        self._require("policy_samples", self.policy_samples >= 1, ">= 1")
+        self._require("proposal_noise", self.proposal_noise >= 0, ">= 0")
+        self._require("old_policy_every", self.old_policy_every >= 0, ">= 0")
+        if self.policy_actions == "backup" and self.weighting == "softmax":
+            raise ValueError(
+                "wanted weighting exp with policy_actions backup, got softmax; a softmax over one action is 1"
+            )
+        if self.weighting == "exp" and not self.q_scaling.startswith("running"):
+            raise ValueError(
+                f"wanted q_scaling running or running_slip with weighting exp, got {self.q_scaling}; "
+                "exp of an unbounded Q overflows"
+            )
 
 
 @dataclass(frozen=True)
 class DPMDNoise:
-    """All randomness of one update."""
+    """All randomness of one update, standard normal but for t; K' is K, or 1 with backup actions."""
 
-    next_action: Tensor  # [B, T, N', A] standard normal, samples a' at s'
-    action: Tensor  # [B, T, K, A] standard normal, samples a_0 at s
-    proposal: Tensor  # [B, K, A] standard normal, widens a_0
-    t: Tensor  # [B, K] int64, uniform over {0, ..., T - 1}
-    eps: Tensor  # [B, K, A] standard normal
+    next_action: Tensor  # [B, T, N', A] samples a' at s'
+    exploration: Tensor  # [B, A] of a' with noisy_backup
+    action: Tensor  # [B, T, K, A] samples a_0 at s; K = 0 with backup actions
+    proposal: Tensor  # [B, K, A] widens a_0
+    t: Tensor  # [B, K'] int64, uniform over {0, ..., T - 1}
+    eps: Tensor  # [B, K', A]
 
 
 class DPMD:
-    """Networks, optimisers and the update of DPMD."""
+    """The update of DPMD."""
 
     def __init__(
         self,
@@ -135,156 +108,106 @@ class DPMD:
         *,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
+        compute: Compute = DEFAULT_COMPUTE,
     ) -> None:
         self.config = config
-        self.action_size = action_size
-        self.updates = 0
-        self._temperature = Temperature(config.temperature_schedule, config.temperature, config.target_entropy)
-        self.schedule = make_schedule(config.schedule, config.diffusion_steps, device=device)
-        hidden = [config.width] * config.depth
-        # Drawn on the CPU, so that a seed gives the same networks on every device.
-        self.policy = _to_leaves(init_denoiser(obs_size, action_size, hidden, generator), device)
-        self.critic = _to_leaves(init_critics(obs_size, action_size, hidden, generator), device)
-        self.policy_average = copy_params(self.policy)  # pi_k; also the policy that is evaluated
-        self.critic_target = copy_params(self.critic)
-        self.policy_optimizer = _adam(self.policy, config.policy_lr)
-        self.critic_optimizer = _adam(self.critic, config.critic_lr)
+        self.agent = ActorCritic(
+            config, obs_size, action_size, generator=generator, device=device, compute=compute
+        )
+        self._policy_old = None
+        if config.old_policy_every:
+            self._policy_old = self.agent.keep("policy_old", copy_params(self.agent.policy))
+        # Running statistics of Q, for the scalings that need them.
+        start = {"mean": torch.zeros((), device=device), "std": torch.ones((), device=device)}
+        self._q = self.agent.keep("q", start)
+        self._captured = {due: self.agent.capture(self._learning(due)) for due in (False, True)}
 
-    @property
-    def sampler(self) -> SamplerSettings:
-        """How the policy samples."""
-        c = self.config
-        return SamplerSettings(c.schedule, c.diffusion_steps, c.particles, c.prior_std)
+    def update(self, batch: Batch, noise: DPMDNoise) -> Metrics:
+        """One critic update and, every `policy_every`-th time, one policy update."""
+        if self._policy_old is not None and self.agent.updates % self.config.old_policy_every == 0:
+            load_params(self._policy_old, self.agent.policy)
+        due = self.agent.begin_update()
+        return self._captured[due](batch, noise)
 
-    @property
-    def temperature(self) -> float:
-        """lambda now."""
-        return self._temperature.at(self.updates)
+    def _learning(self, policy_due: bool) -> Callable[[Batch, DPMDNoise], Metrics]:
+        def learn(batch: Batch, noise: DPMDNoise) -> Metrics:
+            next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
+            metrics = self.agent.update_critic(batch, next_action_BA)
+            if policy_due:
+                metrics |= self._update_policy(batch, next_action_BA, noise)
+            return metrics
 
-    def networks(self) -> dict[str, Params]:
-        """Every network by name."""
-        return {
-            "policy": self.policy,
-            "policy_average": self.policy_average,
-            "critic": self.critic,
-            "critic_target": self.critic_target,
-        }
+        return learn
 
-    def state(self) -> dict[str, Tensor]:
-        """See `Algorithm.state`."""
-        return {
-            f"{name}.{key}": value
-            for name, optimizer, params in self._optimizers()
-            for key, value in adam_state(optimizer, params).items()
-        }
+    def _update_policy(self, batch: Batch, next_action_BA: Tensor, noise: DPMDNoise) -> Metrics:
+        if self.config.policy_actions == "backup":
+            obs_BO, action_BKA = batch.next_obs, next_action_BA.unsqueeze(1)
+        else:
+            obs_BO, action_BKA = batch.obs, self._propose(batch.obs, noise)  # a_0 ~ pi_k(. | s)
+        q_BK = self.agent.values(self.agent.critic, obs_BO, action_BKA)
+        weight_BK, health = self._weigh(q_BK)  # w(s, a_0)
+        loss = self._loss(obs_BO, action_BKA, weight_BK, noise)
+        self.agent.update_policy(loss)
+        self.agent.update_temperature(health["weight_kl_uniform"])
+        return {"policy_loss": loss.detach(), **health}
 
-    def restore(self, networks: Mapping[str, Params], state: Mapping[str, Tensor], updates: int) -> None:
-        """See `Algorithm.restore`."""
-        for name, params in self.networks().items():
-            load_params(params, networks[name])
-        for name, optimizer, params in self._optimizers():
-            load_adam_state(optimizer, params, subset(state, f"{name}."))
-        self.updates = updates
+    def _propose(self, obs_BO: Tensor, noise: DPMDNoise) -> Tensor:
+        """K actions of pi_k at each state, [B, K, A], with noise that keeps them apart."""
+        policy = self.agent.policy_average if self._policy_old is None else self._policy_old
+        action_BKA = self.agent.inference.sample(policy, obs_BO, noise.action)
+        return explore(action_BKA, noise.proposal, self.config.proposal_noise).clamp(-1.0, 1.0)
 
-    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer, Params]]:
-        return [
-            ("policy_optimizer", self.policy_optimizer, self.policy),
-            ("critic_optimizer", self.critic_optimizer, self.critic),
-        ]
+    def _weigh(self, q_BK: Tensor) -> tuple[Tensor, Metrics]:
+        """w_k = softmax_k(Q(s, a_k) / lambda), or exp(Q / lambda); [B, K]."""
+        if self.config.q_scaling.startswith("running"):
+            self._q["mean"].lerp_(q_BK.mean(), _RUNNING_RATE)
+            self._q["std"].lerp_(q_BK.std(correction=0), _RUNNING_RATE)
+        scaled = scale_q(q_BK, self.config.q_scaling, self._q["mean"], self._q["std"])
+        logits = scaled / self.agent.lambda_
+        weight_BK = torch.softmax(logits, dim=1) if self.config.weighting == "softmax" else logits.exp()
+        # With one action per state what the weights compare is the states of the batch.
+        share = weight_BK if weight_BK.shape[1] > 1 else (weight_BK / weight_BK.sum()).T
+        health = weight_health(share)
+        if self.config.q_scaling.startswith("running"):
+            health["q_clipped"] = (scaled.abs() >= _RUNNING_CLIP).float().mean()
+        return weight_BK, {"q_spread": q_BK.std(dim=1, correction=0).mean(), **health}
 
-    @torch.no_grad()
-    def act(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:
-        """Best of N by min-Q from the current policy, with exploration noise; [B, A]."""
-        action_BA = self._best_action(obs_BO, noise_BTNA)
-        return explore(action_BA, exploration_BA, self.config.exploration_noise * self.temperature)
+    def _loss(self, obs_BO: Tensor, action_BKA: Tensor, weight_BK: Tensor, noise: DPMDNoise) -> Tensor:
+        """E_s sum_k w_k |eps_theta(s, a_t, t) - eps|^2."""
+        denoiser = split_denoiser(self.agent.policy, self.agent.schedule.steps)
+        a_t = forward_noise(self.agent.schedule, action_BKA, noise.t, noise.eps)
+        predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, noise.t)
+        error_BK = (predicted - noise.eps).square().mean(dim=2)
+        return (weight_BK * error_BK).sum(dim=1).mean()
 
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> DPMDNoise:
         """Draw the randomness of one update on the generator's device."""
-        c, size, device = self.config, self.action_size, generator.device
+        c, size, device = self.config, self.agent.action_size, generator.device
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(batch_size, *shape, generator=generator, device=device)
 
-        t_shape = (batch_size, c.policy_samples)
+        backup = c.policy_actions == "backup"
+        proposed = 0 if backup else c.policy_samples
+        weighted = 1 if backup else c.policy_samples
         return DPMDNoise(
             next_action=normal(c.diffusion_steps, c.target_particles, size),
-            action=normal(c.diffusion_steps, c.policy_samples, size),
-            proposal=normal(c.policy_samples, size),
-            t=torch.randint(c.diffusion_steps, t_shape, generator=generator, device=device),
-            eps=normal(c.policy_samples, size),
+            exploration=normal(size),
+            action=normal(c.diffusion_steps, proposed, size),
+            proposal=normal(proposed, size),
+            t=torch.randint(c.diffusion_steps, (batch_size, weighted), generator=generator, device=device),
+            eps=normal(weighted, size),
         )
 
-    def update(self, batch: Batch, noise: DPMDNoise) -> Metrics:
-        """One critic update and, every `policy_every`-th time, one policy update."""
-        metrics = self._update_critic(batch, noise)
-        self.updates += 1
-        if self.updates % self.config.policy_every == 0:
-            metrics |= self._update_policy(batch.obs, noise)
-            move_average(self.policy_average, self.policy, self.config.tau)
-            move_average(self.critic_target, self.critic, self.config.tau)
-        return metrics
 
-    def _update_critic(self, batch: Batch, noise: DPMDNoise) -> Metrics:
-        with torch.no_grad():
-            next_action = self._best_action(batch.next_obs, noise.next_action)
-            next_q = min_q(self.critic_target, batch.next_obs, next_action.unsqueeze(1)).squeeze(1)
-            y = td_target(batch, next_q, gamma=self.config.gamma, reward_scale=self.config.reward_scale)
-        q_EB = q_values(self.critic, batch.obs, batch.action.unsqueeze(1)).squeeze(2)
-        loss = (q_EB - y).square().mean(dim=1).sum()
-        _step(self.critic_optimizer, loss)
-        return {"critic_loss": loss.detach(), "q_mean": q_EB.detach().mean(), "target_mean": y.mean()}
-
-    def _update_policy(self, obs_BO: Tensor, noise: DPMDNoise) -> Metrics:
-        with torch.no_grad():
-            denoiser = split_denoiser(self.policy_average, self.schedule.steps)
-            action_BKA = sample_actions(  # a_0 ~ pi_k(. | s)
-                denoiser, self.schedule, obs_BO, noise.action, prior_std=self.config.prior_std
-            )
-            action_BKA = explore(action_BKA, noise.proposal, self.config.proposal_noise)
-            q_BK = min_q(self.critic, obs_BO, action_BKA)
-            weight_BK = policy_weights(q_BK, self.temperature, self.config.q_scaling)
-        loss = self._policy_loss(obs_BO, action_BKA, weight_BK, noise)
-        _step(self.policy_optimizer, loss)
-        return {"policy_loss": loss.detach(), "q_spread": q_BK.std(dim=1, correction=0).mean()} | weight_health(
-            weight_BK
-        )
-
-    def _policy_loss(self, obs_BO: Tensor, action_BKA: Tensor, weight_BK: Tensor, noise: DPMDNoise) -> Tensor:
-        """E_s sum_k w_k |eps_theta(s, a_t, t) - eps|^2."""
-        denoiser = split_denoiser(self.policy, self.schedule.steps)
-        obs_part = (obs_BO @ denoiser.obs_weight.T).unsqueeze(1)
-        a_t = forward_noise(self.schedule, action_BKA, noise.t, noise.eps)
-        predicted = predict_noise(denoiser, obs_part, a_t, noise.t)
-        error_BK = (predicted - noise.eps).square().mean(dim=2)
-        return (weight_BK * error_BK).sum(dim=1).mean()
-
-    def _best_action(self, obs_BO: Tensor, noise_BTNA: Tensor) -> Tensor:
-        denoiser = split_denoiser(self.policy, self.schedule.steps)
-        action_BNA = sample_actions(
-            denoiser, self.schedule, obs_BO, noise_BTNA, prior_std=self.config.prior_std
-        )
-        if action_BNA.shape[1] == 1:
-            return action_BNA[:, 0]
-        return best_of_n(self.critic, obs_BO, action_BNA)[0]
-
-
-def policy_weights(q_BK: Tensor, temperature: float, scaling: Literal["raw", "state"]) -> Tensor:
-    """w_k = softmax_k(Q(s, a_k) / lambda), [B, K]; any factor or offset per state is free."""
+def scale_q(q_BK: Tensor, scaling: QScaling, mean: Tensor, std: Tensor) -> Tensor:
+    """Q as the weights take it; any factor or offset per state is free. mean and std are the running ones."""
+    if scaling == "raw":
+        return q_BK
     if scaling == "state":
-        std, mean = torch.std_mean(q_BK, dim=1, keepdim=True, correction=0)
-        q_BK = (q_BK - mean) / (std + _STD_FLOOR)
-    return torch.softmax(q_BK / temperature, dim=1)
-
-
-def _to_leaves(params: Params, device: torch.device | str) -> Params:
-    return {name: value.to(device).requires_grad_() for name, value in params.items()}
-
-
-def _adam(params: Params, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params.values(), lr=learning_rate, fused=True)
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+        state_std, state_mean = torch.std_mean(q_BK, dim=1, keepdim=True, correction=0)
+        return (q_BK - state_mean) / (state_std + _STD_FLOOR)
+    std = std + _STD_FLOOR
+    # Deviation 1 is a precedence slip of the published program: Q keeps its scale and its offset.
+    scaled = (q_BK - mean) / std if scaling == "running" else q_BK - mean / std
+    return scaled.clamp(-_RUNNING_CLIP, _RUNNING_CLIP)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -75,3 +80,18 @@ def test_a_pool_keeps_its_environments_until_closed():
 def test_a_pool_rejects_an_unknown_environment_at_once():
     with pytest.raises(UnsupportedEnvError):
         EnvPool("NoSuchThing-v1")
+
+
+def test_a_warning_of_mujoco_is_told_once_and_leaves_no_file(tmp_path):
+    code = (
+        "import mujoco; from rsm_eval.envs import make_env; make_env('InvertedPendulum-v5')\n"
+        "for _ in range(2):\n"
+        "    mujoco.MjModel.from_xml_string('<mujoco><compiler settotalmass=\"1\"/></mujoco>')\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("settotalmass") <= 1
+    assert list(tmp_path.iterdir()) == []

@@ -43,6 +43,14 @@ def test_points_of_both_kinds(tmp_path):
     assert (curve.last_step, curve.wall_s) == (400, 4.5)
 
 
+def test_one_particle_where_it_was_evaluated(tmp_path):
+    assert load_learning_curve(write(tmp_path)).eval1_steps.size == 0
+    line = {"step": 600, "kind": "eval", "eval_returns": [9.0, 9.0], "eval1_returns": [5.0, 8.0]}
+    curve = load_learning_curve(write(tmp_path, json.dumps(line)))
+    assert curve.eval_steps.tolist() == [200, 400, 600]
+    assert (curve.eval1_steps.tolist(), curve.eval1_mean.tolist()) == ([600], [6.5])
+
+
 def test_a_half_written_last_line_is_left_out(tmp_path):
     assert load_learning_curve(write(tmp_path, '{"step": 500, "eval_ret')).last_step == 400
 

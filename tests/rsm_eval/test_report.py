@@ -12,9 +12,10 @@ import pytest
 
 from rsm_eval import animation, cli
 from rsm_eval.cli import main, write_atomically
-from rsm_eval.evaluation import EvalConfig, parse_seeds
+from rsm_eval.evaluation import EvalConfig
 from rsm_eval.rollout import episode_seeds, rollout
 from rsm_eval.sources import open_policy
+from rsm_serve.commandline import parse_seeds
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import ConfigError, MissingExtraError, UsageError
 from rsm_serve.server import background_server
@@ -222,6 +223,17 @@ def test_help_names_every_setting():
     )
     for flag in ("--policy", "--env", "--episodes", "--seeds", "--deterministic", "--latency-calls", "--run"):
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--report", "--json"])
+def test_a_place_that_cannot_be_written_is_heard_of_before_the_rollouts(bundle_repo, tmp_path, option, capsys):
+    (tmp_path / "file").write_text("")
+    options = ["--policy", str(bundle_repo / "tiny"), option, str(tmp_path / "file" / "sub" / "out")]
+    assert main(options) == 2
+    output = capsys.readouterr()
+    assert "Not a directory; choose a place" in output.err
+    assert "episodes" not in output.err, "no rollout was begun"
+    assert output.out == ""
 
 
 def test_writing_is_all_or_nothing(tmp_path):

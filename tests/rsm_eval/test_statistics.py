@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from rsm_eval.statistics import interquartile_mean, summarise
+from rsm_eval.statistics import interquartile_mean, mean_interval, summarise
 from rsm_serve.errors import ConfigError
 
 
@@ -67,3 +67,17 @@ def test_nothing_varies(returns):
 def test_no_or_broken_returns_are_refused(returns):
     with pytest.raises(ConfigError, match="wanted"):
         summarise(returns)
+
+
+def test_the_interval_of_a_mean_is_students():
+    # t(0.975, 4) = 2.776 and the standard error of 1..5 is sqrt(2.5 / 5).
+    interval = mean_interval([1, 2, 3, 4, 5])
+    assert interval is not None
+    assert interval.mean == 3.0
+    assert interval.low == pytest.approx(3 - 2.7764 * 0.70711, abs=1e-3)
+    assert interval.high == pytest.approx(3 + 2.7764 * 0.70711, abs=1e-3)
+    equal = mean_interval([4.0, 4.0])
+    assert equal is not None
+    assert (equal.low, equal.high) == (4.0, 4.0)
+    assert mean_interval([1.0]) is None
+    assert mean_interval([]) is None

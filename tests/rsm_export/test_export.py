@@ -22,7 +22,7 @@ from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_train.checkpoint import load_checkpoint, load_torch_policy
-from rsm_train.policy import TorchPolicy
+from rsm_train.policy import PolicyWeights, TorchPolicy
 from tests.rsm_train.runs import tiny_run
 
 
@@ -217,8 +217,10 @@ def test_probe_rows_have_a_clear_winner(run_dir):
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_unrolled_policy_is_the_policy(run_dir, rows):
     policy = load_torch_policy(run_dir)
-    obs, noise = example_inputs(UnrolledPolicy(policy.weights), policy.spec.noise_shape, rows)
-    action, q = UnrolledPolicy(policy.weights)(obs, noise)
+    assert isinstance(policy.weights, PolicyWeights)
+    unrolled = UnrolledPolicy(policy.weights)
+    obs, noise = example_inputs(unrolled, policy.spec.noise_shape, rows)
+    action, q = unrolled(obs, noise)
     wanted = policy.act(obs.numpy(), noise=noise.numpy())
     assert np.array_equal(action.numpy(), wanted.action)
     assert wanted.q is not None
@@ -250,9 +252,8 @@ def test_random_weights_of_other_sizes_export_too(run_dir, tmp_path):
     """Humanoid-like sizes, one step, one particle: nothing in the exporter knows the demo's sizes."""
     from rsm_serve.policy import BoxSpec
     from rsm_train.critic import init_critics
-    from rsm_train.diffusion import make_schedule
+    from rsm_train.diffusion import SamplerSettings
     from rsm_train.networks import init_denoiser
-    from rsm_train.policy import PolicyWeights
 
     box = BoxSpec(tuple("abc"), (-0.4, 0.0, -2.0), (0.4, 5.0, 2.0))
     obs_box = BoxSpec(tuple(f"o{i}" for i in range(48)), (None,) * 48, (None,) * 48)
@@ -263,8 +264,7 @@ def test_random_weights_of_other_sizes_export_too(run_dir, tmp_path):
         weights = PolicyWeights.prepare(
             init_denoiser(48, 3, [24, 24], g),
             init_critics(48, 3, [24], g),
-            make_schedule("linear", steps),
-            1.0,
+            SamplerSettings("linear", steps, particles, 1.0),
             spec,
         )
         policy = TorchPolicy(spec, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -201,6 +202,7 @@ class TestClient:
             (["act", "--obs", "1,x"], "wanted numbers"),
             (["act", "--obs", "1,2,3,nan"], "finite"),
             (["act", "--obs-file", "nothing.npy"], "wanted a .npy file"),
+            (["act", "--obs-file", os.devnull], "wanted a .npy file"),
             (["act", "--obs", "1,2,3,4", "--obs-file", "x"], "got both"),
             (["act", "--seed", "-1"], "seed"),
             (["act", "--policy", "nope"], "'nope'"),

@@ -140,6 +140,25 @@ def test_a_server_that_goes_away(bundle_repo):
     client.close()
 
 
+def test_a_closed_client_says_so(address):
+    with PolicyClient(address, timeout_s=30) as client:
+        stream = client.stream()
+        stream.act(np.zeros(4))
+    for act in (client.act, stream.act, client.stream().act):
+        with pytest.raises(NotReadyError, match="closed here"):
+            act(np.zeros(4))
+    stream.close()
+
+    async def main():
+        async with AsyncPolicyClient(address, timeout_s=30) as client:
+            stream = client.stream()
+        for act in (client.act, stream.act):
+            with pytest.raises(NotReadyError, match="closed here"):
+                await act(np.zeros(4))
+
+    asyncio.run(main())
+
+
 def test_a_unix_socket(bundle_repo, tmp_path):
     where = f"unix:{tmp_path}/rsm.sock"
     config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0", where))

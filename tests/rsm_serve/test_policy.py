@@ -73,6 +73,8 @@ def test_one_observation_and_a_batch_become_rows():
         (np.zeros((0, 4)), r"got \[0, 4\]"),
         (1.0, r"got \[\]"),
         (["a", "b", "c", "d"], "dtype"),
+        ([[1, 2, 3, 4], [1, 2, 3]], "equally long"),
+        ([1, [2], 3, 4], "array of numbers"),
         ([1, 2, 3, 1j], "dtype complex"),
         ([1, float("nan"), 3, 4], r"finite numbers, got nan in the observation at index \[0, 1\]"),
         (np.full((2, 4), np.inf), "inf"),
@@ -95,6 +97,12 @@ def test_wrong_observations_are_refused(obs, message):
         ({"seed": -1}, "0 to 2"),
         ({"seed": 2**64}, "0 to 2"),
         ({"seed": [1, 2]}, "wanted 1 seeds"),
+        ({"seed": 1.7}, "whole numbers.*got 1.7"),
+        ({"seed": np.array([1.0])}, "whole numbers"),
+        ({"seed": "seven"}, "whole numbers.*got 'seven'"),
+        ({"seed": "7"}, "whole numbers"),
+        ({"noise": [[[1.0, 2.0], [1.0]]]}, "noise as an array of numbers"),
+        ({"noise": [["a"]]}, "float32 noise, got dtype"),
     ],
 )
 def test_wrong_randomness_is_refused(arguments, message):

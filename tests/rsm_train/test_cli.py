@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from rsm_train.cli import main
@@ -9,7 +11,12 @@ def test_trains_and_says_where(tmp_path, capsys):
         "--preset quick --total-steps 60 --warmup-steps 50 --eval-every 60 --eval-episodes 1 --batch-size 8"
     )
     assert main(["--env", "InvertedPendulum-v5", *options.split(), "--out", str(out)]) == 0
-    assert str(out) in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert output.endswith(f"run directory: {out}\n")
+    evaluation = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    for title in ("final:", "best: "):
+        mean, one = evaluation["eval_mean"], evaluation["eval1_mean"]
+        assert f"{title} step        60  {mean:9.1f} ± 0.0  with one particle {one:9.1f} ± 0.0\n" in output
     assert (out / "checkpoints" / "step_000000060" / "networks.safetensors").is_file()
 
 
@@ -20,7 +27,7 @@ def test_trains_and_says_where(tmp_path, capsys):
         (["--env", "Nope-v1"], ["Nope-v1", "environment"]),
         (["--env", "CartPole-v1"], ["CartPole-v1", "Box"]),
         (["--env", "Hopper-v5", "--algo", "ppo"], ["dpmd"]),
-        (["--env", "Hopper-v5", "--preset", "fast"], ["paper, quick"]),
+        (["--env", "Hopper-v5", "--preset", "fast"], ["paper, reference, kl, quick"]),
         (["--env", "Hopper-v5", "--device", "cuda:7"], ["cuda:7"]),
         (["--env", "Hopper-v5", "--particles", "0"], ["particles"]),
         (["--env", "Hopper-v5", "--particles", "x"], ["particles"]),

@@ -1,15 +1,18 @@
 import pytest
 
 from rsm_serve.errors import ConfigError
-from rsm_train.config import PRESETS, resolve
+from rsm_train.algorithms.dpmd import DPMDConfig
+from rsm_train.config import ALGORITHM_CONFIGS, PRESETS, resolve
 
 
 def test_preset_beats_defaults_and_the_command_line_beats_the_preset():
     run, algorithm = resolve({"env": "Hopper-v5"})
+    assert isinstance(algorithm, DPMDConfig)
     assert (run.batch_size, algorithm.diffusion_steps, algorithm.particles) == (256, 20, 32)
     run, algorithm = resolve({"env": "Hopper-v5", "preset": "quick", "particles": 3, "batch_size": None})
+    assert isinstance(algorithm, DPMDConfig)
     assert algorithm.particles == 3
-    assert run.batch_size == PRESETS["quick"]["batch_size"]
+    assert run.batch_size == PRESETS["quick"].settings["batch_size"]
 
 
 def test_how_much_a_killed_run_can_lose():
@@ -19,17 +22,26 @@ def test_how_much_a_killed_run_can_lose():
         resolve({"env": "Hopper-v5", "checkpoint_every": 0})
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_resolves(preset):
-    run, _ = resolve({"env": "Hopper-v5", "preset": preset})
-    assert run.preset == preset
+@pytest.mark.parametrize(
+    ("preset", "algo"), [(name, algo) for name, preset in PRESETS.items() for algo in preset.algorithms]
+)
+def test_every_preset_resolves_for_its_algorithms(preset, algo):
+    run, algorithm = resolve({"env": "Hopper-v5", "preset": preset, "algo": algo})
+    assert (run.preset, type(algorithm)) == (preset, ALGORITHM_CONFIGS[algo])
+    wanted = {**PRESETS[preset].settings, **PRESETS[preset].per_algorithm.get(algo, {})}
+    assert wanted.items() <= (vars(run) | vars(algorithm)).items()
+
+
+def test_a_preset_of_another_algorithm_is_refused():
+    with pytest.raises(ConfigError, match="wanted an algorithm of dpmd with preset kl, got sac"):
+        resolve({"env": "Hopper-v5", "preset": "kl", "algo": "sac"})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, "--env"),
-        ({"env": "Hopper-v5", "preset": "fast"}, "paper, quick"),
+        ({"env": "Hopper-v5", "preset": "fast"}, "paper, reference, kl, quick"),
         ({"env": "Hopper-v5", "total_steps": 10, "warmup_steps": 20}, "warmup_steps"),
         ({"env": "Hopper-v5", "particles": 0}, "particles"),
         ({"env": "Hopper-v5", "updates_per_step": 0.0}, "updates_per_step"),

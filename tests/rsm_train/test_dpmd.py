@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from rsm_train.algorithms.common import Batch, copy_params, td_target, weight_health
-from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, policy_weights
-from rsm_train.critic import best_of_n, q_values
+from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, scale_q
+from rsm_train.critic import choose_best, q_values
 from rsm_train.networks import mlp_tail, sample_actions, split_denoiser
 
 SMALL = DPMDConfig(
     diffusion_steps=5,
     particles=4,
+    prior_std=0.5,
     policy_samples=8,
     width=32,
     depth=2,
@@ -24,6 +25,11 @@ SMALL = DPMDConfig(
     q_scaling="state",
     proposal_noise=0.2,
 )
+
+
+def policy_weights(q, temperature, scaling):
+    zero, one = torch.zeros(()), torch.ones(())
+    return torch.softmax(scale_q(q, scaling, zero, one) / temperature, dim=1)
 
 
 def make(config=SMALL, obs=3, action=2, seed=0):
@@ -78,10 +84,10 @@ def test_critic_regresses_on_the_td_target():
     batch = random_batch(64)
     noise = algorithm.draw_noise(64, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        action = algorithm._best_action(batch.next_obs, noise.next_action)
-        next_q = q_values(algorithm.critic_target, batch.next_obs, action[:, None])[..., 0].min(0).values
+        action = algorithm.agent.best_action(batch.next_obs, noise.next_action)
+        next_q = q_values(algorithm.agent.critic_target, batch.next_obs, action[:, None])[..., 0].min(0).values
         y = batch.reward + 0.99 * (1 - batch.terminated) * next_q
-        q = q_values(algorithm.critic, batch.obs, batch.action[:, None])[..., 0]
+        q = q_values(algorithm.agent.critic, batch.obs, batch.action[:, None])[..., 0]
         wanted = (q - y).square().mean(1).sum()
     torch.testing.assert_close(algorithm.update(batch, noise)["critic_loss"], wanted)
 
@@ -92,8 +98,8 @@ def test_policy_loss_is_the_weighted_noise_error():
     noise = algorithm.draw_noise(6, torch.Generator().manual_seed(1))
     action = torch.rand(6, 8, 2) * 2 - 1
     weight = torch.softmax(torch.randn(6, 8), 1)
-    got = algorithm._policy_loss(batch.obs, action, weight, noise)
-    params, schedule = algorithm.policy, algorithm.schedule
+    got = algorithm._loss(batch.obs, action, weight, noise)
+    params, schedule = algorithm.agent.policy, algorithm.agent.schedule
     total = 0.0
     from rsm_train.networks import embed_time
 
@@ -117,7 +123,7 @@ def test_update_moves_what_it_should_when_it_should():
     def snapshot():
         return {
             name: torch.cat([value.detach().flatten() for value in params.values()]).clone()
-            for name, params in algorithm.networks().items()
+            for name, params in algorithm.agent.networks().items()
         }
 
     start = snapshot()
@@ -145,9 +151,11 @@ def test_same_seed_same_networks_and_updates():
         generator = torch.Generator().manual_seed(4)
         for _ in range(5):
             metrics = algorithm.update(random_batch(), algorithm.draw_noise(16, generator))
-        results.append((metrics["policy_loss"].item(), algorithm.policy["layers.1.weight"].sum().item()))
+        results.append((metrics["policy_loss"].item(), algorithm.agent.policy["layers.1.weight"].sum().item()))
     assert results[0] == results[1]
-    assert make(seed=5).policy["layers.1.weight"].sum() != make(seed=3).policy["layers.1.weight"].sum()
+    assert (
+        make(seed=5).agent.policy["layers.1.weight"].sum() != make(seed=3).agent.policy["layers.1.weight"].sum()
+    )
 
 
 @pytest.mark.parametrize("scaling", ["raw", "state"])
@@ -158,19 +166,20 @@ def test_one_update_by_hand_with_every_network_different(scaling):
     )
     algorithm = make(config)
     g = torch.Generator().manual_seed(8)
-    for params in algorithm.networks().values():
+    for params in algorithm.agent.networks().values():
         for value in params.values():
             value.data += 0.1 * torch.randn(value.shape, generator=g)
     batch, noise = random_batch(12), algorithm.draw_noise(12, g)
     assert set(algorithm.draw_noise(200, g).t.flatten().tolist()) == set(range(5))
-    live, average = (copy_params(algorithm.networks()[name]) for name in ("policy", "policy_average"))
-    critic, target = (copy_params(algorithm.networks()[name]) for name in ("critic", "critic_target"))
+    live, average = (copy_params(algorithm.agent.networks()[name]) for name in ("policy", "policy_average"))
+    critic, target = (copy_params(algorithm.agent.networks()[name]) for name in ("critic", "critic_target"))
 
     def sample(params, obs, z):
-        return sample_actions(split_denoiser(params, 5), algorithm.schedule, obs, z, prior_std=0.5)
+        return sample_actions(split_denoiser(params, 5), algorithm.agent.schedule, obs, z, prior_std=0.5)
 
     with torch.no_grad():
-        next_action = best_of_n(critic, batch.next_obs, sample(live, batch.next_obs, noise.next_action))[0]
+        particles = sample(live, batch.next_obs, noise.next_action)
+        next_action = choose_best(particles, q_values(critic, batch.next_obs, particles).amin(0))[0]
         next_q = q_values(target, batch.next_obs, next_action[:, None])[..., 0].amin(0)
         y = batch.reward + 0.99 * (1 - batch.terminated) * next_q
         critic_loss = (q_values(critic, batch.obs, batch.action[:, None])[..., 0] - y).square().mean(1).sum()
@@ -178,13 +187,13 @@ def test_one_update_by_hand_with_every_network_different(scaling):
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     with torch.no_grad():
         proposals = (sample(average, batch.obs, noise.action) + 0.2 * noise.proposal).clamp(-1, 1)
-        weights = policy_weights(q_values(algorithm.critic, batch.obs, proposals).amin(0), 0.7, scaling)
-        algorithm.policy, now = live, algorithm.policy
-        loss = algorithm._policy_loss(batch.obs, proposals, weights, noise)
-        algorithm.policy = now
+        weights = policy_weights(q_values(algorithm.agent.critic, batch.obs, proposals).amin(0), 0.7, scaling)
+        algorithm.agent.policy, now = live, algorithm.agent.policy
+        loss = algorithm._loss(batch.obs, proposals, weights, noise)
+        algorithm.agent.policy = now
     torch.testing.assert_close(metrics["policy_loss"], loss)
     # Adam's first step is the learning rate in every weight that has a gradient.
-    for before, after, rate in ((live, now, 1e-3), (critic, algorithm.critic, 3e-3)):
+    for before, after, rate in ((live, now, 1e-3), (critic, algorithm.agent.critic, 3e-3)):
         moved = (after["layers.1.weight"].detach() - before["layers.1.weight"]).abs().max()
         assert moved.item() == pytest.approx(rate, rel=0.01)
 
@@ -193,10 +202,10 @@ def test_exploration_noise_is_added_in_units_of_the_temperature():
     config = dataclasses.replace(SMALL, temperature=2.0, exploration_noise=0.05)
     algorithm = make(config)
     obs, noise = torch.randn(50, 3), torch.randn(50, 5, 4, 2)
-    calm = algorithm.act(obs, noise, torch.zeros(50, 2))
-    moved = algorithm.act(obs, noise, torch.ones(50, 2))
+    calm = algorithm.agent.act(obs, noise, torch.zeros(50, 2))
+    moved = algorithm.agent.act(obs, noise, torch.ones(50, 2))
     torch.testing.assert_close(moved, (calm + 0.1).clamp(-1, 1))
-    assert algorithm.act(obs, noise, 100 * torch.ones(50, 2)).max() <= 1
+    assert algorithm.agent.act(obs, noise, 100 * torch.ones(50, 2)).max() <= 1
 
 
 def test_learns_a_quadratic_problem_to_its_closed_form_optimum():
@@ -213,10 +222,10 @@ def test_learns_a_quadratic_problem_to_its_closed_form_optimum():
         algorithm.update(batch, algorithm.draw_noise(128, generator))
     obs = torch.rand(200, 3, generator=generator) * 2 - 1
     noise = torch.randn(200, 5, 4, 2, generator=generator)
-    action = algorithm.act(obs, noise, torch.zeros(200, 2))
+    action = algorithm.agent.act(obs, noise, torch.zeros(200, 2))
     error = (action - obs @ matrix.T).square().sum(1)
     assert error.mean() < 0.02, "a uniform random policy has 0.9"
-    q = q_values(algorithm.critic, obs, (obs @ matrix.T)[:, None]).mean()
+    q = q_values(algorithm.agent.critic, obs, (obs @ matrix.T)[:, None]).mean()
     assert abs(q.item()) < 0.1
 
 
@@ -235,22 +244,24 @@ def test_restored_algorithm_continues_bit_for_bit():
     noises = [first.draw_noise(16, noise_generator) for _ in range(6)]
     for noise in noises[:3]:
         first.update(random_batch(), noise)
-    saved_networks = {name: copy_params(params) for name, params in first.networks().items()}
-    saved_state = {name: value.clone() for name, value in first.state().items()}
+    saved_networks = {name: copy_params(params) for name, params in first.agent.networks().items()}
+    saved_state = {name: value.clone() for name, value in first.agent.state().items()}
     second = make(seed=9)
-    second.restore(saved_networks, saved_state, first.updates)
+    second.agent.restore(saved_networks, saved_state, first.agent.updates)
     for noise in noises[3:]:
         first.update(random_batch(), noise)
         second.update(random_batch(), noise)
-    assert second.updates == 6
-    for (name, ours), theirs in zip(first.networks().items(), second.networks().values(), strict=True):
+    assert second.agent.updates == 6
+    for (name, ours), theirs in zip(
+        first.agent.networks().items(), second.agent.networks().values(), strict=True
+    ):
         for key in ours:
             assert torch.equal(ours[key], theirs[key]), (name, key)
 
 
 def test_restore_refuses_another_shape():
     first = make()
-    networks = {name: dict(params) for name, params in first.networks().items()}
+    networks = {name: dict(params) for name, params in first.agent.networks().items()}
     networks["critic"]["layers.0.bias"] = torch.zeros(2, 33)
     with pytest.raises(ValueError, match="wanted shape"):
-        make().restore(networks, {}, 0)
+        make().agent.restore(networks, {}, 0)

@@ -16,7 +16,8 @@ from rsm_train.checkpoint import (
     save_checkpoint,
 )
 from rsm_train.config import resolve
-from rsm_train.diffusion import make_schedule
+from rsm_train.diffusion import SamplerSettings
+from rsm_train.evaluation import Evaluation
 from rsm_train.loop import Trainer, pick_device
 from rsm_train.policy import PolicyWeights, act_best_of_n
 from tests.rsm_train.runs import TINY, tiny_run
@@ -91,7 +92,7 @@ def test_same_seed_same_run_and_other_seed_another(run_dir, tmp_path):
 
 def test_the_best_checkpoint_is_found_and_survives_pruning(tmp_path, monkeypatch):
     returns = iter([[1.0], [9.0], [2.0], [3.0]])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: next(returns))
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: Evaluation(next(returns)))
     run = tiny_run(tmp_path / "run", eval_every=40, keep_checkpoints=1)
     assert [path.name for path in list_checkpoints(run)] == ["step_000000080", "step_000000160"]
     assert find_checkpoint(run).name == "step_000000080"
@@ -105,7 +106,9 @@ def test_an_update_that_diverges_stops_the_run_and_keeps_the_last_checkpoint(tmp
 
     def diverge(self, batch, noise):
         metrics = original(self, batch, noise)
-        return metrics | {"critic_loss": metrics["critic_loss"] * float("nan" if self.updates > 20 else 1)}
+        return metrics | {
+            "critic_loss": metrics["critic_loss"] * float("nan" if self.agent.updates > 20 else 1)
+        }
 
     monkeypatch.setattr(DPMD, "update", diverge)
     with pytest.raises(TrainingError, match="critic_loss became nan"):
@@ -197,11 +200,11 @@ def test_an_unreadable_evaluation_does_not_hide_the_other_checkpoints(run_dir, t
 def test_the_average_and_not_the_live_policy_is_what_acts(run_dir):
     checkpoint = load_checkpoint(list_checkpoints(run_dir)[-1])
     obs, noise = torch.randn(9, 4), torch.randn(9, 5, 4, 1)
-    schedule = make_schedule(checkpoint.sampler.schedule, 5)
+    sampler, critic = checkpoint.sampler, checkpoint.networks["critic"]
+    assert isinstance(sampler, SamplerSettings)
 
     def actions(network):
-        params = checkpoint.networks[network]
-        weights = PolicyWeights.prepare(params, checkpoint.networks["critic"], schedule, 0.5, checkpoint.spec)
+        weights = PolicyWeights.prepare(checkpoint.networks[network], critic, sampler, checkpoint.spec)
         return act_best_of_n(weights, obs, noise)[0].numpy()
 
     got = checkpoint.policy().act(obs.numpy(), noise=noise.numpy()).action

@@ -147,6 +147,29 @@ def test_a_resumed_run_is_the_uninterrupted_run(uninterrupted, tmp_path, stop_at
     assert_same_run(run, uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("algo", "preset"), [("sac", "quick"), ("sdac", "quick"), ("dpmd", "reference"), ("dpmd", "kl")]
+)
+def test_every_algorithm_is_resumed(tmp_path, stop_at, algo, preset):
+    changes = {"algo": algo, "preset": preset, "depth": 2, "compile": "off", "threads": 1}
+    if algo == "dpmd":
+        changes |= {"diffusion_steps": 4, "target_particles": 2}
+    if preset == "kl":
+        changes |= {"policy_samples": 8, "old_policy_every": 25}
+    settings = {key: value for key, value in SETTINGS.items() if key != "particles"} | changes
+
+    def begin(directory: Path) -> Path:
+        return train(*resolve(settings), directory)
+
+    begin(tmp_path / "whole")
+    stop_at(54, 133, 198)
+    stopped(lambda: begin(tmp_path / "run"))
+    for _ in range(2):
+        stopped(lambda: resume(tmp_path / "run"))
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_wall_time_goes_on_and_the_past_of_tensorboard_is_purged(uninterrupted, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
@@ -530,12 +553,12 @@ def test_nan_never_reaches_a_checkpoint(tmp_path, monkeypatch, where):
 
     def poisoned(self: DPMD, batch: Any, noise: Any) -> Any:
         metrics = original(self, batch, noise)
-        if self.updates == 25:
+        if self.agent.updates == 25:
             if where == "network":
-                next(iter(self.policy.values())).data.view(-1)[0] = float("nan")
+                next(iter(self.agent.policy.values())).data.view(-1)[0] = float("nan")
             elif where == "moment":
-                moments = [name for name in self.state() if "critic" in name and "exp_avg_sq" in name]
-                self.state()[moments[0]].view(-1)[0] = float("inf")
+                moments = [name for name in self.agent.state() if "critic" in name and "exp_avg_sq" in name]
+                self.agent.state()[moments[0]].view(-1)[0] = float("inf")
             else:
                 metrics["critic_loss"] = metrics["critic_loss"] * float("nan")
         return metrics

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from rsm_train.temperature import Temperature, entropy_log_temperatures
+from rsm_train.temperature import entropy_log_temperatures, open_loop_temperature
 
 
 @pytest.mark.parametrize(("target", "wanted"), [(-1.5, -0.6030908), (-0.9, -0.01606)])
@@ -28,10 +28,16 @@ def test_entropy_schedule_is_adam_on_its_loss_for_any_dimension():
 
 
 def test_temperature_moves_every_250_updates():
-    moving = Temperature("entropy", 5.0, -1.5)
-    assert moving.at(0) == moving.at(249) == pytest.approx(5.0)
-    assert moving.at(250) == pytest.approx(5.0 * math.exp(-7e-3))
-    late = moving.at(200_000)
-    assert math.log(late) == pytest.approx(-0.6030908, abs=1e-5)
-    assert moving.at(250) == pytest.approx(5.0 * math.exp(-7e-3)), "asking late must not change what was early"
-    assert Temperature("constant", 0.3, -1.5).at(10**6) == 0.3
+    moving = open_loop_temperature("entropy", 5.0, -1.5)
+    assert moving is not None
+    assert moving.log_at(0) == moving.log_at(249) == pytest.approx(math.log(5.0))
+    assert moving.log_at(250) == pytest.approx(math.log(5.0) - 7e-3)
+    assert moving.log_at(200_000) == pytest.approx(-0.6030908, abs=1e-5)
+    assert moving.log_at(250) == pytest.approx(math.log(5.0) - 7e-3), (
+        "asking late must not change what was early"
+    )
+
+
+def test_other_schedules_are_not_open_loop():
+    assert open_loop_temperature("constant", 0.3, -1.5) is None
+    assert open_loop_temperature("kl", 0.3, -1.5) is None

@@ -1,0 +1,288 @@
+"""Is reweighted score matching right? The policy against the exact density of a problem with a known Q.
+
+    python benchmarks/density.py [--out FILE] [--picture FILE]
+
+One state, two action dimensions, one step. Q(a) = log sum_i m_i N(a; mu_i, 0.2^2 I): four separated modes of
+mass 0.4, 0.3, 0.2 and 0.1. The algorithms are those of rsm-train, whose critics are replaced by this Q.
+
+- SDAC must arrive at exp(Q / lambda) / Z. With lambda = 1 that is the mixture itself.
+- DPMD's k-th policy must be pi_0 exp(k Q / lambda) / Z_k. With lambda = 4 and pi_0 uniform, the fourth is the
+  mixture.
+- With the preset `kl` the k-th is known as well, though not in closed form: each step widens the policy by its
+  proposal noise, and reweights it with the temperature it has tuned to KL = 2; on a grid both are exact.
+- The published program's deviations 1 (the slip in the scaling of Q) and 3 (the policy learns the best of N
+  of its own actions) must not arrive there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rsm_train.algorithms.common import Batch, copy_params, load_params
+from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, DPMDNoise
+from rsm_train.algorithms.sdac import SDAC, SDACConfig
+from rsm_train.config import resolve
+from rsm_train.inference import Inference
+
+MODES = torch.tensor([[-0.5, 0.5], [0.5, 0.5], [-0.5, -0.5], [0.5, -0.5]])
+MASSES = torch.tensor([0.4, 0.3, 0.2, 0.1])
+MODE_STD = 0.2
+BINS = 20
+SAMPLES = 20_000
+MAX_KL = 0.2
+"""Nats between the histogram of a right policy and the exact density (about 0.01 of it is sampling error)."""
+MAX_MASS_ERROR = 0.05
+
+SMALL: dict[str, Any] = {
+    "env": "density",
+    "width": 64,
+    "depth": 2,
+    "policy_lr": 2e-3,
+    "policy_every": 1,
+    "prior_std": 1.0,
+    "target_particles": 1,
+}
+"""What a two-dimensional problem does not need at full size, and the forward process' own prior. Of the TD target,
+nothing is left to learn; with backup actions, target_particles is what the policy learns from, and stays."""
+
+
+def known_q(action: Tensor) -> Tensor:
+    """Q of actions [..., 2]."""
+    squares = (action.unsqueeze(-2) - MODES.to(action)).square().sum(-1)
+    return torch.logsumexp(MASSES.log().to(action) - squares / (2 * MODE_STD**2), dim=-1)
+
+
+class KnownQ(Inference):
+    """The policy's sampler, with every critic replaced by the known Q."""
+
+    def __init__(self, inner: Inference) -> None:
+        vars(self).update(vars(inner))
+
+    def values(self, critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) -> Tensor:
+        """See `Inference.values`."""
+        return known_q(action_BNA).expand(2, -1, -1)
+
+
+# --- exact densities, on a grid of FINE x FINE cells -------------------------------------------------------
+
+FINE = 10 * BINS
+Grid = NDArray[np.float64]
+
+
+def _centers() -> Grid:
+    grid: Grid = (np.arange(FINE) + 0.5) * 2 / FINE - 1
+    return grid
+
+
+def uniform() -> Grid:
+    """The uniform density over the box; every grid sums to 1."""
+    return np.full((FINE, FINE), 1.0 / FINE**2)
+
+
+def reweighted(density: Grid, temperature: float) -> Grid:
+    """density exp(Q / temperature) / Z."""
+    x, y = np.meshgrid(_centers(), _centers(), indexing="ij")
+    q = known_q(torch.from_numpy(np.stack([x, y], -1))).numpy()
+    weighted: Grid = density * np.exp((q - q.max()) / temperature)
+    return weighted / weighted.sum()
+
+
+def widened(density: Grid, std: float) -> Grid:
+    """The density of clip(a + std N(0, I), -1, 1); what is clipped lies in the outermost cells."""
+    edges = np.linspace(-1, 1, FINE + 1)
+    edges[0], edges[-1] = -np.inf, np.inf
+    normal = np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2)))
+    kernel = np.diff(normal((edges[None, :] - _centers()[:, None]) / std), axis=1)  # from a cell to a cell
+    wide: Grid = kernel.T @ density @ kernel
+    return wide
+
+
+def coarse(density: Grid) -> Grid:
+    """The mass of each of BINS x BINS cells."""
+    cells: Grid = density.reshape(BINS, FINE // BINS, BINS, FINE // BINS).sum((1, 3))
+    return cells
+
+
+# --- learning ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A learnt policy beside the exact density."""
+
+    name: str
+    histogram: Grid  # [BINS, BINS], sums to 1
+    exact: Grid  # [BINS, BINS], sums to 1
+    seconds: float
+
+    @property
+    def kl(self) -> float:
+        """KL(learnt || exact) of the histograms, nats."""
+        seen = self.histogram > 0
+        return float((self.histogram[seen] * np.log(self.histogram[seen] / self.exact[seen])).sum())
+
+    @property
+    def masses(self) -> list[tuple[float, float]]:
+        """Learnt and exact mass of each mode's quadrant."""
+        return list(zip(_quadrants(self.histogram), _quadrants(self.exact), strict=True))
+
+    @property
+    def right(self) -> bool:
+        """Whether the policy has the exact density, to the stated bounds."""
+        errors = [abs(learnt - exact) for learnt, exact in self.masses]
+        return self.kl <= MAX_KL and max(errors) <= MAX_MASS_ERROR
+
+
+def _quadrants(cells: Grid) -> list[float]:
+    half = BINS // 2
+    low, high = slice(0, half), slice(half, BINS)
+    return [float(cells[part].sum()) for part in ((low, high), (high, high), (low, low), (high, low))]
+
+
+def _state(rows: int) -> Batch:
+    zeros = torch.zeros(rows, 1)
+    return Batch(zeros, torch.zeros(rows, 2), torch.zeros(rows), zeros, torch.ones(rows))
+
+
+def learn_sdac(preset: str, updates: int, *, seed: int = 0, **changes: Any) -> Outcome:
+    """SDAC's policy after so many updates at lambda = 1."""
+    started = time.perf_counter()
+    fixed = {"temperature_schedule": "constant", "temperature": 1.0, "temperature_scale": 1.0, "noisy_backup": False}
+    _, config = resolve({**SMALL, "algo": "sdac", "preset": preset, **fixed, **changes})
+    assert isinstance(config, SDACConfig)
+    algorithm = SDAC(config, 1, 2, generator=torch.Generator().manual_seed(seed))
+    algorithm.agent.inference = KnownQ(algorithm.agent.inference)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for update in range(updates):
+        _anneal(algorithm, update / updates, config.policy_lr)
+        algorithm.update(_state(256), algorithm.draw_noise(256, generator))
+    exact = coarse(reweighted(uniform(), 1.0))
+    histogram = _histogram(algorithm, generator)
+    return Outcome(f"SDAC, {preset}", histogram, exact, time.perf_counter() - started)
+
+
+def learn_dpmd(
+    preset: str, iterations: int, updates: int, *, seed: int = 0, rows: int = 32, **changes: Any
+) -> Outcome:
+    """DPMD's policy after so many mirror descent steps from the uniform policy, each of so many updates."""
+    started = time.perf_counter()
+    _, config = resolve({**SMALL, "algo": "dpmd", "preset": preset, "old_policy_every": updates, **changes})
+    assert isinstance(config, DPMDConfig)
+    algorithm = DPMD(config, 1, 2, generator=torch.Generator().manual_seed(seed))
+    agent = algorithm.agent
+    generator = torch.Generator().manual_seed(seed + 1)
+    _make_uniform(algorithm, generator)
+    agent.inference = KnownQ(agent.inference)
+    exact = uniform()
+    for _ in range(iterations):
+        log_alphas = []
+        for update in range(updates):
+            _anneal(algorithm, update / updates, config.policy_lr)
+            log_alphas.append(float(agent.log_alpha))
+            algorithm.update(_state(rows), algorithm.draw_noise(rows, generator))
+        load_params(agent.policy, agent.policy_average)
+        temperature = math.exp(float(np.mean(log_alphas[updates // 2 :])))
+        exact = reweighted(
+            widened(exact, config.proposal_noise) if config.proposal_noise else exact,
+            temperature * config.temperature_scale,
+        )
+    histogram = _histogram(algorithm, generator)
+    return Outcome(f"DPMD, {preset}", histogram, coarse(exact), time.perf_counter() - started)
+
+
+def _anneal(algorithm: DPMD | SDAC, share: float, learning_rate: float) -> None:
+    """The learning rate falls to a tenth: the fit, and not its noise, is what is measured."""
+    for group in algorithm.agent.policy_optimizer.param_groups:
+        group["lr"] = learning_rate * 0.1 ** min(1.0, share)
+
+
+def _make_uniform(algorithm: DPMD, generator: torch.Generator, updates: int = 1500) -> None:
+    """Fit pi_0 to the uniform density, by the algorithm's own loss with equal weights."""
+    for update in range(updates):
+        _anneal(algorithm, update / updates, algorithm.config.policy_lr)
+        action = torch.rand(512, 1, 2, generator=generator) * 2 - 1
+        t = torch.randint(algorithm.config.diffusion_steps, (512, 1), generator=generator)
+        eps = torch.randn(512, 1, 2, generator=generator)
+        empty = torch.empty(0)
+        noise = DPMDNoise(empty, empty, empty, empty, t, eps)
+        algorithm.agent.update_policy(algorithm._loss(torch.zeros(512, 1), action, torch.ones(512, 1), noise))
+    load_params(algorithm.agent.policy, copy_params(algorithm.agent.policy_average))
+
+
+def _histogram(algorithm: DPMD | SDAC, generator: torch.Generator) -> Grid:
+    agent = algorithm.agent
+    noise = torch.randn(SAMPLES // 100, agent.config.diffusion_steps, 100, 2, generator=generator)
+    action = agent.inference.sample(agent.policy_average, torch.zeros(len(noise), 1), noise).reshape(-1, 2)
+    counts, _, _ = np.histogram2d(*action.T.numpy(), bins=BINS, range=[[-1, 1], [-1, 1]])
+    cells: Grid = counts / counts.sum()
+    return cells
+
+
+def outcomes() -> dict[str, Outcome]:
+    """Every case of the docstring; some half a minute each."""
+    constant = {"temperature_schedule": "constant", "temperature": 4.0}
+    return {
+        "sdac_paper": learn_sdac("paper", 3000),
+        "dpmd_paper": learn_dpmd("paper", 4, 1000, **constant),
+        "dpmd_kl": learn_dpmd("kl", 2, 1500),
+        "dpmd_reference": learn_dpmd("reference", 4, 1000, rows=256, **constant),
+        "sdac_reference": learn_sdac("reference", 3000),
+    }
+
+
+def draw(results: Mapping[str, Outcome], path: Path) -> None:
+    """A picture: exact density above, learnt density below, one column per case."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 * len(results), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(results), squeeze=False)
+    for column, outcome in zip(axes.T, results.values(), strict=True):
+        top = max(outcome.exact.max(), 1e-9)
+        for axis, cells, word in ((column[0], outcome.exact, "exact"), (column[1], outcome.histogram, "learnt")):
+            axis.imshow(cells.T, origin="lower", extent=(-1, 1, -1, 1), vmin=0, vmax=top, cmap="viridis")
+            axis.set(title=f"{outcome.name}\n{word}" if word == "exact" else word, xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+            for (x, y), mass in zip(MODES.tolist(), _quadrants(cells), strict=True):
+                axis.text(x, y + 0.33, f"{mass:.2f}", color="white", ha="center", va="center", fontsize=9)
+        verdict = "right" if outcome.right else "wrong"
+        column[1].set_xlabel(f"KL {outcome.kl:.2f}: {verdict}")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Learn every case, write the record and the picture."""
+    from record import write_record
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    results = outcomes()
+    if options.picture:
+        draw(results, options.picture)
+    rows = {
+        key: {
+            "kl": round(outcome.kl, 4),
+            "masses_learnt": [round(learnt, 3) for learnt, _ in outcome.masses],
+            "masses_exact": [round(exact, 3) for _, exact in outcome.masses],
+            "right": outcome.right,
+            "seconds": round(outcome.seconds, 1),
+        }
+        for key, outcome in results.items()
+    }
+    write_record({"bounds": {"kl": MAX_KL, "mass": MAX_MASS_ERROR}, "results": rows}, options.out)
+
+
+if __name__ == "__main__":
+    main()

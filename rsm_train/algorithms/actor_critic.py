@@ -1,0 +1,329 @@
+"""What DPMD and SDAC share: a diffusion policy, its critics, and everything but the policy's loss.
+
+An algorithm owns an `ActorCritic` and adds the rule by which the policy learns. One update is
+
+    a' = agent.backup_action(...)        an action of the policy at s'
+    agent.update_critic(batch, a')       one step on the TD error
+    agent.update_policy(loss)            when due: one step on the algorithm's loss, then all averages
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rsm_train.algorithms.common import (
+    Batch,
+    Metrics,
+    adam,
+    adam_state,
+    copy_params,
+    descend,
+    explore,
+    leaves,
+    load_adam_state,
+    load_params,
+    move_average,
+    set_learning_rate,
+    td_target,
+)
+from rsm_train.critic import choose_best, init_critics, q_values, select_value
+from rsm_train.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
+from rsm_train.graphs import Captured
+from rsm_train.inference import Inference
+from rsm_train.kernels import Compute
+from rsm_train.networks import Params, init_denoiser, subset
+from rsm_train.temperature import TemperatureSchedule, open_loop_temperature
+
+KL_RATE = 0.01
+"""Step of the dual ascent on log lambda, per nat of error and policy update."""
+
+
+@dataclass(frozen=True)
+class ActorCriticConfig:
+    """Settings that DPMD and SDAC share; the defaults are the `paper` preset."""
+
+    diffusion_steps: int = field(default=20, metadata={"help": "T, denoising steps."})
+    particles: int = field(
+        default=32, metadata={"help": "N, particles per action; the critics choose the best."}
+    )
+    target_particles: int = field(
+        default=32, metadata={"help": "Particles of which the critics choose the action of the TD target."}
+    )
+    schedule: ScheduleName = field(default="cosine", metadata={"help": "Noise schedule."})
+    prior_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of the initial latent; below 1, a lower temperature."}
+    )
+    width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
+    depth: int = field(default=3, metadata={"help": "Hidden layers of policy and critics."})
+    critics: int = field(default=2, metadata={"help": "E, members of the ensemble of critics."})
+    critic_layer_norm: bool = field(
+        default=False, metadata={"help": "Normalise the critics' hidden layers before their activations."}
+    )
+    critic_selection: SelectionName = field(
+        default="min",
+        metadata={"help": "One value from the ensemble: min, mean, or mean + critic_std_factor * std."},
+    )
+    critic_std_factor: float = field(
+        default=0.0, metadata={"help": "Factor of the standard deviation for critic_selection mean_std."}
+    )
+    policy_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the policy."})
+    policy_lr_final: float | None = field(
+        default=None, metadata={"help": "Where the policy's learning rate ends; default: it is constant."}
+    )
+    policy_lr_decay_start: int = field(
+        default=25_000, metadata={"help": "Policy update at which the linear decay begins."}
+    )
+    policy_lr_decay_updates: int = field(
+        default=50_000, metadata={"help": "Policy updates that the decay takes."}
+    )
+    critic_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the critics."})
+    critic_repeats: int = field(
+        default=1,
+        metadata={"help": "How often the critics' gradient of one update is applied; deviation 2 is 2."},
+    )
+    gamma: float = field(default=0.99, metadata={"help": "Discount factor."})
+    tau: float = field(default=0.005, metadata={"help": "Rate of the target and average networks."})
+    reward_scale: float = field(default=0.2, metadata={"help": "Factor on rewards in the TD target."})
+    policy_every: int = field(
+        default=2, metadata={"help": "Critic updates per policy, target and average update."}
+    )
+    temperature_schedule: TemperatureSchedule = field(
+        default="entropy",
+        metadata={
+            "help": "How the temperature alpha moves: constant, the published entropy schedule, or by dual "
+            "ascent to keep KL(weights || uniform) at target_kl."
+        },
+    )
+    temperature: float = field(default=5.0, metadata={"help": "alpha at the start."})
+    temperature_scale: float = field(
+        default=1.0, metadata={"help": "lambda / alpha; lambda divides Q in the weights."}
+    )
+    target_entropy: float = field(
+        default=-1.5, metadata={"help": "Target of the entropy schedule, per action dimension."}
+    )
+    target_kl: float = field(
+        default=2.0, metadata={"help": "Target of the schedule kl, in nats; below log of the actions weighted."}
+    )
+    exploration_noise: float = field(
+        default=0.1, metadata={"help": "Standard deviation of the noise added when exploring."}
+    )
+    exploration_units: Literal["temperature", "absolute"] = field(
+        default="temperature", metadata={"help": "What exploration_noise is a multiple of: alpha, or 1."}
+    )
+    noisy_backup: bool = field(
+        default=False,
+        metadata={
+            "help": "Add exploration noise, unclipped, to what TD target and policy loss act on: deviation 4."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"wanted a finite {name}, got {value}")
+        counts = ("diffusion_steps", "particles", "target_particles", "width", "depth", "critics")
+        for name in (*counts, "critic_repeats", "policy_every", "policy_lr_decay_updates"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        for name in (
+            *("policy_lr", "critic_lr", "temperature", "temperature_scale"),
+            *("reward_scale", "prior_std", "target_kl"),
+        ):
+            self._require(name, getattr(self, name) > 0, "> 0")
+        for name in ("gamma", "tau"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("exploration_noise", "policy_lr_decay_start"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._require("policy_lr_final", self.policy_lr_final is None or self.policy_lr_final >= 0, ">= 0")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"wanted {name} {wanted}, got {getattr(self, name)}")
+
+
+class ActorCritic:
+    """The networks, optimisers and temperature of a diffusion policy with critics."""
+
+    def __init__(
+        self,
+        config: ActorCriticConfig,
+        obs_size: int,
+        action_size: int,
+        *,
+        generator: torch.Generator,
+        device: torch.device | str,
+        compute: Compute,
+    ) -> None:
+        self.config = config
+        self.action_size = action_size
+        self.device = torch.device(device)
+        self.updates = 0
+        self.schedule = make_schedule(config.schedule, config.diffusion_steps, device=device)
+        self.inference = Inference(self.schedule, config.prior_std, compute)
+        hidden = [config.width] * config.depth
+        # Drawn on the CPU, so that a seed gives the same networks on every device.
+        self.policy = leaves(init_denoiser(obs_size, action_size, hidden, generator), device)
+        self.critic = leaves(
+            init_critics(
+                *(obs_size, action_size, hidden, generator),
+                members=config.critics,
+                layer_norm=config.critic_layer_norm,
+            ),
+            device,
+        )
+        self.policy_average = copy_params(self.policy)  # the policy that is evaluated and exported
+        self.critic_target = copy_params(self.critic)
+        self.policy_optimizer = adam(self.policy, config.policy_lr)
+        self.critic_optimizer = adam(self.critic, config.critic_lr)
+        self._open_loop = open_loop_temperature(
+            config.temperature_schedule, config.temperature, config.target_entropy
+        )
+        # On the device, so that an update that was captured as a graph reads what the host wrote.
+        self.log_alpha = torch.full((), math.log(config.temperature), device=device)
+        self._kept = {"log_alpha": self.log_alpha}
+
+    # --- temperature and noise ------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> Tensor:
+        """The temperature, 0-d."""
+        return self.log_alpha.exp()
+
+    @property
+    def temperature(self) -> float:
+        """lambda now, on the host."""
+        return float(self.lambda_)
+
+    @property
+    def lambda_(self) -> Tensor:
+        """What divides Q in the weights, 0-d."""
+        return self.config.temperature_scale * self.alpha
+
+    @property
+    def exploration_std(self) -> Tensor | float:
+        """Standard deviation of the exploration noise now."""
+        absolute = self.config.exploration_units == "absolute"
+        return self.config.exploration_noise * (1.0 if absolute else self.alpha)
+
+    # --- acting ---------------------------------------------------------------------------------------------
+
+    @property
+    def sampler(self) -> SamplerSettings:
+        """How the policy samples."""
+        c = self.config
+        return SamplerSettings(
+            *(c.schedule, c.diffusion_steps, c.particles, c.prior_std),
+            selection=c.critic_selection,
+            selection_std=c.critic_std_factor,
+        )
+
+    def act(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:
+        """Best of N from the current policy, with exploration noise; [B, A] in [-1, 1]."""
+        action = self.best_action(obs_BO, noise_BTNA)
+        return explore(action, exploration_BA, self.exploration_std).clamp(-1.0, 1.0)
+
+    def best_action(self, obs_BO: Tensor, noise_BTNA: Tensor) -> Tensor:
+        """Of N particles of the current policy, the one the current critics value most; [B, A]."""
+        action_BNA = self.inference.sample(self.policy, obs_BO, noise_BTNA)
+        if action_BNA.shape[1] == 1:
+            return action_BNA[:, 0]
+        return choose_best(action_BNA, self.values(self.critic, obs_BO, action_BNA))[0]
+
+    def values(self, critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) -> Tensor:
+        """Q(s, a), one value from the ensemble's, without a graph; [B, N]."""
+        return self.select(self.inference.values(critics, obs_BO, action_BNA))
+
+    def select(self, q_E: Tensor) -> Tensor:
+        """One value from the ensemble's: [E, ...] -> [...]."""
+        return select_value(q_E, self.config.critic_selection, self.config.critic_std_factor)
+
+    # --- learning -------------------------------------------------------------------------------------------
+
+    def begin_update(self) -> bool:
+        """The host's part of an update: counters, temperature, learning rate. Whether the policy is due."""
+        c = self.config
+        if self._open_loop is not None:
+            self.log_alpha.fill_(self._open_loop.log_at(self.updates))
+        if c.policy_lr_final is not None:
+            done = (self.updates // c.policy_every - c.policy_lr_decay_start) / c.policy_lr_decay_updates
+            share = min(max(done, 0.0), 1.0)
+            set_learning_rate(self.policy_optimizer, c.policy_lr + share * (c.policy_lr_final - c.policy_lr))
+        self.updates += 1
+        return self.updates % c.policy_every == 0
+
+    def backup_action(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:
+        """The action [B, A] that learning takes for the policy's: the best of N, noisy with `noisy_backup`."""
+        action = self.best_action(obs_BO, noise_BTNA)
+        if self.config.noisy_backup:
+            action = explore(action, exploration_BA, self.exploration_std)
+        return action
+
+    def update_critic(self, batch: Batch, next_action_BA: Tensor) -> Metrics:
+        """One step on (Q_i(s, a) - y)^2, y = r' + gamma (1 - terminated) Q'(s', a')."""
+        c = self.config
+        next_q = self.values(self.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(1)
+        y = td_target(batch, next_q, gamma=c.gamma, reward_scale=c.reward_scale)
+        q_EB = q_values(self.critic, batch.obs, batch.action.unsqueeze(1)).squeeze(2)
+        loss = (q_EB - y).square().mean(dim=1).sum()
+        descend(self.critic_optimizer, loss, repeats=c.critic_repeats)
+        return {"critic_loss": loss.detach(), "q_mean": q_EB.detach().mean(), "target_mean": y.mean()}
+
+    def update_policy(self, loss: Tensor) -> None:
+        """One step of the policy, then of the averaged policy and the target critics."""
+        descend(self.policy_optimizer, loss)
+        move_average(self.policy_average, self.policy, self.config.tau)
+        move_average(self.critic_target, self.critic, self.config.tau)
+
+    def update_temperature(self, kl: Tensor) -> None:
+        """Dual ascent: warmer where the weights are sharper than target_kl; nothing with another schedule."""
+        if self.config.temperature_schedule == "kl":
+            self.log_alpha.add_(KL_RATE * (kl - self.config.target_kl))
+
+    def capture(self, update: Callable[..., Metrics]) -> Captured:
+        """A pure update as something that a GPU replays."""
+        return Captured(update, self.device)
+
+    # --- keeping --------------------------------------------------------------------------------------------
+
+    def networks(self) -> dict[str, Params]:
+        """Every network by name."""
+        return {
+            "policy": self.policy,
+            "policy_average": self.policy_average,
+            "critic": self.critic,
+            "critic_target": self.critic_target,
+        }
+
+    def keep(self, name: str, tensors: Params) -> Params:
+        """Make an algorithm's own tensors part of `state()` and `restore()`; they must be changed in place."""
+        self._kept |= {f"{name}.{key}": value for key, value in tensors.items()}
+        return tensors
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Agent.state`."""
+        moments = {
+            f"{name}.{key}": value
+            for name, optimizer, params in self._optimizers()
+            for key, value in adam_state(optimizer, params).items()
+        }
+        return moments | self._kept
+
+    def restore(self, networks: Mapping[str, Params], state: Mapping[str, Tensor], updates: int) -> None:
+        """See `Agent.restore`."""
+        for name, params in self.networks().items():
+            load_params(params, networks[name])
+        for name, optimizer, params in self._optimizers():
+            load_adam_state(optimizer, params, subset(state, f"{name}."))
+        load_params(self._kept, state)
+        self.updates = updates
+
+    def _optimizers(self) -> list[tuple[str, Any, Params]]:
+        return [
+            ("policy_optimizer", self.policy_optimizer, self.policy),
+            ("critic_optimizer", self.critic_optimizer, self.critic),
+        ]

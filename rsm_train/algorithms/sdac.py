@@ -1,0 +1,197 @@
+"""SDAC: Soft Diffusion Actor-Critic.
+
+Ma, Chen, Wang, Li, Dai, "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025.
+The policy of maximum entropy is pi(a|s) proportional to exp(Q(s, a) / lambda), from which nobody can sample.
+Its denoising loss can be sampled without it: draw a_t from any law of full support, invert the noising kernel,
+
+    a_0 = a_t / sqrt(alpha_bar_t) - sqrt(1 / alpha_bar_t - 1) eps_k,   eps_k ~ N(0, I),   k = 1..K
+    L = E_s E_{a_t} [ sum_k w_k |eps_theta(s, a_t, t) - eps_k|^2 ],    w = softmax_k(Q(s, a_0k) / lambda)
+
+Since the weights sum to 1, L is |eps_theta - sum_k w_k eps_k|^2 and a constant: the policy is evaluated once
+per a_t and regresses on the weighted mean of the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
+from rsm_train.algorithms.common import Batch, Metrics, weight_health
+from rsm_train.diffusion import NoiseSchedule, forward_noise
+from rsm_train.kernels import DEFAULT_COMPUTE, Compute
+from rsm_train.networks import observe, predict_noise, split_denoiser
+
+_SMALLEST_UNIFORM = 2.0**-25  # half of what float32 draws leave between 0 and the next
+
+
+@dataclass(frozen=True)
+class SDACConfig(ActorCriticConfig):
+    """Settings of SDAC; the defaults are the `paper` preset."""
+
+    temperature_scale: float = field(
+        default=0.2, metadata={"help": "lambda / alpha; lambda divides Q in the weights."}
+    )
+    proposal_particles: int = field(
+        default=1,
+        metadata={"help": "Particles of which the critics choose the action that is noised to a_t."},
+    )
+    reverse_samples: int = field(
+        default=64, metadata={"help": "K, clean actions drawn per noisy action by inverting the noise."}
+    )
+    reverse_draws: Literal["truncated", "clipped"] = field(
+        default="truncated",
+        metadata={
+            "help": "Clean actions: drawn inside the box, or anywhere, valued at the box's nearest action and "
+            "regressed on as drawn: deviation 5 (clipped)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("proposal_particles", "reverse_samples"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+
+
+@dataclass(frozen=True)
+class SDACNoise:
+    """All randomness of one update, standard normal unless said otherwise."""
+
+    next_action: Tensor  # [B, T, N', A] samples a' at s'
+    exploration: Tensor  # [B, A] of a' with noisy_backup
+    action: Tensor  # [B, T, N'', A] samples the action at s that is noised to a_t
+    proposal: Tensor  # [B, A] of that action with noisy_backup
+    t: Tensor  # [B, 1] int64, uniform over {0, ..., T - 1}
+    eps: Tensor  # [B, 1, A] noises that action
+    reverse: Tensor  # [B, K, A] uniform over [0, 1), inverts the noise
+
+
+class SDAC:
+    """The update of SDAC."""
+
+    def __init__(
+        self,
+        config: SDACConfig,
+        obs_size: int,
+        action_size: int,
+        *,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        compute: Compute = DEFAULT_COMPUTE,
+    ) -> None:
+        self.config = config
+        self.agent = ActorCritic(
+            config, obs_size, action_size, generator=generator, device=device, compute=compute
+        )
+        self._captured = {due: self.agent.capture(self._learning(due)) for due in (False, True)}
+
+    def update(self, batch: Batch, noise: SDACNoise) -> Metrics:
+        """One critic update and, every `policy_every`-th time, one policy update."""
+        due = self.agent.begin_update()
+        return self._captured[due](batch, noise)
+
+    def _learning(self, policy_due: bool) -> Callable[[Batch, SDACNoise], Metrics]:
+        def learn(batch: Batch, noise: SDACNoise) -> Metrics:
+            next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
+            metrics = self.agent.update_critic(batch, next_action_BA)
+            if policy_due:
+                metrics |= self._update_policy(batch.obs, noise)
+            return metrics
+
+        return learn
+
+    def _update_policy(self, obs_BO: Tensor, noise: SDACNoise) -> Metrics:
+        proposal_BA = self.agent.backup_action(obs_BO, noise.action, noise.proposal)
+        a_t = forward_noise(self.agent.schedule, proposal_BA.unsqueeze(1), noise.t, noise.eps)  # [B, 1, A]
+        eps_BKA, action_BKA, health = self._invert(a_t, noise)
+        q_BK = self.agent.values(self.agent.critic, obs_BO, action_BKA)
+        weight_BK = torch.softmax(q_BK / self.agent.lambda_, dim=1)
+        target_B1A = (weight_BK.unsqueeze(2) * eps_BKA).sum(dim=1, keepdim=True)  # sum_k w_k eps_k
+        loss = self._loss(obs_BO, a_t, noise.t, target_B1A)
+        self.agent.update_policy(loss)
+        health |= weight_health(weight_BK)
+        self.agent.update_temperature(health["weight_kl_uniform"])
+        return {
+            "policy_loss": loss.detach(),
+            "q_spread": q_BK.std(dim=1, correction=0).mean(),
+            **health,
+        }
+
+    def _invert(self, a_t: Tensor, noise: SDACNoise) -> tuple[Tensor, Tensor, Metrics]:
+        """K draws of (eps, a_0) behind each a_t: [B, K, A] each, a_0 in [-1, 1]."""
+        if self.config.reverse_draws == "truncated":
+            eps, action = truncated_reverse(self.agent.schedule, a_t, noise.t, noise.reverse)
+            return eps, action, {}
+        eps, action = untruncated_reverse(self.agent.schedule, a_t, noise.t, noise.reverse)
+        clipped = action.clamp(-1.0, 1.0)
+        return eps, clipped, {"reverse_clipped": (clipped != action).float().mean()}
+
+    def _loss(self, obs_BO: Tensor, a_t: Tensor, t: Tensor, target_B1A: Tensor) -> Tensor:
+        """E_s |eps_theta(s, a_t, t) - sum_k w_k eps_k|^2."""
+        denoiser = split_denoiser(self.agent.policy, self.agent.schedule.steps)
+        predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, t)
+        return (predicted - target_B1A).square().mean()
+
+    def draw_noise(self, batch_size: int, generator: torch.Generator) -> SDACNoise:
+        """Draw the randomness of one update on the generator's device."""
+        c, size, device = self.config, self.agent.action_size, generator.device
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(batch_size, *shape, generator=generator, device=device)
+
+        return SDACNoise(
+            next_action=normal(c.diffusion_steps, c.target_particles, size),
+            exploration=normal(size),
+            action=normal(c.diffusion_steps, c.proposal_particles, size),
+            proposal=normal(size),
+            t=torch.randint(c.diffusion_steps, (batch_size, 1), generator=generator, device=device),
+            eps=normal(1, size),
+            reverse=torch.rand(batch_size, c.reverse_samples, size, generator=generator, device=device),
+        )
+
+
+def truncated_reverse(
+    schedule: NoiseSchedule, a_t: Tensor, t: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(eps, a_0) with a_0 = a_t / sqrt(alpha_bar_t) - sigma eps in [-1, 1], sigma = sqrt(1 / alpha_bar_t - 1).
+
+    eps is N(0, I) truncated to the box that a_0 in [-1, 1] makes of it, drawn by the inverse of its
+    distribution function: the law of the noise given a_t if a_0 is uniform over the box.
+
+    Args:
+        schedule: T steps.
+        a_t: [B, 1, A], anything.
+        t: [B, 1] int64.
+        uniform: [B, K, A] in [0, 1).
+
+    Returns:
+        eps and a_0, [B, K, A] each.
+    """
+    # In float64: sigma is up to 406, by which every rounding of eps is multiplied in a_0.
+    center, sigma = (value.double() for value in _inverse_kernel(schedule, a_t, t))
+    low, high = (center - 1) / sigma, (center + 1) / sigma
+    # The lower tail of the normal law has many more representable probabilities than the upper one.
+    flip = torch.where(low + high > 0, -1.0, 1.0)
+    low, high = torch.minimum(flip * low, flip * high), torch.maximum(flip * low, flip * high)
+    low_p, high_p = torch.special.ndtr(low), torch.special.ndtr(high)
+    eps = torch.special.ndtri(torch.lerp(low_p, high_p, uniform.double()))
+    eps = flip * torch.minimum(torch.maximum(eps, low), high)
+    return eps.float(), (center - sigma * eps).clamp(-1.0, 1.0).float()
+
+
+def untruncated_reverse(
+    schedule: NoiseSchedule, a_t: Tensor, t: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(eps, a_0) with eps ~ N(0, I), so that a_0 may lie outside the box; arguments as `truncated_reverse`."""
+    center, sigma = _inverse_kernel(schedule, a_t, t)
+    eps = torch.special.ndtri(uniform.clamp(min=_SMALLEST_UNIFORM))
+    return eps, center - sigma * eps
+
+
+def _inverse_kernel(schedule: NoiseSchedule, a_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    signal = schedule.sqrt_alpha_bars[t].unsqueeze(-1)
+    return a_t / signal, schedule.sqrt_one_minus_alpha_bars[t].unsqueeze(-1) / signal
