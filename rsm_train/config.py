@@ -81,10 +81,6 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(
-            math.isfinite(self.updates_per_step),
-            f"wanted a finite updates_per_step, got {self.updates_per_step}",
-        )
         for name in ("total_steps", "num_envs", "batch_size", "replay_size", "eval_every", "eval_episodes"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):

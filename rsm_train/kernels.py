@@ -7,6 +7,7 @@ two products are one pass over memory instead of five.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import warnings
@@ -29,7 +30,7 @@ _ONEDNN_MIN_WORK = 2**21
 
 @dataclass(frozen=True)
 class Compute:
-    """How sampling is computed; the updates of parameters are float32 always."""
+    """How sampling is computed; the updates of parameters are float32, with tf32 products where that is on."""
 
     precision: Precision = "fp32"
     """Of the hidden layers' products while sampling: bf16 also stores the activations between them in bf16."""
@@ -48,7 +49,7 @@ DEFAULT_COMPUTE = Compute()
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has the compiler it needs: a C++ one for the CPU, Triton for CUDA."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return importlib.util.find_spec("triton") is not None
     candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return any(shutil.which(name) for name in candidates)
 

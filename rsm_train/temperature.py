@@ -23,7 +23,7 @@ def entropy_log_temperatures(
 
     H = d/2 log(2 pi e (0.1 alpha)^2) and H_target = d * target_entropy_per_dim are both proportional to
     the action dimension d, and Adam does not see a constant factor: the temperature is a function of the
-    step alone, the same for every task. So it needs no place in a checkpoint.
+    step alone, the same for every task.
     """
     log_alpha = math.log(initial)
     m = v = 0.0

@@ -57,7 +57,8 @@ class ActorCriticConfig:
     )
     schedule: ScheduleName = field(default="cosine", metadata={"help": "Noise schedule."})
     prior_std: float = field(
-        default=1.0, metadata={"help": "Standard deviation of the initial latent; below 1, a lower temperature."}
+        default=1.0,
+        metadata={"help": "Standard deviation of the initial latent; below 1, a lower temperature."},
     )
     width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
     depth: int = field(default=3, metadata={"help": "Hidden layers of policy and critics."})
@@ -119,7 +120,7 @@ class ActorCriticConfig:
     noisy_backup: bool = field(
         default=False,
         metadata={
-            "help": "Add exploration noise, unclipped, to what TD target and policy loss act on: deviation 4."
+            "help": "Add exploration noise, unclipped, to best-of-N actions that are learnt from: deviation 4."
         },
     )
 
@@ -139,7 +140,16 @@ class ActorCriticConfig:
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("exploration_noise", "policy_lr_decay_start"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
+        if self.critic_std_factor and self.critic_selection != "mean_std":
+            raise ValueError(
+                f"wanted critic_selection mean_std with a critic_std_factor, got {self.critic_selection}"
+            )
         self._require("policy_lr_final", self.policy_lr_final is None or self.policy_lr_final >= 0, ">= 0")
+
+    def _require_reachable_kl(self, actions: int) -> None:
+        """KL(weights || uniform) of K actions is at most log K."""
+        reachable = self.temperature_schedule != "kl" or self.target_kl < math.log(actions)
+        self._require("target_kl", reachable, f"< log {actions}, the most that {actions} actions can have")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

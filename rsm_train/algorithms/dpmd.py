@@ -74,6 +74,9 @@ class DPMDConfig(ActorCriticConfig):
         self._require("policy_samples", self.policy_samples >= 1, ">= 1")
         self._require("proposal_noise", self.proposal_noise >= 0, ">= 0")
         self._require("old_policy_every", self.old_policy_every >= 0, ">= 0")
+        self._require_reachable_kl(self.policy_samples)
+        if self.policy_actions == "backup":
+            self._require("policy_samples", self.policy_samples == 1, "= 1 with policy_actions backup")
         if self.policy_actions == "backup" and self.weighting == "softmax":
             raise ValueError(
                 "wanted weighting exp with policy_actions backup, got softmax; a softmax over one action is 1"

@@ -40,7 +40,10 @@ from rsm_train.networks import Params, gaussian, init_gaussian, subset
 
 @dataclass(frozen=True)
 class SACConfig:
-    """Settings of SAC; the defaults are those of its authors, with mish networks."""
+    """Settings of SAC; the defaults are those of its authors, with mish networks.
+
+    How often it learns is the run's `updates_per_step`, 1 for its authors.
+    """
 
     width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
     depth: int = field(default=2, metadata={"help": "Hidden layers of policy and critics."})
@@ -60,7 +63,8 @@ class SACConfig:
     )
     temperature: float = field(default=1.0, metadata={"help": "alpha at the start."})
     target_entropy: float = field(
-        default=-1.0, metadata={"help": "Target of the entropy schedule, per action dimension."}
+        default=-1.0,
+        metadata={"help": "Target of the entropy schedule (sac: of the entropy), per action dimension."},
     )
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ per a_t and regresses on the weighted mean of the noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,6 +27,7 @@ from rsm_train.diffusion import NoiseSchedule, forward_noise
 from rsm_train.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.networks import observe, predict_noise, split_denoiser
 
+_LAST_QUANTILE = -37.0  # float64 holds the lower tail of the normal law down to here
 _SMALLEST_UNIFORM = 2.0**-25  # half of what float32 draws leave between 0 and the next
 
 
@@ -55,6 +57,7 @@ class SDACConfig(ActorCriticConfig):
         super().__post_init__()
         for name in ("proposal_particles", "reverse_samples"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
+        self._require_reachable_kl(self.reverse_samples)
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,18 @@ def truncated_reverse(
     # The lower tail of the normal law has many more representable probabilities than the upper one.
     flip = torch.where(low + high > 0, -1.0, 1.0)
     low, high = torch.minimum(flip * low, flip * high), torch.maximum(flip * low, flip * high)
-    low_p, high_p = torch.special.ndtr(low), torch.special.ndtr(high)
+    low_p, high_p = _lower_tail(low), _lower_tail(high)
     eps = torch.special.ndtri(torch.lerp(low_p, high_p, uniform.double()))
+    # Where even that tail has no probability left, all of the law is at the bound nearest 0.
+    eps = torch.where(high < _LAST_QUANTILE, high, eps)
     eps = flip * torch.minimum(torch.maximum(eps, low), high)
     return eps.float(), (center - sigma * eps).clamp(-1.0, 1.0).float()
+
+
+def _lower_tail(x: Tensor) -> Tensor:
+    """P(N(0, 1) <= x); torch.special.ndtr is 0 below -8.3."""
+    upper: Tensor = torch.special.erfc(-x / math.sqrt(2.0))
+    return 0.5 * upper
 
 
 def untruncated_reverse(

@@ -265,3 +265,152 @@ def test_restore_refuses_another_shape():
     networks["critic"]["layers.0.bias"] = torch.zeros(2, 33)
     with pytest.raises(ValueError, match="wanted shape"):
         make().agent.restore(networks, {}, 0)
+
+
+# --- the deviations of the published program, and the other settings, one by one -----------------------------
+
+
+def test_q_scaling_by_hand():
+    q = torch.tensor([[10.0, 14.0, 30.0]])
+    mean, std = torch.tensor(12.0), torch.tensor(4.0)
+    torch.testing.assert_close(scale_q(q, "running", mean, std), torch.tensor([[-0.5, 0.5, 3.0]]))
+    # Deviation 1: q - mean / std, where 10 - 12 / 4 is far beyond the clip, and all weights are equal.
+    assert scale_q(q, "running_slip", mean, std).tolist() == [[3.0, 3.0, 3.0]]
+    low = scale_q(torch.tensor([[4.0]]), "running_slip", mean, std)
+    torch.testing.assert_close(low, torch.tensor([[1.0]]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scaling", ["running", "running_slip"])
+def test_one_update_of_the_published_program_by_hand(scaling):
+    """Deviations 1 to 4 at once: the pair (s', a') of the TD target, noisy and unclipped, weighted by exp."""
+    config = dataclasses.replace(
+        SMALL,
+        policy_actions="backup",
+        policy_samples=1,
+        weighting="exp",
+        q_scaling=scaling,
+        noisy_backup=True,
+        exploration_noise=0.8,
+        critic_repeats=2,
+        temperature=0.7,
+        target_particles=3,
+    )
+    algorithm = make(config)
+    agent = algorithm.agent
+    g = torch.Generator().manual_seed(8)
+    for params in agent.networks().values():
+        for value in params.values():
+            value.data += 0.1 * torch.randn(value.shape, generator=g)
+    batch, noise = random_batch(12), algorithm.draw_noise(12, g)
+    live, critic, target = (
+        copy_params(agent.networks()[name]) for name in ("policy", "critic", "critic_target")
+    )
+    with torch.no_grad():
+        denoiser = split_denoiser(live, 5)
+        particles = sample_actions(denoiser, agent.schedule, batch.next_obs, noise.next_action, prior_std=0.5)
+        best = choose_best(particles, q_values(critic, batch.next_obs, particles).amin(0))[0]
+        a_next = best + 0.8 * 0.7 * noise.exploration
+        assert a_next.abs().max() > 1
+        next_q = q_values(target, batch.next_obs, a_next[:, None])[..., 0].amin(0)
+        y = batch.reward + 0.99 * (1 - batch.terminated) * next_q
+        critic_loss = (q_values(critic, batch.obs, batch.action[:, None])[..., 0] - y).square().mean(1).sum()
+    metrics = algorithm.update(batch, noise)
+    torch.testing.assert_close(metrics["critic_loss"], critic_loss)
+    with torch.no_grad():
+        q = q_values(agent.critic, batch.next_obs, a_next[:, None]).amin(0)
+        mean, std = 1e-3 * q.mean(), 1 + 1e-3 * (q.std(correction=0) - 1)
+        scaled = (q - mean) / std if scaling == "running" else q - mean / std
+        weight = (scaled.clamp(-3, 3) / 0.7).exp()
+        agent.policy, now = live, agent.policy
+        loss = algorithm._loss(batch.next_obs, a_next[:, None], weight, noise)
+        agent.policy = now
+    torch.testing.assert_close(metrics["policy_loss"], loss)
+    # The second application of the same gradient moves about as far as the first.
+    moved = (agent.critic["layers.1.weight"].detach() - critic["layers.1.weight"]).abs().max()
+    assert moved.item() == pytest.approx(2 * SMALL.critic_lr, rel=0.05)
+
+
+def test_pi_k_is_the_policy_of_the_last_copy():
+    algorithm = make(dataclasses.replace(SMALL, old_policy_every=3))
+    generator = torch.Generator().manual_seed(0)
+    old = algorithm._policy_old
+    assert old is not None
+    for update in range(7):
+        before = copy_params(algorithm.agent.policy)
+        held = copy_params(old)
+        algorithm.update(random_batch(), algorithm.draw_noise(16, generator))
+        wanted = before if update % 3 == 0 else held
+        for name, value in old.items():
+            assert torch.equal(value, wanted[name]), (update, name)
+    noise = algorithm.draw_noise(16, generator)
+    with torch.no_grad():
+        drawn = sample_actions(
+            split_denoiser(old, 5), algorithm.agent.schedule, random_batch().obs, noise.action, prior_std=0.5
+        )
+    wanted_actions = (drawn + 0.2 * noise.proposal).clamp(-1, 1)
+    torch.testing.assert_close(algorithm._propose(random_batch().obs, noise), wanted_actions)
+
+
+def test_temperature_finds_the_wanted_kl():
+    # With networks that stand still there is one temperature of this KL.
+    config = dataclasses.replace(
+        SMALL,
+        temperature_schedule="kl",
+        target_kl=0.3,
+        q_scaling="raw",
+        temperature=0.2,
+        critic_lr=1e-12,
+        policy_lr=1e-12,
+    )
+    algorithm = make(config)
+    generator = torch.Generator().manual_seed(0)
+    kl = []
+    for _ in range(900):
+        metrics = algorithm.update(random_batch(), algorithm.draw_noise(16, generator))
+        kl.append(metrics["weight_kl_uniform"].item())
+    assert kl[0] < 0.2
+    assert sum(kl[-100:]) / 100 == pytest.approx(0.3, abs=0.05)
+
+
+def test_temperature_rises_where_the_weights_are_too_sharp_and_only_with_its_schedule():
+    tuned = make(dataclasses.replace(SMALL, temperature_schedule="kl", target_kl=0.3)).agent
+    fixed = make().agent
+    for kl, wanted in ((1.3, 0.01), (0.1, 0.01 - 0.002)):
+        for agent in (tuned, fixed):
+            agent.update_temperature(torch.tensor(kl))
+        assert (tuned.log_alpha - fixed.log_alpha).item() == pytest.approx(wanted, rel=1e-4)
+    assert fixed.temperature == pytest.approx(0.5)
+
+
+def test_policy_learning_rate_falls_on_a_line():
+    config = dataclasses.replace(
+        SMALL,
+        policy_lr=1e-3,
+        policy_lr_final=2e-4,
+        policy_lr_decay_start=2,
+        policy_lr_decay_updates=4,
+        policy_every=2,
+    )
+    algorithm = make(config)
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(16):
+        algorithm.update(random_batch(), algorithm.draw_noise(16, generator))
+        rates.append(algorithm.agent.policy_optimizer.param_groups[0]["lr"])
+    wanted = [1e-3] * 3 + [8e-4, 6e-4, 4e-4] + [2e-4] * 2
+    assert rates[1::2] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy_actions": "backup", "policy_samples": 1}, "weighting exp"),
+        ({"policy_actions": "backup", "weighting": "exp", "q_scaling": "running"}, "policy_samples = 1"),
+        ({"weighting": "exp"}, "q_scaling running"),
+        ({"critic_std_factor": 0.5}, "mean_std"),
+        ({"temperature_schedule": "kl", "policy_samples": 7}, "target_kl < log 7"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DPMDConfig(**settings)

@@ -39,7 +39,9 @@ def draws(schedule, t, a_t, count=200_000, seed=0):
     return truncated_reverse(schedule, torch.full((1, 1, 1), a_t), torch.full((1, 1), t), uniform)
 
 
-@pytest.mark.parametrize(("t", "a_t"), [(0, 0.97), (3, -0.5), (10, 1.4), (18, -2.5), (19, 3.9), (19, -0.01)])
+@pytest.mark.parametrize(
+    ("t", "a_t"), [(0, 0.97), (0, 1.75), (0, -3.1), (3, -0.5), (10, 1.4), (18, -2.5), (19, 3.9), (19, -0.01)]
+)
 def test_truncated_draws_have_the_law_of_rejection(t, a_t):
     """Against the same law computed the other way: actions of the box, weighted by how they explain a_t."""
     schedule = make_schedule("cosine", 20)
@@ -53,7 +55,15 @@ def test_truncated_draws_have_the_law_of_rejection(t, a_t):
     std = (weight * (grid - mean).square()).sum().sqrt()
     assert action.mean().item() == pytest.approx(mean.item(), abs=5 * std.item() / 200_000**0.5 + 1e-4)
     assert action.std().item() == pytest.approx(std.item(), rel=0.02)
+    assert torch.unique(action).numel() > 1000
     torch.testing.assert_close(signal * action + noise * eps, torch.full_like(eps, a_t), atol=2e-4, rtol=0)
+
+
+def test_where_no_probability_is_left_the_draw_is_the_nearest_action():
+    _, action = draws(make_schedule("cosine", 20), 0, 9.0, count=100)
+    assert (action == 1).all()
+    _, action = draws(make_schedule("cosine", 20), 0, -9.0, count=100)
+    assert (action == -1).all()
 
 
 def test_untruncated_draws_are_standard_normal():
