@@ -217,7 +217,7 @@ class Trainer:
     def _train_slice(self, run: Run, end: int) -> None:
         directory = self._root / run.name
         command = [*TRAINER, *arguments(run, directory, end, self._settings)]
-        before, started = self._steps[run], time.monotonic()
+        before, started, load = self._steps[run], time.monotonic(), os.getloadavg()[0]
         _say(f"{run.name}: {before:,} to {end:,}")
         log = self._root / f"{run.name}.log"
         with log.open("ab") as output:
@@ -232,7 +232,8 @@ class Trainer:
             "to_step": step,
             "seconds": round(seconds, 1),
         }
-        _append(slices_file(directory), {**note, "exit_status": status, "machine": _machine()})
+        note |= {"exit_status": status, "load_average_before": round(load, 2), "machine": _machine()}
+        _append(slices_file(directory), note)
         if step >= end or self._stopped:
             _say(f"{run.name}: at {step:,} after {seconds:,.0f} s")
         else:

@@ -51,7 +51,8 @@ class Variant:
     updates_per_step: float
 
     def __str__(self) -> str:
-        return f"{self.algo.upper()} {self.preset}, {self.updates_per_step:g} updates per step"
+        updates = "update" if self.updates_per_step == 1 else "updates"
+        return f"{self.algo.upper()} {self.preset}, {self.updates_per_step:g} {updates} per step"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,19 @@ class TrainedRun:
             for part in ("run", "algorithm")
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def changed_settings(self) -> dict[str, Any]:
+        """Those that decide what is learnt and are not the preset's own."""
+        from rsm_train.config import resolve
+
+        own = resolve(asdict(self.variant))
+        return {
+            name: value
+            for part, preset in zip(("run", "algorithm"), map(asdict, own), strict=True)
+            for name, value in self.config[part].items()
+            if name not in _NOT_DIGESTED and name in preset and preset[name] != value
+        }
 
 
 def slices_file(directory: Path) -> Path:
@@ -270,6 +284,7 @@ def aggregate(runs: Sequence[TrainedRun], total_steps: int) -> dict[str, Any]:
     summaries = [_over_seeds([row[index] for row in means]) for index in range(len(steps))]
     return {
         **asdict(runs[0].variant),
+        "changed_settings": runs[0].changed_settings,
         "seeds": [run.seed for run in evaluated],
         "seeds_without_evaluation": [run.seed for run in runs if run not in evaluated],
         "complete": reached >= total_steps,
@@ -298,7 +313,8 @@ def published(variants: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for known in KNOWN:
         if known.env not in {variant["env"] for variant in variants}:
             continue
-        ours = next((v for v in variants if known.describes(_variant(v))), None)
+        same = (v for v in variants if known.describes(_variant(v)) and not v["changed_settings"])
+        ours = next(same, None)
         curve = dict(zip(ours["curve"]["step"], ours["curve"]["mean"], strict=True)) if ours else {}
         rows += [
             {
@@ -355,7 +371,7 @@ def table(content: Mapping[str, Any]) -> str:
                 row["algo"].upper(),
                 f"{row['step']:,}",
                 f"{row['mean']:,.0f}",
-                "no such variant" if row["preset"] is None else _number(row["ours"], "not reached"),
+                _number(row["ours"], "none at this step"),
                 row["source"],
             ]
             for row in content["published_elsewhere"]
@@ -402,7 +418,20 @@ def _env_table(env: str, members: Sequence[Mapping[str, Any]]) -> str:
         "complete",
     ]
     common = f"The last step that all of these evaluated is {step:,}.\n\n" if step else ""
-    return f"### {env}\n\n{common}{_markdown(heading, rows)}"
+    return f"### {env}\n\n{common}{_changes(members)}{_markdown(heading, rows)}"
+
+
+def _changes(members: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence for each set of settings that are not the presets' own, and whose they are."""
+    whose: dict[str, list[str]] = {}
+    for member in members:
+        changes = ", ".join(f"{name} = {value}" for name, value in member["changed_settings"].items())
+        if changes:
+            whose.setdefault(changes, []).append(str(_variant(member)))
+    return "".join(
+        f"Not the presets' own: {changes} ({'all' if len(names) == len(members) else '; '.join(names)}).\n\n"
+        for changes, names in whose.items()
+    )
 
 
 def _by_env(variants: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -439,6 +468,8 @@ _DASHES: dict[str, Any] = {
     "kl": (0, (6, 2, 1, 2)),
     "quick": (0, (2, 1)),
 }
+FEW_POINTS = 5
+"""Fewer are marked: a line of one point is none."""
 _TEXT, _MUTED, _GRID = "#1c2330", "#5b6472", "#dfe3e8"
 
 
@@ -460,7 +491,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
             for axes in panels
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(labels.values(), labels, loc="outside lower center", ncols=2 if len(envs) < 2 else 4)
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=2 if len(envs) < 2 else 3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, facecolor="white")
 
@@ -482,16 +513,17 @@ def _panel(
             color=colour,
             linestyle=_DASHES[member["preset"]],
             linewidth=1.2 if fast else 2,
-            marker="o" if fast else "none",
+            marker="o" if fast else "." if len(curve["step"]) < FEW_POINTS else "none",
             markersize=3.5,
             label=str(_variant(member)),
         )
         if len(member["seeds"]) > 1:
             axes.fill_between(curve["step"], curve["min"], curve["max"], color=colour, alpha=0.14, linewidth=0)
-    _published_points(axes, [row for row in known if row["env"] == env and row["step"] <= last])
+    _published_points(axes, [row for row in known if row["env"] == env and row["ours"] is not None])
     seeds = sorted({len(member["seeds"]) for member in members})
     count = "1 seed" if seeds == [1] else f"{'-'.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds"
-    axes.set_title(f"{env}, {count}", loc="left", color=_TEXT)
+    changed = ", with changed settings" if any(member["changed_settings"] for member in members) else ""
+    axes.set_title(f"{env}, {count}{changed}", loc="left", color=_TEXT)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("episode return")
     axes.set_xlim(0, last * 1.02)
@@ -500,9 +532,10 @@ def _panel(
 
 
 def _published_points(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Where there is one of ours, of the same settings and at the same step, to compare them with."""
     for source in dict.fromkeys(row["source"] for row in rows):
         points = [(row["step"], row["mean"]) for row in rows if row["source"] == source]
-        label = f"published, not ours: {source}"
+        label = f"not ours: {source.partition(',')[0]}"
         axes.plot(
             *zip(*points, strict=True),
             color=_MUTED,
