@@ -12,8 +12,8 @@ from typing import Any
 from rsm_serve.provenance import machine_facts, provenance
 
 
-def write_record(results: dict[str, Any], out: Path | None) -> None:
-    """Print the record as JSON, and write it to a file if one is given."""
+def write_record(results: dict[str, Any], out: Path | None, *, show: bool = True) -> None:
+    """Print the record as JSON, unless told not to, and write it to a file if one is given."""
     record = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": {**machine_facts(), "load_average": round(os.getloadavg()[0], 2)},
@@ -21,6 +21,7 @@ def write_record(results: dict[str, Any], out: Path | None) -> None:
         **results,
     }
     text = json.dumps(record, indent=2) + "\n"
-    print(text, end="")
+    if show:
+        print(text, end="")
     if out is not None:
         out.write_text(text)

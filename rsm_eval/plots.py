@@ -27,31 +27,38 @@ SERIES = 6
 
 _TEXT, _MUTED, _GRID, _SURFACE = "#010101", "#020202", "#030303", "#040404"
 _PAGE_COLOURS = {_TEXT: "--text", _MUTED: "--muted", _GRID: "--grid", _SURFACE: "--surface"}
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "text.color": _TEXT,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _GRID,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.labelsize": 9,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "xtick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "svg.fonttype": "none",
-}
+
+
+def house_style(text: str, muted: str, grid: str) -> dict[Any, Any]:
+    """Settings of matplotlib that all our figures share, in the given colours."""
+    return {
+        "font.size": 9,
+        "font.family": "DejaVu Sans",
+        "text.color": text,
+        "axes.labelcolor": muted,
+        "axes.edgecolor": grid,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.labelsize": 9,
+        "grid.color": grid,
+        "grid.linewidth": 0.7,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "xtick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.major.size": 0,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "svg.fonttype": "none",
+    }
+
+
+_STYLE = house_style(_TEXT, _MUTED, _GRID)
 _SMALLEST_MS = 1e-3
 
 
@@ -98,7 +105,7 @@ def learning_curve_svg(curve: LearningCurve, *, ident: str, size_in: tuple[float
         axes.set_xlabel("environment steps")
         axes.set_ylabel("episode return")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         axes.set_xlim(left=0)
         _legend_above(figure, axes, columns=5 if size_in[0] > 5 else 2)
     last = f", last evaluation {curve.eval_mean[-1]:.1f}" if curve.eval_mean.size else ""
@@ -223,7 +230,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: 1 + len(ticks) // 6]
 
 
-def _short_count(value: float) -> str:
+def short_count(value: float) -> str:
+    """25000 as 25k, 1000000 as 1M: a tick of an axis of steps."""
     for unit, name in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{name}"
