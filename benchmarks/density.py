@@ -13,6 +13,7 @@ by this Q.
   temperature that it has tuned to KL = 2; on a grid that is exact as well.
 - With the published program's deviations 1 (the slip in the scaling of Q) and 3 (the policy learns the best of
   32 of its own actions), DPMD must not arrive there; and SDAC not with deviation 5 and the best of 32 as a_t.
+- Sampling in bf16 must do no harm.
 
 A right policy is not exact: denoising in T = 20 steps has an error of its own, 0.08 nats for the mixture even
 with the exact denoiser (`floor` in the record), and each step of mirror descent learns from such samples.
@@ -40,6 +41,7 @@ from rsm_train.algorithms.sdac import SDAC, SDACConfig
 from rsm_train.config import resolve
 from rsm_train.diffusion import make_schedule, reverse_chain
 from rsm_train.inference import Inference
+from rsm_train.kernels import Compute, Precision
 
 MODES = torch.tensor([[-0.5, 0.5], [0.5, 0.5], [-0.5, -0.5], [0.5, -0.5]])
 MASSES = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -166,13 +168,16 @@ def _state(rows: int) -> Batch:
 _CONSTANT: dict[str, Any] = {"temperature_schedule": "constant", "temperature": 2.0}
 
 
-def learn_sdac(preset: str, updates: int, *, seed: int = 0, **changes: Any) -> Outcome:
+def learn_sdac(
+    preset: str, updates: int, *, seed: int = 0, precision: Precision = "fp32", **changes: Any
+) -> Outcome:
     """SDAC's policy after so many updates at lambda = 1."""
     started = time.perf_counter()
     fixed = {"temperature_schedule": "constant", "temperature": 1.0, "temperature_scale": 1.0}
     _, config = resolve({**SMALL, "algo": "sdac", "preset": preset, **fixed, **changes})
     assert isinstance(config, SDACConfig)
-    algorithm = SDAC(config, 1, 2, generator=torch.Generator().manual_seed(seed))
+    compute = Compute(precision)
+    algorithm = SDAC(config, 1, 2, generator=torch.Generator().manual_seed(seed), compute=compute)
     algorithm.agent.inference = KnownQ(algorithm.agent.inference)
     generator = torch.Generator().manual_seed(seed + 1)
     for update in range(updates):
@@ -180,17 +185,26 @@ def learn_sdac(preset: str, updates: int, *, seed: int = 0, **changes: Any) -> O
         algorithm.update(_state(256), algorithm.draw_noise(256, generator))
     exact = coarse(reweighted(uniform(), 1.0))
     histogram = _histogram(algorithm, generator)
-    return Outcome("SDAC", preset, histogram, exact, time.perf_counter() - started)
+    case = preset if precision == "fp32" else f"{preset}, {precision}"
+    return Outcome("SDAC", case, histogram, exact, time.perf_counter() - started)
 
 
 def learn_dpmd(
-    preset: str, iterations: int, updates: int, *, seed: int = 0, rows: int = 16, **changes: Any
+    preset: str,
+    iterations: int,
+    updates: int,
+    *,
+    seed: int = 0,
+    rows: int = 16,
+    precision: Precision = "fp32",
+    **changes: Any,
 ) -> Outcome:
     """DPMD's policy after so many mirror descent steps from the uniform policy, each of so many updates."""
     started = time.perf_counter()
     _, config = resolve({**SMALL, "algo": "dpmd", "preset": preset, "old_policy_every": updates, **changes})
     assert isinstance(config, DPMDConfig)
-    algorithm = DPMD(config, 1, 2, generator=torch.Generator().manual_seed(seed))
+    compute = Compute(precision)
+    algorithm = DPMD(config, 1, 2, generator=torch.Generator().manual_seed(seed), compute=compute)
     agent = algorithm.agent
     generator = torch.Generator().manual_seed(seed + 1)
     _make_uniform(algorithm, generator)
@@ -209,7 +223,8 @@ def learn_dpmd(
             temperature * config.temperature_scale,
         )
     histogram = _histogram(algorithm, generator)
-    return Outcome("DPMD", preset, histogram, coarse(exact), time.perf_counter() - started)
+    case = preset if precision == "fp32" else f"{preset}, {precision}"
+    return Outcome("DPMD", case, histogram, coarse(exact), time.perf_counter() - started)
 
 
 def _anneal(algorithm: DPMD | SDAC, share: float, learning_rate: float) -> None:
@@ -268,6 +283,8 @@ def floor_kl(steps: int = 20) -> float:
 CASES: dict[str, Callable[[], Outcome]] = {
     "sdac_paper": lambda: learn_sdac("paper", 1500),
     "dpmd_paper": lambda: learn_dpmd("paper", 2, 1500, **_CONSTANT),
+    "sdac_paper_bf16": lambda: learn_sdac("paper", 1500, precision="bf16"),
+    "dpmd_paper_bf16": lambda: learn_dpmd("paper", 2, 1500, precision="bf16", **_CONSTANT),
     "dpmd_kl": lambda: learn_dpmd("kl", 1, 2500),
     "dpmd_reference": lambda: learn_dpmd("reference", 2, 500, rows=32, target_particles=32, **_CONSTANT),
     "sdac_reference": lambda: learn_sdac("reference", 1500),
@@ -279,9 +296,10 @@ def draw(results: Mapping[str, Outcome], path: Path) -> None:
     """A picture: exact density above, learnt density below, one column per case."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 * len(results), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(results), squeeze=False)
-    for column, outcome in zip(axes.T, results.values(), strict=True):
+    shown = [outcome for outcome in results.values() if "bf16" not in outcome.case]
+    figure = Figure(figsize=(2.5 * len(shown), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    for column, outcome in zip(axes.T, shown, strict=True):
         top = max(outcome.exact.max(), 1e-9)
         for axis, cells, word in (
             (column[0], outcome.exact, "exact"),
