@@ -28,7 +28,7 @@ def test_a_bundle_and_the_server_that_serves_it_act_alike(bundle_repo):
             expected = bundle.policy.act(OBS, seed=5).action
             for opened in (served, versioned):
                 np.testing.assert_allclose(opened.policy.act(OBS, seed=5).action, expected, atol=1e-5)
-        with pytest.raises(ValueError, match="closed"):
+        with pytest.raises(NotReadyError, match="closed"):
             served.policy.act(OBS)
         with pytest.raises(PolicyNotFoundError, match="other"):
             open_policy(f"grpc://{address}/other")
