@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from rsm_train.algorithms.common import (
     Batch,
     Metrics,
     adam,
-    adam_state,
     copy_params,
     descend,
     explore,
     leaves,
-    load_adam_state,
     load_params,
+    load_state,
     move_average,
+    save_state,
     set_learning_rate,
     td_target,
 )
@@ -37,7 +37,7 @@ from rsm_train.diffusion import SamplerSettings, ScheduleName, SelectionName, ma
 from rsm_train.graphs import Captured
 from rsm_train.inference import Inference
 from rsm_train.kernels import Compute
-from rsm_train.networks import Params, init_denoiser, subset
+from rsm_train.networks import Params, init_denoiser
 from rsm_train.temperature import TemperatureSchedule, open_loop_temperature
 
 KL_RATE = 0.01
@@ -190,6 +190,10 @@ class ActorCritic:
         self.critic_target = copy_params(self.critic)
         self.policy_optimizer = adam(self.policy, config.policy_lr)
         self.critic_optimizer = adam(self.critic, config.critic_lr)
+        self._optimizers = {
+            "policy_optimizer": (self.policy_optimizer, self.policy),
+            "critic_optimizer": (self.critic_optimizer, self.critic),
+        }
         self._open_loop = open_loop_temperature(
             config.temperature_schedule, config.temperature, config.target_entropy
         )
@@ -316,24 +320,11 @@ class ActorCritic:
 
     def state(self) -> dict[str, Tensor]:
         """See `Agent.state`."""
-        moments = {
-            f"{name}.{key}": value
-            for name, optimizer, params in self._optimizers()
-            for key, value in adam_state(optimizer, params).items()
-        }
-        return moments | self._kept
+        return save_state(self._optimizers, self._kept)
 
     def restore(self, networks: Mapping[str, Params], state: Mapping[str, Tensor], updates: int) -> None:
         """See `Agent.restore`."""
         for name, params in self.networks().items():
             load_params(params, networks[name])
-        for name, optimizer, params in self._optimizers():
-            load_adam_state(optimizer, params, subset(state, f"{name}."))
-        load_params(self._kept, state)
+        load_state(self._optimizers, self._kept, state)
         self.updates = updates
-
-    def _optimizers(self) -> list[tuple[str, Any, Params]]:
-        return [
-            ("policy_optimizer", self.policy_optimizer, self.policy),
-            ("critic_optimizer", self.critic_optimizer, self.critic),
-        ]

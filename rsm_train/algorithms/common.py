@@ -98,25 +98,36 @@ def copy_params(params: Mapping[str, Tensor]) -> Params:
     return {name: value.detach().clone() for name, value in params.items()}
 
 
-def adam_state(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments and step counts of an Adam optimiser, "<moment>.<parameter>"; empty before its first step."""
-    return {
-        f"{moment}.{name}": value
-        for name, param in params.items()
+Optimizers = Mapping[str, tuple[torch.optim.Optimizer, Params]]
+"""Adam optimisers by name, each with the parameters it moves."""
+
+
+def save_state(optimizers: Optimizers, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `state()` of an agent is: its own tensors, and "<optimizer>.<moment>.<parameter>"."""
+    moments = {
+        f"{name}.{moment}.{key}": value
+        for name, (optimizer, params) in optimizers.items()
+        for key, param in params.items()
         for moment, value in optimizer.state[param].items()
     }
+    return moments | dict(kept)
 
 
-def load_adam_state(
-    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> None:
-    """The reverse of `adam_state`."""
-    for name, param in params.items():
-        if f"step.{name}" in state:
-            optimizer.state[param] = {
-                moment: state[f"{moment}.{name}"].to(param.device, copy=True)
-                for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
+def load_state(optimizers: Optimizers, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """The reverse of `save_state`; `kept` is changed in place.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: a tensor of `kept` has another shape.
+    """
+    for name, (optimizer, params) in optimizers.items():
+        for key, param in params.items():
+            if f"{name}.step.{key}" in state:
+                optimizer.state[param] = {
+                    moment: state[f"{name}.{moment}.{key}"].to(param.device, copy=True)
+                    for moment in ("step", "exp_avg", "exp_avg_sq")
+                }
+    load_params(kept, state)
 
 
 def load_params(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -22,20 +22,20 @@ from rsm_train.algorithms.common import (
     Batch,
     Metrics,
     adam,
-    adam_state,
     copy_params,
     descend,
     leaves,
-    load_adam_state,
     load_params,
+    load_state,
     move_average,
+    save_state,
     td_target,
 )
 from rsm_train.critic import init_critics, q_values, select_value
 from rsm_train.diffusion import GaussianSettings
 from rsm_train.graphs import Captured
 from rsm_train.kernels import DEFAULT_COMPUTE, Compute
-from rsm_train.networks import Params, gaussian, init_gaussian, subset
+from rsm_train.networks import Params, gaussian, init_gaussian
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,12 @@ class SACAgent:
         self.policy_optimizer = adam(self.policy, config.policy_lr)
         self.critic_optimizer = adam(self.critic, config.critic_lr)
         self.alpha_optimizer = adam(self.alpha, config.policy_lr)
+        self._optimizers = {
+            "policy_optimizer": (self.policy_optimizer, self.policy),
+            "critic_optimizer": (self.critic_optimizer, self.critic),
+            "alpha_optimizer": (self.alpha_optimizer, self.alpha),
+        }
+        self._kept = {"alpha.log": self.alpha["log"]}
 
     @property
     def sampler(self) -> GaussianSettings:
@@ -142,28 +148,14 @@ class SACAgent:
 
     def state(self) -> dict[str, Tensor]:
         """See `Agent.state`."""
-        moments = {
-            f"{name}.{key}": value
-            for name, optimizer, params in self._optimizers()
-            for key, value in adam_state(optimizer, params).items()
-        }
-        return moments | {"alpha.log": self.alpha["log"]}
+        return save_state(self._optimizers, self._kept)
 
     def restore(self, networks: Mapping[str, Params], state: Mapping[str, Tensor], updates: int) -> None:
         """See `Agent.restore`."""
         for name, params in self.networks().items():
             load_params(params, networks[name])
-        for name, optimizer, params in self._optimizers():
-            load_adam_state(optimizer, params, subset(state, f"{name}."))
-        load_params(self.alpha, subset(state, "alpha."))
+        load_state(self._optimizers, self._kept, state)
         self.updates = updates
-
-    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer, Params]]:
-        return [
-            ("policy_optimizer", self.policy_optimizer, self.policy),
-            ("critic_optimizer", self.critic_optimizer, self.critic),
-            ("alpha_optimizer", self.alpha_optimizer, self.alpha),
-        ]
 
 
 class SAC:
