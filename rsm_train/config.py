@@ -245,6 +245,7 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    _refuse_ineffective(set(chosen), algorithm)
     return run, algorithm
 
 
@@ -268,6 +269,27 @@ def make_algorithm(
     if isinstance(config, SDACConfig):
         return SDAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
     return SAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
+
+
+def _refuse_ineffective(given: set[str], algorithm: AlgorithmConfig) -> None:
+    """Refuse what was asked for and would change nothing."""
+    if isinstance(algorithm, SACConfig):
+        _refuse(given, ("precision", "compile"), "an algorithm that samples particles, dpmd or sdac")
+        return
+    if algorithm.temperature_schedule != "kl":
+        _refuse(given, ("target_kl",), "temperature_schedule kl")
+    if algorithm.temperature_schedule != "entropy":
+        _refuse(given, ("target_entropy",), "temperature_schedule entropy")
+    if algorithm.policy_lr_final is None:
+        _refuse(given, ("policy_lr_decay_start", "policy_lr_decay_updates"), "policy_lr_final")
+    if isinstance(algorithm, DPMDConfig) and algorithm.policy_actions == "backup":
+        _refuse(given, ("old_policy_every", "proposal_noise"), "policy_actions policy")
+
+
+def _refuse(given: set[str], names: tuple[str, ...], needed: str) -> None:
+    for name in names:
+        if name in given:
+            raise ConfigError(f"wanted {needed} with {name}, which changes nothing without; leave it out")
 
 
 def _require(condition: bool, message: str) -> None:

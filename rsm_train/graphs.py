@@ -33,8 +33,8 @@ class Captured:
         record: Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]] | None = None,
     ) -> None:
         self._function = function
-        self._on_cuda = device.type == "cuda"
-        self._record = record or (_record_cuda if self._on_cuda else None)
+        self._device = device
+        self._record = record or (_record_cuda if device.type == "cuda" else None)
         self._calls = 0
         self._inputs: tuple[Any, ...] = ()
         self._replay: Callable[[], None] | None = None
@@ -44,9 +44,19 @@ class Captured:
         """The function's outputs for these arguments."""
         if self._record is None:
             return self._function(*arguments)
+        if self._device.type == "cuda":
+            # Streams and graphs belong to the current device, which need not be the one of the tensors.
+            with torch.cuda.device(self._device):
+                return self._run_or_replay(arguments, _on_side_stream)
+        return self._run_or_replay(arguments, _run)
+
+    def _run_or_replay(
+        self, arguments: tuple[Any, ...], run: Callable[[Callable[..., Outputs], tuple[Any, ...]], Outputs]
+    ) -> Outputs:
+        assert self._record is not None
         self._calls += 1
         if self._calls <= WARM_UP_CALLS:
-            return _on_side_stream(self._function, arguments) if self._on_cuda else self._function(*arguments)
+            return run(self._function, arguments)
         if self._replay is None:
             self._inputs = tuple(_map_tensors(argument, torch.clone) for argument in arguments)
             self._replay, self._outputs = self._record(lambda: self._function(*self._inputs))
@@ -60,6 +70,10 @@ class Captured:
 
 def _map_tensors(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(argument)(**{name: change(value) for name, value in vars(argument).items()})
+
+
+def _run(function: Callable[..., Outputs], arguments: tuple[Any, ...]) -> Outputs:
+    return function(*arguments)
 
 
 def _on_side_stream(function: Callable[..., Outputs], arguments: tuple[Any, ...]) -> Outputs:

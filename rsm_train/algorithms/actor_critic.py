@@ -136,8 +136,8 @@ class ActorCriticConfig:
             *("reward_scale", "prior_std", "target_kl"),
         ):
             self._require(name, getattr(self, name) > 0, "> 0")
-        for name in ("gamma", "tau"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("gamma", 0 <= self.gamma <= 1, "between 0 and 1")
+        self._require("tau", 0 < self.tau <= 1, "> 0 and <= 1")
         for name in ("exploration_noise", "policy_lr_decay_start"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         if self.critic_std_factor and self.critic_selection != "mean_std":

@@ -123,6 +123,7 @@ def load_state(optimizers: Optimizers, kept: Mapping[str, Tensor], state: Mappin
     for name, (optimizer, params) in optimizers.items():
         for key, param in params.items():
             if f"{name}.step.{key}" in state:
+                assert not optimizer.state[param], "a graph may have been captured that writes to these moments"
                 optimizer.state[param] = {
                     moment: state[f"{name}.{moment}.{key}"].to(param.device, copy=True)
                     for moment in ("step", "exp_avg", "exp_avg_sq")

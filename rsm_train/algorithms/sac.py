@@ -77,9 +77,10 @@ class SACConfig:
         for name in ("policy_lr", "critic_lr", "temperature", "reward_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"wanted {name} > 0, got {getattr(self, name)}")
-        for name in ("gamma", "tau"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"wanted {name} between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"wanted gamma between 0 and 1, got {self.gamma}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"wanted tau > 0 and <= 1, got {self.tau}")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,13 @@ def test_a_preset_of_another_algorithm_is_refused():
         ({"env": "Hopper-v5", "particles": 0}, "particles"),
         ({"env": "Hopper-v5", "updates_per_step": 0.0}, "updates_per_step"),
         ({"env": "Hopper-v5", "seed": -1}, "seed"),
+        ({"env": "Hopper-v5", "tau": 0.0}, "tau"),
+        ({"env": "Hopper-v5", "algo": "sac", "tau": 0.0}, "tau"),
+        ({"env": "Hopper-v5", "algo": "sac", "precision": "bf16"}, "dpmd or sdac with precision"),
+        ({"env": "Hopper-v5", "target_kl": 1.0}, "temperature_schedule kl with target_kl"),
+        ({"env": "Hopper-v5", "preset": "quick", "target_entropy": 1.0}, "entropy with target_entropy"),
+        ({"env": "Hopper-v5", "policy_lr_decay_start": 5}, "policy_lr_final with policy_lr_decay_start"),
+        ({"env": "Hopper-v5", "preset": "reference", "proposal_noise": 0.1}, "policy with proposal_noise"),
         ({"env": "Hopper-v5", "widht": 3}, "widht"),
     ],
 )

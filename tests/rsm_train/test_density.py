@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["sdac_paper", "dpmd_paper", "dpmd_kl"])
+@pytest.mark.parametrize("case", ["sdac_paper", "sdac_paper_bf16", "dpmd_paper", "dpmd_kl"])
 def test_the_learnt_policy_has_the_exact_density(case):
     outcome = density.CASES[case]()
     assert outcome.kl <= density.MAX_KL[outcome.algorithm]

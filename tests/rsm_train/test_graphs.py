@@ -1,10 +1,14 @@
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rsm_train.algorithms.dpmd import DPMD
+from rsm_train.config import make_algorithm, resolve
 from rsm_train.graphs import WARM_UP_CALLS, Captured
 from tests.rsm_train.test_dpmd import SMALL, random_batch
 
@@ -53,6 +57,60 @@ def test_without_a_device_to_capture_on_every_call_runs():
     for _ in range(WARM_UP_CALLS + 2):
         captured(Pair(torch.zeros(1), torch.zeros(1)))
     assert len(calls) == WARM_UP_CALLS + 2
+
+
+class _Numbers(TorchDispatchMode):
+    """The Python numbers that every operation is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # On CUDA, the learning rate of Adam is a tensor; the temperature is filled in before the graph.
+        if "_fused_adam" not in str(func) and "fill_" not in str(func):
+            flat = tree_leaves((args, kwargs or {}))
+            self.seen.append((str(func), tuple(x for x in flat if isinstance(x, (int, float)))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("algo", "preset"),
+    [("dpmd", "paper"), ("dpmd", "reference"), ("dpmd", "kl"), ("sdac", "paper"), ("sac", "paper")],
+)
+def test_an_update_reads_no_python_number_that_changes_and_no_memory_that_moves(algo, preset):
+    """A graph freezes both: two updates far apart in temperature and learning rate must not differ in them."""
+    settings = {
+        "env": "none",
+        "algo": algo,
+        "preset": preset,
+        **{"width": 8, "depth": 1, "policy_lr": 1e-3},
+        **({} if algo == "sac" else {"diffusion_steps": 2, "particles": 2, "policy_lr_final": 1e-4}),
+        **({} if algo == "sac" else {"policy_lr_decay_start": 0, "policy_lr_decay_updates": 300}),
+    }
+    _, config = resolve(settings)
+    generator = torch.Generator().manual_seed(0)
+    algorithm = make_algorithm(config, 3, 2, generator=generator, device="cpu")
+    batch, noise = random_batch(), algorithm.draw_noise(16, generator)
+
+    def numbers():
+        with _Numbers() as mode:
+            for _ in range(config.policy_every):
+                algorithm.update(batch, noise)
+        return mode.seen
+
+    def memory():
+        params = [value for params in algorithm.agent.networks().values() for value in params.values()]
+        return [value.data_ptr() for value in (*params, *algorithm.agent.state().values())]
+
+    for _ in range(4 * config.policy_every):
+        algorithm.update(batch, noise)
+    first, first_memory = numbers(), memory()
+    # Past the temperature's next move, and far into the learning rate's fall.
+    while algorithm.agent.updates < 520:
+        algorithm.update(batch, noise)
+    assert numbers() == first
+    assert memory() == first_memory
 
 
 def test_captured_updates_are_the_plain_updates():
