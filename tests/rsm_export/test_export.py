@@ -301,3 +301,22 @@ def test_policy_json_is_plain_json(made):
     data = json.loads((made.path / "policy.json").read_text())
     assert data["noise_shape"] == [5, 4, 1]
     assert data["action"]["low"] == [-3.0]
+
+
+def test_an_sdac_policy_with_normalised_critics_of_another_selection_is_exported(tmp_path):
+    run = tiny_run(
+        tmp_path / "run",
+        algo="sdac",
+        critics=3,
+        critic_layer_norm=True,
+        critic_selection="mean_std",
+        critic_std_factor=-0.5,
+    )
+    export = export_checkpoint(run, tmp_path / "repo")
+    assert export.parity.max_error <= TOLERANCE
+    policy, obs = load_torch_policy(run), np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    ours, theirs = policy.act(obs, seed=3), open_policy(export.path).act(obs, seed=3)
+    np.testing.assert_allclose(ours.action, theirs.action, atol=1e-4)
+    assert ours.q is not None
+    assert theirs.q is not None
+    np.testing.assert_allclose(ours.q, theirs.q, atol=1e-4)
