@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_serve.commandline import dataclass_options, parse_seeds, require_extra, run_command
-from rsm_serve.errors import ConfigError, TrainingError
+from rsm_serve.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from rsm_train.many_seeds import Plan
@@ -53,6 +53,13 @@ def _command() -> click.Command:
 
             click.echo(describe_presets())
             return
+        if dry_run and resume:
+            raise ConfigError(
+                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, leave one of "
+                "them out"
+            )
+        if jobs is not None and seeds is None:
+            raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
         plan = None
         if seeds is not None:
             from rsm_train.many_seeds import plan as make_plan
@@ -88,7 +95,11 @@ def _train(given: Mapping[str, Any], resume: bool) -> None:
         click.echo(str(stopped), err=True)
         return
     result = read_result(run_dir)
-    assert result is not None, "a run ends with an evaluation"
+    if result is None:
+        raise CheckpointError(
+            f"wanted an evaluation in the metrics of the run in {str(run_dir)!r}, got none; its checkpoints are "
+            "intact, evaluate one with rsm-eval"
+        )
     click.echo(f"final: {result.final}")
     click.echo(f"best:  {result.best}")
     click.echo(f"run directory: {run_dir}")

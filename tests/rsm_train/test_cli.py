@@ -7,6 +7,7 @@ import pytest
 from rsm_serve.commandline import _default_text
 from rsm_train.cli import main
 from rsm_train.config import ALGORITHM_CONFIGS, RunConfig
+from tests.rsm_train.runs import tiny_run
 
 
 def test_trains_and_says_where(tmp_path, capsys):
@@ -35,6 +36,8 @@ def test_trains_and_says_where(tmp_path, capsys):
         (["--env", "Hopper-v5", "--device", "cuda:7"], ["cuda:7"]),
         (["--env", "Hopper-v5", "--particles", "0"], ["particles"]),
         (["--env", "Hopper-v5", "--particles", "x"], ["particles"]),
+        (["--env", "Hopper-v5", "--dry-run", "--resume"], ["wanted --dry-run or --resume, got both"]),
+        (["--env", "Hopper-v5", "--jobs", "2"], ["wanted --seeds beside --jobs"]),
     ],
 )
 def test_mistakes_get_one_sentence_and_status_2(arguments, words, tmp_path, capsys):
@@ -52,6 +55,14 @@ def test_help_names_every_setting(capsys):
     text = capsys.readouterr().out
     for option in ("--env", "--algo", "--preset", "--total-steps", "--diffusion-steps", "--particles"):
         assert option in text
+
+
+def test_a_finished_run_whose_evaluations_are_lost_is_one_sentence(tmp_path, capsys):
+    run = tiny_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    assert main(["--resume", "--out", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"rsm-train: wanted an evaluation in the metrics of the run in {str(run)!r}, got none")
 
 
 def help_by_option(capsys):
