@@ -55,8 +55,7 @@ def _command() -> click.Command:
             return
         if dry_run and resume:
             raise ConfigError(
-                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, leave one of "
-                "them out"
+                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, leave out one"
             )
         if jobs is not None and seeds is None:
             raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
@@ -97,8 +96,8 @@ def _train(given: Mapping[str, Any], resume: bool) -> None:
     result = read_result(run_dir)
     if result is None:
         raise CheckpointError(
-            f"wanted an evaluation in the metrics of the run in {str(run_dir)!r}, got none; its checkpoints are "
-            "intact, evaluate one with rsm-eval"
+            f"wanted an evaluation in the metrics of the run in {str(run_dir)!r}, got none; evaluate its "
+            "checkpoints with rsm-eval"
         )
     click.echo(f"final: {result.final}")
     click.echo(f"best:  {result.best}")

@@ -62,7 +62,9 @@ def test_a_finished_run_whose_evaluations_are_lost_is_one_sentence(tmp_path, cap
     (run / "metrics.jsonl").write_text("")
     assert main(["--resume", "--out", str(run)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"rsm-train: wanted an evaluation in the metrics of the run in {str(run)!r}, got none")
+    assert error.startswith(
+        f"rsm-train: wanted an evaluation in the metrics of the run in {str(run)!r}, got none"
+    )
 
 
 def help_by_option(capsys):
@@ -73,7 +75,8 @@ def help_by_option(capsys):
     return {entry.split()[0].partition("/")[0]: " ".join(entry.split()) for entry in entries}
 
 
-def test_help_has_the_text_and_every_default_of_every_algorithm(capsys):
+def test_help_has_the_text_and_every_default_of_every_algorithm(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # wide enough to break no line at a hyphen
     shown = help_by_option(capsys)
     for label, config in {"run": RunConfig, **ALGORITHM_CONFIGS}.items():
         for item in dataclasses.fields(config):
@@ -83,7 +86,9 @@ def test_help_has_the_text_and_every_default_of_every_algorithm(capsys):
                 default = ("off", "on")[item.default] if isinstance(item.default, bool) else item.default
                 own = re.search(rf"[\[;] [^;]*\b{label}: ([^;\]]+)", entry.replace("[", "[ "))
                 common = re.search(r"\[default: ([^;\]]+)", entry)
-                assert (own or common)[1] == str(default), f"{label}: {item.name}"
+                found = own or common
+                assert found is not None, f"{label}: {item.name}"
+                assert found[1] == str(default), f"{label}: {item.name}"
     assert shown["--temperature"].endswith("[default: 5.0; sac: 1.0]")
     assert shown["--temperature-scale"].endswith("[default: 1.0; sdac: 0.2]")
     assert shown["--critics"].endswith("[default: 2]")
