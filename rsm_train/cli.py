@@ -55,7 +55,7 @@ def _command() -> click.Command:
             return
         if dry_run and resume:
             raise ConfigError(
-                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, leave out one"
+                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, drop one"
             )
         if jobs is not None and seeds is None:
             raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
