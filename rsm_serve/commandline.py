@@ -7,7 +7,7 @@ import importlib.util
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -103,37 +103,45 @@ def dataclass_options(
 
     A field `total_steps: int = field(default=..., metadata={"help": ...})` becomes `--total-steps`.
     A field of type bool becomes `--flag/--no-flag`; a Literal becomes a choice. Fields without a
-    "help" entry get no option. A field that several dataclasses share becomes one option.
+    "help" entry get no option. A field that several dataclasses share becomes one option, with the help of
+    the first.
 
     Args:
         configs: the dataclasses.
-        defaults: whether options carry the field's default; without, an option that was not given is
-            None, so that a caller can tell it from one that was.
+        defaults: whether options carry the field's default, of the first dataclass that has it; without, an
+            option that was not given is None, so that a caller can tell it from one that was, and the help
+            names every default that differs, with its dataclass.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        seen: dict[str, dataclasses.Field[Any]] = {}
+        shared: dict[str, dict[str, dataclasses.Field[Any]]] = {}
         for config in configs:
             for item in dataclasses.fields(config):
                 if "help" in item.metadata:
-                    seen.setdefault(item.name, item)
+                    shared.setdefault(item.name, {})[_label(config)] = item
         hints: dict[str, Any] = {}
         for config in reversed(configs):
             hints |= typing.get_type_hints(config)
-        for item in reversed(seen.values()):
-            function = _option(item, hints[item.name], defaults)(function)
+        for name, items in reversed(shared.items()):
+            function = _option(items, hints[name], defaults)(function)
         return function
 
     return decorate
 
 
-def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable[..., Any]:
+def _label(config: type) -> str:
+    """What a configuration is for: "sac" of SACConfig."""
+    return config.__name__.removesuffix("Config").lower()
+
+
+def _option(items: Mapping[str, dataclasses.Field[Any]], hint: Any, defaults: bool) -> Callable[..., Any]:
+    """The option of one field, given as it is in each dataclass that has it, by label."""
+    item = next(iter(items.values()))
     flag = "--" + item.name.replace("_", "-")
     has_default = item.default is not dataclasses.MISSING
     text = item.metadata["help"]
-    if has_default and item.default is not None and not defaults:
-        shown = item.default if not isinstance(item.default, bool) else "on" if item.default else "off"
-        text = f"{text}  [default: {shown}]"
+    if not defaults:
+        text += _default_text({label: shared.default for label, shared in items.items()})
     settings: dict[str, Any] = {
         "show_default": defaults and has_default and item.default is not None,
         "required": defaults and not has_default,
@@ -148,6 +156,25 @@ def _option(item: dataclasses.Field[Any], hint: Any, defaults: bool) -> Callable
             settings["default"] = None  # or click says False where nothing was said
         return click.option(f"{flag}/--no-{flag[2:]}", item.name, **settings)
     return click.option(flag, item.name, type=kind, **settings)
+
+
+def _default_text(by_label: Mapping[str, Any]) -> str:
+    """The default of the first dataclass, then those that differ from it: "  [default: 5.0; sac: 1.0]"."""
+    labels: dict[str, list[str]] = {}
+    for label, default in by_label.items():
+        if default is not dataclasses.MISSING:
+            labels.setdefault(_shown(default), []).append(label)
+    if not set(labels) - {_shown(None)}:
+        return ""
+    first, *others = labels
+    parts = [first, *(f"{', '.join(labels[shown])}: {shown}" for shown in others)]
+    return f"  [default: {'; '.join(parts)}]"
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "none" if default is None else str(default)
 
 
 def _option_type(hint: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_serve.commandline import dataclass_options, parse_seeds, require_extra, run_command
-from rsm_serve.errors import ConfigError, TrainingError
+from rsm_serve.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from rsm_train.many_seeds import Plan
@@ -31,8 +31,8 @@ def _command() -> click.Command:
     @click.option(
         "--seeds",
         help="Seeds such as 0-4 or 0,3,7: a process for each, with the result of a lone run with that --seed "
-        "and the same --threads, bit for bit. --threads is 1 on a CPU, unless given by an option or the "
-        "preset. An --out must contain {seed}.",
+        "and the same --threads, bit for bit. --threads is 1 on a CPU and cores / jobs on a GPU, unless given "
+        "by an option or the preset. An --out must contain {seed}. With --resume, runs that there are go on.",
     )
     @click.option(
         "--jobs",
@@ -53,17 +53,22 @@ def _command() -> click.Command:
 
             click.echo(describe_presets())
             return
+        if dry_run and resume:
+            raise ConfigError(
+                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, drop one"
+            )
+        if jobs is not None and seeds is None:
+            raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
         plan = None
         if seeds is not None:
             from rsm_train.many_seeds import plan as make_plan
+            from rsm_train.many_seeds import resume_command
 
-            if resume:
-                raise ConfigError("wanted --seeds or --resume, got both; resume each run with --out")
-            plan = make_plan(given, parse_seeds(seeds), jobs)
+            plan = make_plan(given, parse_seeds(seeds), jobs, resume=resume)
         if dry_run:
             _dry_run(given, plan)
-        elif plan is not None:
-            _train_seeds(plan)
+        elif plan is not None and seeds is not None:
+            _train_seeds(plan, resume_command(given, seeds, jobs))
         else:
             _train(given, resume)
 
@@ -88,21 +93,29 @@ def _train(given: Mapping[str, Any], resume: bool) -> None:
         click.echo(str(stopped), err=True)
         return
     result = read_result(run_dir)
-    assert result is not None, "a run ends with an evaluation"
+    if result is None:
+        raise CheckpointError(
+            f"wanted an evaluation in the metrics of the run in {str(run_dir)!r}, got none; evaluate its "
+            "checkpoints with rsm-eval"
+        )
     click.echo(f"final: {result.final}")
     click.echo(f"best:  {result.best}")
     click.echo(f"run directory: {run_dir}")
 
 
-def _train_seeds(plan: Plan) -> None:
-    from rsm_train.many_seeds import failures, format_results, run_seeds
+def _train_seeds(plan: Plan, go_on: str) -> None:
+    from rsm_train.many_seeds import failures, format_results, interrupted, run_seeds, unfinished
 
     click.echo(f"{len(plan.workers)} seeds, {plan.jobs} at once", err=True)
     statuses = run_seeds(plan.workers, plan.jobs, lambda line: click.echo(line, err=True))
     click.echo(format_results(plan.workers, statuses))
+    if unfinished(plan.workers, statuses):
+        click.echo(f"stopped before the end; go on with: {go_on}", err=True)
     failed = failures(plan.workers, statuses)
     if failed is not None:
         raise TrainingError(failed)
+    if interrupted(statuses):
+        raise KeyboardInterrupt
 
 
 def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
@@ -111,11 +124,9 @@ def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
     from rsm_train.estimate import estimate, format_estimate, total_s
     from rsm_train.metrics import duration
 
-    if plan is not None:
-        given = plan.settings
-    run, algorithm = resolve(given)
+    run, algorithm = resolve(given if plan is None else plan.settings)
     run_dir = run_directory(run)
-    click.echo(describe_run(given, run, algorithm))
+    click.echo(describe_run(given, run, algorithm, {} if plan is None else plan.origins))
     click.echo(f"\nrun directory: {run_dir}\n")
     cost = estimate(run, algorithm, run_dir)
     click.echo(format_estimate(run, cost))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rsm_serve.commandline import aligned
@@ -15,17 +16,25 @@ def describe_presets() -> str:
     return "\n\n".join(_describe_preset(name, preset) for name, preset in PRESETS.items())
 
 
-def describe_run(given: Mapping[str, Any], run: RunConfig, algorithm: AlgorithmConfig) -> str:
+def describe_run(
+    given: Mapping[str, Any],
+    run: RunConfig,
+    algorithm: AlgorithmConfig,
+    origins: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Every setting of a resolved configuration, its value and where that comes from.
 
     Args:
         given: the settings of the command line; None means not given.
         run: what they resolve to.
         algorithm: likewise.
+        origins: of settings that come from elsewhere, by name.
     """
     preset = PRESETS[run.preset].of(run.algo)
 
     def origin(name: str) -> str:
+        if name in origins:
+            return origins[name]
         if given.get(name) is not None:
             return "command line"
         return f"preset {run.preset}" if name in preset else "default"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class Estimate:
     program_bytes: int | None
     """Most memory this process has had, the replay buffer hardly filled; None where that is not known."""
     checkpoint_bytes: int
+    """Networks, the observations beside them and the training state, with little recorded of open episodes."""
 
 
 def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> Estimate:
@@ -89,7 +90,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
             network_bytes=_nbytes(networks),
             learning_bytes=_nbytes([*agent.state().values(), *gradients]),
             program_bytes=_program_bytes(),
-            checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(None)),
+            checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(None), trainer.training_state()),
         )
     finally:
         trainer.close()
@@ -110,15 +111,19 @@ def format_estimate(run: RunConfig, cost: Estimate) -> str:
     memory.append(["optimisers and gradients", size(cost.learning_bytes)])
     if cost.program_bytes is not None:
         memory.append(["process, as measured, and a full replay buffer", size(_process_bytes(run, cost))])
-    kept = min(run.keep_checkpoints + 1, _evaluations(run))
-    disk = f"{size(cost.checkpoint_bytes)} per checkpoint, of which at most {kept} are kept"
+    disk = [["disk, at most", "size"]]
+    disk.append(
+        [f"checkpoints, {kept_checkpoints(run)} kept", size(kept_checkpoints(run) * cost.checkpoint_bytes)]
+    )
+    disk.append(["transitions to resume from", size(_replay_disk_bytes(run, cost))])
+    disk.append(["all but metrics", size(disk_bytes(run, cost))])
     return "\n\n".join(
         [
             f"estimate, measured on {cost.device} with {threads}",
             aligned(rows),
             "Evaluations count as if no episode ended before its time limit.",
             aligned(memory),
-            f"disk: {disk}",
+            aligned(disk),
         ]
     )
 
@@ -126,6 +131,21 @@ def format_estimate(run: RunConfig, cost: Estimate) -> str:
 def total_s(run: RunConfig, cost: Estimate) -> float:
     """Seconds of the whole run; at most, as evaluation episodes may end early."""
     return sum(each_s * number for _, each_s, number in _parts(run, cost))
+
+
+def disk_bytes(run: RunConfig, cost: Estimate) -> int:
+    """What the run directory grows to, without metrics.jsonl and TensorBoard's files."""
+    return kept_checkpoints(run) * cost.checkpoint_bytes + _replay_disk_bytes(run, cost)
+
+
+def kept_checkpoints(run: RunConfig) -> int:
+    """Most checkpoints that are kept: the newest and, when older, the best."""
+    before_last = (math.ceil(run.total_steps / run.num_envs) - 1) * run.num_envs
+    both = math.lcm(run.eval_every, run.checkpoint_every)
+    due = before_last // run.eval_every + before_last // run.checkpoint_every - before_last // both
+    # A step saves once, however many multiples it passes.
+    saves = min(due, before_last // run.num_envs) + 1
+    return min(run.keep_checkpoints + 1, saves)
 
 
 def size(count: int) -> str:
@@ -152,6 +172,15 @@ def _parts(run: RunConfig, cost: Estimate) -> list[tuple[str, float, int]]:
 
 def _evaluations(run: RunConfig) -> int:
     return math.ceil(run.total_steps / run.eval_every)
+
+
+def _replay_disk_bytes(run: RunConfig, cost: Estimate) -> int:
+    """Of the transitions that the kept checkpoints need: a full buffer at the oldest, and those since."""
+    between = min(run.eval_every, run.checkpoint_every)
+    steps = math.ceil(run.total_steps / run.num_envs) * run.num_envs
+    # A file goes when nothing in it is needed: up to one interval more than is needed.
+    rows = min(steps, run.replay_size + run.keep_checkpoints * between)
+    return rows * cost.replay_bytes // run.replay_size
 
 
 def _process_bytes(run: RunConfig, cost: Estimate) -> int:
@@ -222,9 +251,9 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _checkpoint_bytes(checkpoint: Checkpoint) -> int:
+def _checkpoint_bytes(checkpoint: Checkpoint, training: Mapping[str, Tensor]) -> int:
     networks = [value for params in checkpoint.networks.values() for value in params.values()]
-    return _nbytes([*networks, checkpoint.probe_obs])
+    return _nbytes([*networks, checkpoint.probe_obs, *training.values()])
 
 
 def _program_bytes() -> int | None:

@@ -7,6 +7,7 @@ same number of threads, bit for bit, and a seed that fails takes no other with i
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,12 +24,17 @@ from rsm_eval.envs import make_env
 from rsm_eval.statistics import mean_interval
 from rsm_serve.commandline import EXIT_INTERRUPTED, EXIT_USER_ERROR, aligned
 from rsm_serve.errors import ConfigError
+from rsm_train.checkpoint import list_checkpoints, read_state
 from rsm_train.config import resolve, run_directory
 from rsm_train.loop import pick_device
 from rsm_train.results import EvalPoint, RunResult, read_result
+from rsm_train.run_directory import resume_settings
 
 SEED_FIELD = "{seed}"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTED = (EXIT_INTERRUPTED, *(-number for number in _SIGNALS))
+"""Statuses of a worker that a signal ended before it could save: while it started, or the second one."""
+_FAILED = "-"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Worker:
     seed: int
     run_dir: Path
     command: tuple[str, ...]
+    total_steps: int | None = None
+    """As given on the command line; None for what the run has by itself."""
 
     @property
     def log(self) -> Path:
@@ -53,15 +61,18 @@ class Plan:
     jobs: int
     settings: Mapping[str, Any]
     """Of the first seed; the others differ in seed and directory."""
+    origins: Mapping[str, str]
+    """Of the settings that no one gave: by name, where they come from."""
 
 
-def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None) -> Plan:
+def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, resume: bool = False) -> Plan:
     """Check the settings and make one command line per seed.
 
     Args:
         given: the settings of the command line; None means not given.
         seeds: one run each.
         jobs: processes at once; None for as many as there are cores for their threads, or for all on a GPU.
+        resume: go on with the runs that there are, and begin the others.
 
     Raises:
         ConfigError: --seed beside --seeds, an --out that all would share, or settings that `resolve` refuses.
@@ -82,18 +93,33 @@ def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None) -> Pl
     # What is wrong for every seed is said once, and not by every worker.
     on_cpu = pick_device(run.device).type == "cpu"
     make_env(run.env).close()
-    if on_cpu and run.threads is None:
-        settings["threads"] = 1
-    settings_by_seed = {seed: _own_settings(settings, seed) for seed in seeds}
-    workers = tuple(_worker(own, seed) for seed, own in settings_by_seed.items())
     if jobs is None:
-        threads = settings.get("threads") or run.threads or 1
-        jobs = max(1, _cores() // threads) if on_cpu else len(seeds)
-    return Plan(workers, min(jobs, len(seeds)), settings_by_seed[seeds[0]])
+        jobs = max(1, _cores() // (run.threads or 1)) if on_cpu else len(seeds)
+    jobs = min(jobs, len(seeds))
+    origins = {"seed": "--seeds"}
+    if run.threads is None:
+        # torch's own default is all cores for each.
+        settings["threads"] = 1 if on_cpu else max(1, _cores() // jobs)
+        origins["threads"] = "--seeds"
+    settings_by_seed = {seed: _own_settings(settings, seed) for seed in seeds}
+    workers = tuple(_worker(own, seed, resume) for seed, own in settings_by_seed.items())
+    return Plan(workers, jobs, settings_by_seed[seeds[0]], origins)
 
 
-def run_seeds(workers: Sequence[Worker], jobs: int, say: Callable[[str], None]) -> dict[int, int]:
-    """Run all workers, at most `jobs` at once, and return the exit status of each seed.
+def resume_command(given: Mapping[str, Any], seeds: str, jobs: int | None) -> str:
+    """The command line that goes on with all seeds of a command.
+
+    Args:
+        given: the settings of the command line; None means not given.
+        seeds: what --seeds was.
+        jobs: what --jobs was.
+    """
+    many = [f"--seeds={seeds}", *([] if jobs is None else [f"--jobs={jobs}"])]
+    return shlex.join(["rsm-train", *_arguments(given), *many, "--resume"])
+
+
+def run_seeds(workers: Sequence[Worker], jobs: int, say: Callable[[str], None]) -> dict[int, int | None]:
+    """Run all workers, at most `jobs` at once, and return the exit status of each seed; None: not started.
 
     SIGINT and SIGTERM go to every worker, and no other is started; the call ends when all have ended.
 
@@ -101,27 +127,23 @@ def run_seeds(workers: Sequence[Worker], jobs: int, say: Callable[[str], None]) 
         workers: what to run.
         jobs: how many at once.
         say: takes every line that a worker prints, with its seed before it.
-
-    Raises:
-        KeyboardInterrupt: there was a signal.
     """
     processes = _Processes()
     with _signals_to(processes), ThreadPoolExecutor(jobs) as pool:
         futures = {worker.seed: pool.submit(processes.run, worker, say) for worker in workers}
         wait(futures.values())
-    if processes.stopped:
-        raise KeyboardInterrupt
     return {seed: future.result() for seed, future in futures.items()}
 
 
-def format_results(workers: Sequence[Worker], statuses: Mapping[int, int]) -> str:
-    """The final and the best evaluation of each seed, and their means over seeds with 95 % intervals."""
-    # Of a seed that failed, the directory may hold another run.
-    results = {
-        worker.seed: read_result(worker.run_dir) if statuses[worker.seed] == 0 else None for worker in workers
-    }
+def format_results(workers: Sequence[Worker], statuses: Mapping[int, int | None]) -> str:
+    """The final and the best evaluation of each seed; means and 95 % intervals of those that are done."""
     rows = [["seed", "final", "N = 1", "best", "N = 1", "at step"]]
-    rows += [_row(str(seed), result) for seed, result in results.items()]
+    results: dict[int, RunResult | None] = {}
+    for worker in workers:
+        missing = _missing(worker, statuses[worker.seed])
+        # Of a seed that failed, the directory may hold another run.
+        results[worker.seed] = read_result(worker.run_dir) if missing is None else None
+        rows.append(_row(str(worker.seed), results[worker.seed], missing))
     known = [result for result in results.values() if result is not None]
     if len(known) > 1:
         columns: list[list[float | None]] = [
@@ -136,9 +158,19 @@ def format_results(workers: Sequence[Worker], statuses: Mapping[int, int]) -> st
     return aligned(rows)
 
 
-def failures(workers: Sequence[Worker], statuses: Mapping[int, int]) -> str | None:
+def unfinished(workers: Sequence[Worker], statuses: Mapping[int, int | None]) -> bool:
+    """Whether there are seeds that did not fail and are not done, since somebody stopped them."""
+    return any(_missing(worker, statuses[worker.seed]) not in (None, _FAILED) for worker in workers)
+
+
+def interrupted(statuses: Mapping[int, int | None]) -> bool:
+    """Whether some seed ended at once at a signal, without saving."""
+    return any(status in _INTERRUPTED for status in statuses.values())
+
+
+def failures(workers: Sequence[Worker], statuses: Mapping[int, int | None]) -> str | None:
     """One sentence about the seeds that failed, and where to read on; None if none did."""
-    failed = [worker for worker in workers if statuses[worker.seed] != 0]
+    failed = [worker for worker in workers if statuses[worker.seed] not in (0, None, *_INTERRUPTED)]
     if not failed:
         return None
     names = ", ".join(f"{worker.seed} (status {statuses[worker.seed]}, log {worker.log})" for worker in failed)
@@ -153,9 +185,9 @@ class _Processes:
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
 
-    def run(self, worker: Worker, say: Callable[[str], None]) -> int:
+    def run(self, worker: Worker, say: Callable[[str], None]) -> int | None:
         if self.stopped:
-            return EXIT_INTERRUPTED
+            return None
         try:
             worker.log.parent.mkdir(parents=True, exist_ok=True)
             log = worker.log.open("a", encoding="utf-8")
@@ -165,7 +197,7 @@ class _Processes:
         with log:
             process = self._start(worker.command)
             if process is None:
-                return EXIT_INTERRUPTED
+                return None
             assert process.stdout is not None, "stdout is a pipe"
             for line in process.stdout:
                 log.write(line)
@@ -220,10 +252,11 @@ def _own_settings(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return own
 
 
-def _worker(settings: Mapping[str, Any], seed: int) -> Worker:
+def _worker(settings: Mapping[str, Any], seed: int, resume: bool) -> Worker:
     run, _ = resolve(settings)
-    command = (sys.executable, "-m", "rsm_train.cli", *_arguments(settings))
-    return Worker(seed, run_directory(run), command)
+    arguments = [*_arguments(settings), *(["--resume"] if resume else [])]
+    command = (sys.executable, "-m", "rsm_train.cli", *arguments)
+    return Worker(seed, run_directory(run), command, settings.get("total_steps"))
 
 
 def _arguments(settings: Mapping[str, Any]) -> list[str]:
@@ -244,9 +277,23 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _row(seed: str, result: RunResult | None) -> list[str]:
+def _missing(worker: Worker, status: int | None) -> str | None:
+    """Why a seed has no result, in two words; None if its run reached the last step."""
+    if status is None:
+        return "not started"
+    if status in _INTERRUPTED:
+        return "interrupted"
+    if status != 0:
+        return _FAILED
+    checkpoints = list_checkpoints(worker.run_dir)
+    step = int(read_state(checkpoints[-1])["step"]) if checkpoints else 0
+    run, _, _ = resume_settings({"out": str(worker.run_dir), "total_steps": worker.total_steps})
+    return None if step >= run.total_steps else f"stopped at step {step:,}"
+
+
+def _row(seed: str, result: RunResult | None, missing: str | None) -> list[str]:
     if result is None:
-        return [seed, *["-"] * 5]
+        return [seed, missing or _FAILED, *["-"] * 4]
     final, best = result.final, result.best
     return [seed, _mean(final), _one(final), _mean(best), _one(best), f"{best.step:,}"]
 

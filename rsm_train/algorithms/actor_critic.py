@@ -73,7 +73,9 @@ class ActorCriticConfig:
     critic_std_factor: float = field(
         default=0.0, metadata={"help": "Factor of the standard deviation for critic_selection mean_std."}
     )
-    policy_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the policy."})
+    policy_lr: float = field(
+        default=3e-4, metadata={"help": "Learning rate of the policy; with sac also of the temperature."}
+    )
     policy_lr_final: float | None = field(
         default=None, metadata={"help": "Where the policy's learning rate ends; default: it is constant."}
     )
@@ -106,7 +108,8 @@ class ActorCriticConfig:
         default=1.0, metadata={"help": "lambda / alpha; lambda divides Q in the weights."}
     )
     target_entropy: float = field(
-        default=-1.5, metadata={"help": "Target of the entropy schedule, per action dimension."}
+        default=-1.5,
+        metadata={"help": "Target of the entropy schedule (sac: of the entropy), per action dimension."},
     )
     target_kl: float = field(
         default=2.0, metadata={"help": "Target of the schedule kl, in nats; below log of the actions weighted."}

@@ -1,8 +1,13 @@
+import dataclasses
 import json
+import re
 
 import pytest
 
+from rsm_serve.commandline import _default_text
 from rsm_train.cli import main
+from rsm_train.config import ALGORITHM_CONFIGS, RunConfig
+from tests.rsm_train.runs import tiny_run
 
 
 def test_trains_and_says_where(tmp_path, capsys):
@@ -31,6 +36,8 @@ def test_trains_and_says_where(tmp_path, capsys):
         (["--env", "Hopper-v5", "--device", "cuda:7"], ["cuda:7"]),
         (["--env", "Hopper-v5", "--particles", "0"], ["particles"]),
         (["--env", "Hopper-v5", "--particles", "x"], ["particles"]),
+        (["--env", "Hopper-v5", "--dry-run", "--resume"], ["wanted --dry-run or --resume, got both"]),
+        (["--env", "Hopper-v5", "--jobs", "2"], ["wanted --seeds beside --jobs"]),
     ],
 )
 def test_mistakes_get_one_sentence_and_status_2(arguments, words, tmp_path, capsys):
@@ -48,3 +55,46 @@ def test_help_names_every_setting(capsys):
     text = capsys.readouterr().out
     for option in ("--env", "--algo", "--preset", "--total-steps", "--diffusion-steps", "--particles"):
         assert option in text
+
+
+def test_a_finished_run_whose_evaluations_are_lost_is_one_sentence(tmp_path, capsys):
+    run = tiny_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    assert main(["--resume", "--out", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"rsm-train: wanted an evaluation in the metrics of the run in {str(run)!r}, got none"
+    )
+
+
+def help_by_option(capsys):
+    """What --help says of each option, in one line each."""
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.partition("Options:")[2]
+    entries = re.split(r"^  (?=-)", lines, flags=re.M)[1:]
+    return {entry.split()[0].partition("/")[0]: " ".join(entry.split()) for entry in entries}
+
+
+def test_help_has_the_text_and_every_default_of_every_algorithm(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # wide enough to break no line at a hyphen
+    shown = help_by_option(capsys)
+    for label, config in {"run": RunConfig, **ALGORITHM_CONFIGS}.items():
+        for item in dataclasses.fields(config):
+            entry = shown[f"--{item.name.replace('_', '-')}"]
+            assert item.metadata["help"] in entry, f"{label}: {item.name}"
+            if item.default not in (dataclasses.MISSING, None):
+                default = ("off", "on")[item.default] if isinstance(item.default, bool) else item.default
+                own = re.search(rf"[\[;] [^;]*\b{label}: ([^;\]]+)", entry.replace("[", "[ "))
+                common = re.search(r"\[default: ([^;\]]+)", entry)
+                found = own or common
+                assert found is not None, f"{label}: {item.name}"
+                assert found[1] == str(default), f"{label}: {item.name}"
+    assert shown["--temperature"].endswith("[default: 5.0; sac: 1.0]")
+    assert shown["--temperature-scale"].endswith("[default: 1.0; sdac: 0.2]")
+    assert shown["--critics"].endswith("[default: 2]")
+
+
+def test_equal_defaults_share_their_label():
+    assert _default_text({"a": 1, "b": 2, "c": 2, "d": 1}) == "  [default: 1; b, c: 2]"
+    assert _default_text({"a": None, "b": True}) == "  [default: none; b: on]"
+    assert _default_text({"a": None, "b": dataclasses.MISSING}) == ""

@@ -10,7 +10,7 @@ from rsm_train import estimate as module
 from rsm_train.checkpoint import list_checkpoints
 from rsm_train.cli import main
 from rsm_train.config import resolve
-from rsm_train.estimate import Estimate, estimate, format_estimate, size, total_s
+from rsm_train.estimate import Estimate, disk_bytes, estimate, format_estimate, kept_checkpoints, size, total_s
 from tests.rsm_train.runs import TINY, tiny_run
 
 COST = Estimate(
@@ -62,7 +62,48 @@ def test_the_time_adds_up():
     text = format_estimate(run, COST)
     assert re.search(r"^all +2 min 52 s$", text, re.M)
     assert re.search(r"^process, .* +3\.0 GiB$", text, re.M)
-    assert text.endswith("disk: 1.0 MiB per checkpoint, of which at most 4 are kept")
+    # Evaluations at 300, 600, 900 and the end; a buffer for 100,000 is never full with 1,000 steps.
+    assert re.search(r"^checkpoints, 4 kept +4\.0 MiB$", text, re.M)
+    assert re.search(r"^transitions to resume from +20\.5 MiB$", text, re.M)
+    assert re.search(r"^all but metrics +24\.5 MiB$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint_every": 50, "keep_checkpoints": 9},
+        {"checkpoint_every": 40, "keep_checkpoints": 2, "replay_size": 64},
+        {"algo": "sac", "particles": None, "checkpoint_every": 9, "keep_checkpoints": 5},
+    ],
+)
+def test_the_disk_that_a_run_takes(changes, tmp_path):
+    # Optimisers have a state from the first update on, so the warm-up ends before the first checkpoint.
+    settings = {"width": 64, "num_envs": 4, "warmup_steps": 20, **changes}
+    run, algorithm = resolve(TINY | settings)
+    cost = estimate(run, algorithm, tmp_path / "none")
+    directory = tiny_run(tmp_path / "run", **settings)
+    saved = list_checkpoints(directory)
+    # The best is one more where it is not among the newest, which one cannot know before.
+    assert len(saved) in (kept_checkpoints(run), kept_checkpoints(run) - 1)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    real = sum(path.stat().st_size for path in files if not re.search("tfevents|metrics", path.name))
+    missing = kept_checkpoints(run) - len(saved)
+    assert disk_bytes(run, cost) - missing * cost.checkpoint_bytes == pytest.approx(real, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "saves"),
+    [
+        ({"eval_every": 80, "checkpoint_every": 1_000}, 2),
+        ({"eval_every": 80, "checkpoint_every": 50}, 5),
+        ({"eval_every": 200, "checkpoint_every": 200}, 1),
+        ({"eval_every": 160, "checkpoint_every": 1}, 40),
+        ({"eval_every": 80, "checkpoint_every": 50, "keep_checkpoints": 3}, 4),
+    ],
+)
+def test_checkpoints_are_counted_once(changes, saves):
+    run, _ = resolve(TINY | {"num_envs": 4, "keep_checkpoints": 100, **changes})
+    assert kept_checkpoints(run) == saves
 
 
 def test_what_is_measured_is_what_a_run_takes(tmp_path):
@@ -72,7 +113,7 @@ def test_what_is_measured_is_what_a_run_takes(tmp_path):
     assert min(cost.random_step_s, cost.step_s, cost.update_s) > 0
     assert cost.random_step_s < cost.step_s, "acting costs the network's time"
     saved = list_checkpoints(tiny_run(tmp_path / "run"))[-1]
-    tensors = sum((saved / f"{name}.safetensors").stat().st_size for name in ("networks", "probe"))
+    tensors = sum(path.stat().st_size for path in saved.glob("*.safetensors"))
     assert cost.checkpoint_bytes == pytest.approx(tensors, rel=0.5)
     assert cost.network_bytes < cost.checkpoint_bytes
     # Two of the four networks are learnt: two moments and a gradient each.

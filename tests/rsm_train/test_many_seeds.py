@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from rsm_serve.errors import ConfigError
 from rsm_train.checkpoint import list_checkpoints
 from rsm_train.cli import main
-from rsm_train.many_seeds import Worker, failures, plan, run_seeds
+from rsm_train.many_seeds import Worker, failures, format_results, interrupted, plan, run_seeds, unfinished
+from tests.rsm_train.runs import tiny_run
 
 ENV = "InvertedPendulum-v5"
 TINY = (
@@ -104,11 +106,101 @@ def test_as_many_at_once_as_there_are_cores(given, seeds, jobs, expected, monkey
     assert plan({"env": ENV, "device": "cpu", **given}, range(seeds), jobs).jobs == expected
 
 
-def test_on_a_gpu_all_at_once_and_no_thread_limit(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "seeds", "jobs", "expected"),
+    [
+        ({}, 4, None, (4, ["--threads=2"])),
+        ({}, 30, None, (30, ["--threads=1"])),
+        ({}, 30, 2, (2, ["--threads=4"])),
+        ({"threads": 3}, 4, None, (4, ["--threads=3"])),
+        ({"preset": "quick"}, 4, None, (4, [])),
+    ],
+)
+def test_on_a_gpu_all_at_once_share_the_cores(given, seeds, jobs, expected, monkeypatch):
+    monkeypatch.setattr("rsm_train.many_seeds._cores", lambda: 8)
     monkeypatch.setattr("rsm_train.many_seeds.pick_device", lambda name: torch.device("cuda"))
-    made = plan({"env": ENV}, range(30), None)
-    assert made.jobs == 30
-    assert not any("--threads" in argument for argument in made.workers[0].command)
+    made = plan({"env": ENV, **given}, range(seeds), jobs)
+    threads = [argument for argument in made.workers[0].command if argument.startswith("--threads")]
+    assert (made.jobs, threads) == expected
+
+
+def test_a_dry_run_says_what_the_seeds_set(monkeypatch, capsys):
+    monkeypatch.setattr("rsm_train.estimate.BUDGET_S", 0.1)
+    options = [
+        "--env",
+        ENV,
+        "--dry-run",
+        "--seeds",
+        "3-4",
+        "--device",
+        "cpu",
+        "--width",
+        "16",
+        "--compile",
+        "off",
+    ]
+    assert main(options) == 0
+    output = capsys.readouterr().out
+    for line in (r"seed +3 +--seeds", r"threads +1 +--seeds", r"width +16 +command line"):
+        assert re.search(f"^{line}$", output, re.M), line
+    assert main([*options, "--threads", "1", "--particles", "2"]) == 0
+    assert re.search(r"^threads +1 +command line$", capsys.readouterr().out, re.M)
+
+
+def steps(run_dir):
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(run_dir)]
+
+
+def test_stopped_seeds_are_saved_and_resumed_by_the_printed_command(tmp_path, capfd):
+    out = tmp_path / "s{seed}"
+    options = [*TINY, "--checkpoint-every", "40", "--seeds", "0-2", "--jobs", "2", "--out", str(out)]
+
+    def interrupt():
+        while not (steps(tmp_path / "s0") and steps(tmp_path / "s1")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main([*options, "--total-steps", "1000000"]) == 0
+    output = capfd.readouterr()
+    assert re.search(r"^0 +stopped at step [\d,]+ +- +- +- +-$", output.out, re.M)
+    assert re.search(r"^2 +not started +-", output.out, re.M)
+    assert "mean" not in output.out
+    command = shlex.split(output.err.splitlines()[-1].partition("go on with: ")[2])
+    assert command[0] == "rsm-train"
+    assert command[-1] == "--resume"
+    before = steps(tmp_path / "s0")[-1]
+    assert main([*command[1:], f"--total-steps={before + 40}", "--seeds=0,2"]) == 0
+    output = capfd.readouterr()
+    assert f"seed 0: resuming at step {before:,}" in output.err
+    assert "go on with" not in output.err
+    assert re.search(r"^mean +\d", output.out, re.M)
+    assert [steps(tmp_path / f"s{seed}")[-1] for seed in (0, 2)] == [before + 40] * 2
+
+
+def test_a_seed_that_stopped_is_not_in_the_mean(tmp_path):
+    workers = []
+    for seed, given in enumerate((None, None, 200)):
+        directory = tiny_run(tmp_path / f"s{seed}", seed=seed)
+        workers.append(Worker(seed, directory, (), given))
+    alone = format_results(workers[:2], {0: 0, 1: 0})
+    both = format_results(workers, {0: 0, 1: 0, 2: 0})
+    assert re.search(r"^2 +stopped at step 160 +- +- +- +-$", both, re.M)
+    assert alone.split()[-12:] == both.split()[-12:]
+    assert unfinished(workers, {0: 0, 1: 0, 2: 0})
+    assert not unfinished(workers[:2], {0: 0, 1: 0})
+
+
+def test_a_worker_that_a_signal_ended_is_interrupted_and_not_failed(tmp_path):
+    workers = [script(tmp_path, seed, "") for seed in range(4)]
+    statuses = {0: 130, 1: -signal.SIGTERM, 2: None, 3: 1}
+    rows = [line.split() for line in format_results(workers, statuses).splitlines()[2:]]
+    assert [row[1] for row in rows] == ["interrupted", "interrupted", "not", "-"]
+    assert interrupted(statuses)
+    assert unfinished(workers, statuses)
+    sentence = failures(workers, statuses)
+    assert sentence is not None
+    assert sentence.startswith("1 of 4 seeds failed: 3 (status 1")
 
 
 def test_a_log_that_cannot_be_written_fails_its_seed(tmp_path):
@@ -150,8 +242,7 @@ def test_a_signal_reaches_every_worker_and_waits_for_them(tmp_path, name):
 
     before = signal.getsignal(signal.SIGTERM)
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_seeds(workers, 2, say)
+    assert run_seeds(workers, 2, say) == {0: 0, 1: 0, 2: None}
     assert time.monotonic() - started < 20
     words = ("running", "saving", "saved")
     assert sorted(said) == sorted(f"seed {seed}: {word}" for seed in (0, 1) for word in words)
