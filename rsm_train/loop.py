@@ -41,7 +41,7 @@ from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
 from rsm_train.envs import TrainingEnvs
 from rsm_train.evaluation import Evaluation, evaluate
 from rsm_train.kernels import Compute, can_compile
-from rsm_train.metrics import RunLog, extra_sinks
+from rsm_train.metrics import RunLog, Tolerant, extra_sinks, mute_closed_streams
 from rsm_train.networks import subset
 from rsm_train.replay import ReplayBuffer, load_segments, remove_segments, write_segments
 from rsm_train.run_directory import (
@@ -132,8 +132,10 @@ class Trainer:
             if self._due(self.run.eval_every):
                 self._require_finite()
                 evaluation = self.evaluate()
+                # The line of metrics belongs to its checkpoint; what is printed is true already.
                 log.evaluation(self.step, evaluation)
                 self.save(evaluation.returns, log.wall_s)
+                log.show(self.step, evaluation)
             elif self._due(self.run.checkpoint_every):
                 self.save(None, log.wall_s)
             log.advance(self.step)
@@ -369,6 +371,7 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     with StopRequest() as stop, contextlib.ExitStack() as stack:
+        stack.callback(mute_closed_streams)  # for what the caller says at the end
         checkpoint = None
         continuing = resume and (run_dir / CONFIG_FILE).is_file()
         if continuing:
@@ -416,7 +419,7 @@ def _prepare(trainer: Trainer) -> None:
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(sentence, file=Tolerant(sys.stderr))
 
 
 @contextlib.contextmanager

@@ -374,6 +374,27 @@ def test_the_command_itself(tmp_path):
     assert newest(run) >= 10
 
 
+def test_a_run_goes_on_without_anybody_to_read_what_it_prints(tmp_path):
+    """`rsm-train ... 2>&1 | head -1`"""
+    run = tmp_path / "run"
+    code = "from rsm_train.cli import main; raise SystemExit(main())"
+    changes = {**SETTINGS, "env": "InvertedPendulum-v5", "eval_every": 40}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options(changes), "--out", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    assert process.stdout is not None
+    assert "step        40  evaluation" in process.stdout.readline()
+    process.stdout.close()
+    assert newest(run) >= 40, "saved before it was printed"
+    assert process.wait(timeout=60) == 0
+    assert newest(run) == 240
+    assert records(run)[-1][:2] == [("step", 240), ("kind", "eval")]
+
+
 def test_the_second_signal_does_not_wait(tmp_path, monkeypatch):
     def stuck(self: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
