@@ -107,10 +107,10 @@ def make_episodes(
 ) -> Episodes:
     """The environment with its wrapper, in the trainer's process or in a worker's.
 
-    A worker ignores SIGINT and SIGTERM, which may reach the whole process group: the trainer takes its last
-    step and then ends the workers.
+    A worker ignores SIGINT, SIGTERM and SIGHUP, which may reach the whole process group: the trainer takes
+    its last step and then ends the workers.
     """
     if os.getpid() != trainer_pid:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     return Episodes(make_env(env_id), run_seed, index, opened)

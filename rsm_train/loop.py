@@ -348,7 +348,7 @@ class Trainer:
 def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, resume: bool = False) -> Path:
     """Train and return the run directory.
 
-    SIGINT and SIGTERM, in the main thread, end the run after its present step and a checkpoint.
+    SIGINT, SIGTERM and SIGHUP, in the main thread, end the run after its present step and a checkpoint.
 
     Args:
         run: settings of the loop.

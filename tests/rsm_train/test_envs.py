@@ -202,6 +202,7 @@ def test_signals_for_the_trainer_do_not_end_its_workers():
     for worker in getattr(envs._envs, "processes"):  # noqa: B009
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGHUP)
     envs.step(torch.zeros(2, 2))
     envs.close()
 

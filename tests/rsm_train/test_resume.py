@@ -319,7 +319,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted, tm
 
 
 @pytest.mark.parametrize(
-    ("number", "vector"), [(signal.SIGINT, "async"), (signal.SIGTERM, "async"), (signal.SIGTERM, "sync")]
+    ("number", "vector"),
+    [(signal.SIGINT, "async"), (signal.SIGTERM, "async"), (signal.SIGHUP, "async"), (signal.SIGTERM, "sync")],
 )
 def test_a_signal_to_all_of_its_processes_saves_and_exits_0(uninterrupted, tmp_path, launcher, number, vector):
     run, error = tmp_path / "a run", tmp_path / "stderr"
@@ -406,6 +407,29 @@ def test_the_second_signal_does_not_wait(tmp_path, monkeypatch):
         tiny_run(tmp_path / "run", **{**SETTINGS, "vector": "async"})
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_lost_terminal_sends_its_signal_twice(tmp_path, monkeypatch):
+    def hang_up(self: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Trainer, "learn", hang_up)
+    before = signal.getsignal(signal.SIGHUP)
+    message = stopped(lambda: tiny_run(tmp_path / "run", **SETTINGS))
+    assert message.startswith("SIGHUP: stopped and saved at step 2;")
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_nohup_is_respected(tmp_path, stop_at):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(10, 20, number=signal.SIGHUP)
+        tiny_run(tmp_path / "run", **SETTINGS)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert newest(tmp_path / "run") == 240
 
 
 def test_handlers_come_back_and_threads_have_none(tmp_path, stop_at):
