@@ -39,8 +39,11 @@ class OpenEpisode:
 
 
 def episode_seed(run_seed: int, index: int, episode: int) -> int:
-    """The seed of episode `episode` of environment `index`: 64 bits, unlike those of every other run."""
-    return int(np.random.SeedSequence(run_seed, spawn_key=(index, episode)).generate_state(1, np.uint64)[0])
+    """The seed of episode `episode` of environment `index`, a hash of all three.
+
+    32 bits, as environments with a numpy RandomState take no more.
+    """
+    return int(np.random.SeedSequence(run_seed, spawn_key=(index, episode)).generate_state(1, np.uint32)[0])
 
 
 class Episodes(gym.Wrapper[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]):

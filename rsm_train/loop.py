@@ -60,7 +60,7 @@ from rsm_train.stopping import RunStopped, StopRequest
 PROBE_ROWS = 256
 RECENT_EPISODES = 20
 _EVALUATION_SEED = 2**32
-"""Evaluation episodes of a run with seed s use the seeds of 2**32 + s, which no environment of the run has."""
+"""Evaluation episodes of a run with seed s use the seeds of 2**32 + s, not those of `rsm-eval --seeds s`."""
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 

@@ -91,9 +91,10 @@ def test_every_episode_has_a_seed_of_its_own(monkeypatch):
     assert set(got[2:]) <= {episode_seed(7, index, episode) for index in (0, 1) for episode in (1, 2, 3)}
     many = [episode_seed(s, i, k) for s in (0, 1, 2**32, 2**32 + 1) for i in range(4) for k in range(50)]
     assert len({*many, *got}) == len(many) + len(got)
+    assert max(many) < 2**32, "or environments with a numpy RandomState fail"
     # The episodes of a run must not change with a version of numpy, or of ours.
-    assert episode_seed(0, 0, 0) == 2635072618980576772
-    assert episode_seed(2**40 + 1, 3, 12345) == 16243405998003939323
+    assert episode_seed(0, 0, 0) == 4088532484
+    assert episode_seed(2**40 + 1, 3, 12345) == 2776197115
 
 
 def play(env_id, vector, *, state=None, steps=9, seed=5, count=3):
