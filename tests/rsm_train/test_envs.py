@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rsm_serve.errors import MissingExtraError, TrainingError, UnsupportedEnvError
-from rsm_train.envs import TrainingEnvs
+from rsm_train.envs import TrainingEnvs, _make_vector
 from rsm_train.episodes import episode_seed
 from tests.rsm_train.training_envs import MODULE, CountingEnv, FailingEnv
 
@@ -238,6 +238,13 @@ def test_nan_from_an_environment_is_not_stored(monkeypatch):
     with pytest.raises(TrainingError, match="NaN or Inf in the reward of environment 2"):
         play(f"{MODULE}:RsmFailing-v0", "sync", steps=40, count=5, seed=1)
     assert FailingEnv.steps >= 33
+
+
+def test_actions_are_recorded_only_where_they_restore_an_episode(monkeypatch):
+    monkeypatch.setattr("rsm_train.envs._make_vector", lambda *args: _make_vector("sync", *args[1:]))
+    for vector, length in (("sync", 5), ("envpool", 0)):
+        _, states = play(f"{MODULE}:RsmLong-v0", vector, steps=5)
+        assert states[-1]["actions.0"].shape == (length, 2)
 
 
 def test_envpool_where_it_is_missing(monkeypatch):

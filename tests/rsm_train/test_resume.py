@@ -26,7 +26,7 @@ from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.checkpoint import find_checkpoint, list_checkpoints, load_torch_policy
 from rsm_train.cli import main
 from rsm_train.config import resolve
-from rsm_train.loop import Trainer, train
+from rsm_train.loop import Trainer, _prepare, train
 from rsm_train.replay import ReplayBuffer, list_segments, load_segments
 from rsm_train.run_directory import lock, resume_command, resume_settings, trim_metrics
 from rsm_train.stopping import RunStopped
@@ -230,6 +230,28 @@ def test_an_environment_that_cannot_be_restored_begins_anew_and_says_so(tmp_path
     assert records(tmp_path / "run")[-1][0] == ("step", 160)
 
 
+def test_what_changes_the_arithmetic_of_a_resumed_run_is_said(tmp_path, stop_at, capsys):
+    run, threads = tmp_path / "run", torch.get_num_threads()
+    stop_at(54, 70)
+    try:
+        stopped(lambda: tiny_run(run, **{**SETTINGS, "threads": 1}))
+        stopped(lambda: resume(run))
+        assert "warning" not in capsys.readouterr().err
+        resume(run, threads=2)
+    finally:
+        torch.set_num_threads(threads)
+    error = capsys.readouterr().err
+    assert "warning: the run goes on with threads 2 instead of 1, so it is not bit for bit" in error
+    effective = json.loads((list_checkpoints(run)[-1] / "config.json").read_text())["effective"]
+    assert effective == {
+        "threads": 2,
+        "compiled": effective["compiled"],
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
+    assert isinstance(effective["compiled"], bool)
+
+
 # Kills
 
 
@@ -409,6 +431,22 @@ def test_the_second_signal_does_not_wait(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def prepare(trainer: Trainer) -> None:
+            _prepare(trainer)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr("rsm_train.loop._prepare", prepare)
+        message = stopped(lambda: tiny_run(run, total_steps=100))
+    assert message == f"SIGTERM: stopped before the first step; begin again with: {resume_command(run)}"
+    assert newest(run) == 0
+    resume(run)
+    assert newest(run) == 100
+
+
 def test_a_lost_terminal_sends_its_signal_twice(tmp_path, monkeypatch):
     def hang_up(self: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -532,15 +570,16 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused_but_remains_a_policy(
     load_torch_policy(list_checkpoints(run)[-1])
 
 
-def test_training_state_of_another_shape_is_refused(uninterrupted, tmp_path):
+@pytest.mark.parametrize("name", ["generator.acting", "envs.episode", "envs.obs", "envs.actions.1"])
+def test_training_state_of_another_shape_is_refused(uninterrupted, tmp_path, name):
     from safetensors.torch import save_file
 
     run = shutil.copytree(uninterrupted, tmp_path / "run")
     path = list_checkpoints(run)[-1] / "training.safetensors"
     tensors = load_file(path)
-    del tensors["generator.acting"]
+    del tensors[name]
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="generator.acting"):
+    with pytest.raises(CheckpointError, match=f"damaged .*{name}"):
         resume(run, total_steps=300)
 
 
@@ -641,7 +680,7 @@ def test_what_old_checkpoints_lack(tmp_path, uninterrupted):
     """Checkpoints from before there was a training state are policies as they ever were."""
     run = shutil.copytree(uninterrupted, tmp_path / "run")
     for path in list_checkpoints(run):
-        (path / "training.safetensors").unlink()
+        (path / "training.safetensors").unlink(missing_ok=True)
         state = json.loads((path / "state.json").read_text())
         del state["training"]
         (path / "state.json").write_text(json.dumps(state))
