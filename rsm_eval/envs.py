@@ -70,6 +70,14 @@ def env_boxes(env: BoxEnv) -> tuple[BoxSpec, BoxSpec]:
     return _box_spec("obs", _box(env.observation_space)), _box_spec("action", _box(env.action_space))
 
 
+def env_seed(episode_seed: int) -> int:
+    """What an environment is reset with for an episode seed of 64 bits: its lower 32.
+
+    Environments with a numpy RandomState take no more.
+    """
+    return episode_seed % 2**32
+
+
 def control_dt_s(env: BoxEnv) -> float | None:
     """Seconds of simulated time between two actions; None if the environment does not say."""
     dt = getattr(env.unwrapped, "dt", None)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_eval.envs import EnvPool
+from rsm_eval.envs import EnvPool, env_seed
 from rsm_eval.rollout import action_seeds
 from rsm_serve.errors import ConfigError
 from rsm_serve.policy import Policy, check_env
@@ -75,7 +75,7 @@ def measure_latency(
     try:
         (environment,) = pool.take(1)
         check_env(policy.spec, environment)
-        obs, _ = environment.reset(seed=seed)
+        obs, _ = environment.reset(seed=env_seed(seed))
         rows: list[tuple[float, ...]] = []
         for action_seed in action_seeds(seed, warmup_calls + calls).tolist():
             action, row = _timed_act(policy, np.asarray(obs, dtype=np.float32), action_seed, deterministic)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rsm_eval.envs import BoxEnv, make_env
+from rsm_eval.envs import BoxEnv, env_seed, make_env
 
 WIDTH = 400
 """Pixels; the height follows from the environment's own frames."""
@@ -70,7 +70,7 @@ def replay(
     env = make_env(env_id, render_mode="rgb_array")
     has_sky = _prepare_scene(env)
     frames = []
-    obs, _ = env.reset(seed=seed)
+    obs, _ = env.reset(seed=env_seed(seed))
     for step, action in enumerate(actions):
         if not np.allclose(obs, observations[step], rtol=1e-3, atol=1e-3):
             raise RuntimeError(f"the simulator did not repeat the recorded episode at step {step}")

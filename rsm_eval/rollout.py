@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_eval.envs import BoxEnv, EnvPool, observation_size, time_limit
+from rsm_eval.envs import BoxEnv, EnvPool, env_seed, observation_size, time_limit
 from rsm_serve.errors import BackendError, ConfigError
 from rsm_serve.policy import ActResult, Policy, Timing, check_env
 from rsm_serve.seeds import expand_seed
@@ -109,8 +109,8 @@ def rollout(
     Args:
         policy: anything that acts.
         env: an environment id, or a pool whose environments are used and left open.
-        seeds: one episode seed per episode; resets the environment, and gives the policy's seeds by
-            `action_seeds`.
+        seeds: one episode seed per episode; resets the environment by `env_seed`, and gives the policy's
+            seeds by `action_seeds`.
         deterministic: ask the policy for its deterministic action instead.
         max_steps: truncate episodes after this many steps; None leaves it to the environment, or to
             DEFAULT_MAX_STEPS where that has no limit.
@@ -228,7 +228,7 @@ class _Episodes:
         self._action_dtype = envs[0].action_space.dtype
         self._obs_EO = np.empty((count, observation_size(envs[0])), dtype=np.float32)
         for index, (env, seed) in enumerate(zip(envs, seeds_E.tolist(), strict=True)):
-            self._obs_EO[index], _ = env.reset(seed=seed)
+            self._obs_EO[index], _ = env.reset(seed=env_seed(seed))
         self.running = list(range(count))
         self._record = record
         self._recorded: list[tuple[NDArray[np.float32], NDArray[np.float32], float]] = []

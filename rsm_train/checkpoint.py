@@ -17,7 +17,8 @@
                 training.safetensors   what only --resume needs; see rsm_train.loop.Trainer.training_state
 
 A checkpoint directory is complete or absent, and so is a replay file. The newest checkpoints (setting
-keep_checkpoints) can be resumed: their transitions are in replay/. The best one, when older, is a policy only.
+keep_checkpoints) can be resumed: their transitions are in replay/. The best one, when older, is a policy only:
+without training.safetensors.
 Order of a save: replay files, checkpoint; then the old checkpoints go, then the replay files that none needs.
 
 Networks: "policy_average" (the policy that is evaluated and exported), "policy", "critic", "critic_target";
@@ -62,7 +63,7 @@ _SPEC_FILE = "policy.json"
 _STATE_FILE = "state.json"
 _PROBE_FILE = "probe.safetensors"
 _TRAINING_FILE = "training.safetensors"
-_NAME = re.compile(r"step_(\d{9})")
+_NAME = re.compile(r"step_(\d{9,})")
 _AGAIN = "train again, or choose another checkpoint"
 _SAMPLER_KINDS: dict[type[PolicySettings], str] = {SamplerSettings: "diffusion", GaussianSettings: "gaussian"}
 
@@ -76,7 +77,7 @@ class Checkpoint:
     sampler: PolicySettings
     networks: dict[str, Params]
     state: Mapping[str, Any]
-    """"step", "updates", "evaluation" (None if it was not evaluated) and, if it can be resumed, "training"."""
+    """"step", "updates", "evaluation" (None if it was not evaluated), "training" if it could be resumed."""
     probe_obs: Tensor
     """[P, O] observations that the policy met in training."""
     config: Mapping[str, Any]
@@ -126,7 +127,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     directory = run_dir / CHECKPOINTS_DIR
     if not directory.is_dir():
         return []
-    return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name))
+    return sorted((entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name)), key=_step)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -144,15 +145,18 @@ def find_checkpoint(path: Path) -> Path:
             f"wanted a run or a checkpoint of rsm-train at {str(path)!r}, got {found}; "
             "train one with rsm-train --out"
         )
-    return max(checkpoints, key=lambda entry: (_score(entry), entry.name))
+    return max(checkpoints, key=lambda entry: (_score(entry), _step(entry)))
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+    """Delete all but the newest `keep` checkpoints and the best one, which becomes a policy only when older."""
     checkpoints = list_checkpoints(run_dir)
-    if checkpoints:
-        kept = {*checkpoints[-keep:], find_checkpoint(run_dir)}
-        for path in sorted(set(checkpoints) - kept):
+    best = find_checkpoint(run_dir) if checkpoints else None
+    for path in checkpoints[:-keep]:
+        if path == best:
+            # Its transitions go, and it is refused without this file: see `load_training`.
+            (path / _TRAINING_FILE).unlink(missing_ok=True)
+        else:
             # Out of sight first: half a checkpoint must not look like one.
             hidden = path.rename(path.with_name(f".{path.name}.pruned"))
             shutil.rmtree(hidden)
@@ -320,6 +324,11 @@ def _check_norm(where: str, norm: Mapping[str, Tensor], bias: Tensor) -> None:
                 f"{where}.{name}: wanted finite values of shape {list(bias.shape)} in {_NETWORKS_FILE}; "
                 f"{_AGAIN}"
             )
+
+
+def _step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _score(checkpoint: Path) -> float:

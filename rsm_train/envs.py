@@ -44,6 +44,20 @@ class VectorEnv(Protocol):
         ...
 
 
+def check_state(state: Mapping[str, Tensor], count: int) -> None:
+    """Check that `TrainingEnvs` can be restored from a state that was read from a file.
+
+    Raises:
+        ValueError: something is missing, or is not of so many environments.
+    """
+    per_env = ("obs", "episode", "running_return")
+    for name in (*per_env, *(f"actions.{index}" for index in range(count))):
+        if name not in state:
+            raise ValueError(f"envs.{name} is missing")
+        if name in per_env and state[name].shape[:1] != (count,):
+            raise ValueError(f"envs.{name}: wanted {count} rows, got shape {list(state[name].shape)}")
+
+
 class TrainingEnvs:
     """Environments stepped together; each resets when, and only when, its own episode ends."""
 
@@ -66,12 +80,14 @@ class TrainingEnvs:
         self.count = count
         self._episode = np.zeros(count, dtype=np.int64)
         self._running_return = np.zeros(count)
+        self._recorded = vector != "envpool"  # which restores no open episode
         self._actions: list[list[NDArray[Any]]] = [[] for _ in range(count)]
         opened: list[OpenEpisode | None] = [None] * count
         if state is not None:
             self._episode = state["episode"].numpy().copy()
             self._running_return = state["running_return"].numpy().copy()
-            self._actions = [list(state[f"actions.{i}"].numpy()) for i in range(count)]
+            if self._recorded:
+                self._actions = [list(state[f"actions.{i}"].numpy()) for i in range(count)]
             opened = [
                 OpenEpisode(int(self._episode[i]), state[f"actions.{i}"].numpy(), state["obs"][i].numpy())
                 for i in range(count)
@@ -163,7 +179,7 @@ class TrainingEnvs:
         for index, action in enumerate(env_action):
             if done[index]:
                 self._actions[index].clear()
-            else:
+            elif self._recorded:
                 self._actions[index].append(action)
         self._episode += done
 

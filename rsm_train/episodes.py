@@ -39,8 +39,11 @@ class OpenEpisode:
 
 
 def episode_seed(run_seed: int, index: int, episode: int) -> int:
-    """The seed of episode `episode` of environment `index`: 64 bits, unlike those of every other run."""
-    return int(np.random.SeedSequence(run_seed, spawn_key=(index, episode)).generate_state(1, np.uint64)[0])
+    """The seed of episode `episode` of environment `index`, a hash of all three.
+
+    32 bits, as environments with a numpy RandomState take no more.
+    """
+    return int(np.random.SeedSequence(run_seed, spawn_key=(index, episode)).generate_state(1, np.uint32)[0])
 
 
 class Episodes(gym.Wrapper[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]):
@@ -107,10 +110,10 @@ def make_episodes(
 ) -> Episodes:
     """The environment with its wrapper, in the trainer's process or in a worker's.
 
-    A worker ignores SIGINT and SIGTERM, which may reach the whole process group: the trainer takes its last
-    step and then ends the workers.
+    A worker ignores SIGINT, SIGTERM and SIGHUP, which may reach the whole process group: the trainer takes
+    its last step and then ends the workers.
     """
     if os.getpid() != trainer_pid:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     return Episodes(make_env(env_id), run_seed, index, opened)

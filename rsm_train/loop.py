@@ -38,10 +38,10 @@ from rsm_train.checkpoint import (
     save_checkpoint,
 )
 from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
-from rsm_train.envs import TrainingEnvs
+from rsm_train.envs import TrainingEnvs, check_state
 from rsm_train.evaluation import Evaluation, evaluate
 from rsm_train.kernels import Compute, can_compile
-from rsm_train.metrics import RunLog, extra_sinks
+from rsm_train.metrics import RunLog, Tolerant, extra_sinks, mute_closed_streams
 from rsm_train.networks import subset
 from rsm_train.replay import ReplayBuffer, load_segments, remove_segments, write_segments
 from rsm_train.run_directory import (
@@ -60,7 +60,7 @@ from rsm_train.stopping import RunStopped, StopRequest
 PROBE_ROWS = 256
 RECENT_EPISODES = 20
 _EVALUATION_SEED = 2**32
-"""Evaluation episodes of a run with seed s use the seeds of 2**32 + s, which no environment of the run has."""
+"""Evaluation episodes of a run with seed s use the seeds of 2**32 + s, not those of `rsm-eval --seeds s`."""
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
@@ -79,20 +79,28 @@ class Trainer:
 
         Raises:
             UnsupportedEnvError: the environment is unknown or not Box-to-Box.
-            ConfigError: the device is not available.
+            ConfigError: the device or a compiler is not available, or the replay buffer does not fit.
+            CheckpointError: the state of the environments in the checkpoint is damaged.
         """
         self.run = run
         self.algorithm_config = algorithm_config
         self.run_dir = run_dir
         self.device = pick_device(run.device)
         torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
-        training = None if checkpoint is None else checkpoint.training
+        compute = pick_compute(run, self.device)
+        self.effective = {
+            "threads": torch.get_num_threads(),
+            "compiled": compute.compile,
+            "device": str(self.device),
+            "torch": torch.__version__,
+        }
+        """What the settings came to here; other values round differently."""
+        self.changed = (
+            "" if checkpoint is None else _changes(checkpoint.config.get("effective"), self.effective)
+        )
+        """What of it is another than at the checkpoint, in words."""
         self.envs = TrainingEnvs(
-            run.env,
-            run.num_envs,
-            run.seed,
-            vector=run.vector,
-            state=None if training is None else subset(training, "envs."),
+            run.env, run.num_envs, run.seed, vector=run.vector, state=_env_state(checkpoint, run.num_envs)
         )
         # Separate streams: what is drawn for acting does not depend on how often the networks are updated,
         # and no stream of one run is a stream of the run with the next seed.
@@ -105,7 +113,7 @@ class Trainer:
             self.envs.action_size,
             generator=torch.Generator().manual_seed(initial),
             device=self.device,
-            compute=pick_compute(run, self.device),
+            compute=compute,
         )
         self.replay = ReplayBuffer(
             run.replay_size, self.envs.obs_size, self.envs.action_size, device=self.device
@@ -132,17 +140,21 @@ class Trainer:
             if self._due(self.run.eval_every):
                 self._require_finite()
                 evaluation = self.evaluate()
+                # The line of metrics belongs to its checkpoint; what is printed is true already.
                 log.evaluation(self.step, evaluation)
                 self.save(evaluation.returns, log.wall_s)
+                log.show(self.step, evaluation)
             elif self._due(self.run.checkpoint_every):
                 self.save(None, log.wall_s)
             log.advance(self.step)
         if self.step < self.run.total_steps:
             self.save(None, log.wall_s)
-            raise RunStopped(
-                f"{stop.signal_name}: stopped and saved at step {self.step:,}; go on with: "
-                f"{resume_command(self.run_dir)}"
+            done = (
+                f"stopped and saved at step {self.step:,}; go on with"
+                if self.step
+                else "stopped before the first step; begin again with"
             )
+            raise RunStopped(f"{stop.signal_name}: {done}: {resume_command(self.run_dir)}")
 
     def _due(self, every: int) -> bool:
         """Whether the present step is the first at or after a multiple of `every`, or the last of all."""
@@ -303,6 +315,7 @@ class Trainer:
         return {
             "run": dataclasses.asdict(self.run),
             "algorithm": dataclasses.asdict(self.algorithm_config),
+            "effective": self.effective,
             "provenance": provenance(),
         }
 
@@ -346,7 +359,7 @@ class Trainer:
 def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, resume: bool = False) -> Path:
     """Train and return the run directory.
 
-    SIGINT and SIGTERM, in the main thread, end the run after its present step and a checkpoint.
+    SIGINT, SIGTERM and SIGHUP, in the main thread, end the run after its present step and a checkpoint.
 
     Args:
         run: settings of the loop.
@@ -356,8 +369,8 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
             the settings are those of `rsm_train.run_directory.resume_settings`.
 
     Raises:
-        ConfigError: the run directory holds another run already or another process writes there, or the
-            device is not available.
+        ConfigError: the run directory holds another run already or another process writes there, the device
+            or a compiler is not available, or the replay buffer does not fit into memory.
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
         CheckpointError: the newest checkpoint cannot be resumed from.
         TrainingError: the run cannot go on; its last checkpoint is intact.
@@ -369,6 +382,7 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     with StopRequest() as stop, contextlib.ExitStack() as stack:
+        stack.callback(mute_closed_streams)  # for what the caller says at the end
         checkpoint = None
         continuing = resume and (run_dir / CONFIG_FILE).is_file()
         if continuing:
@@ -413,10 +427,39 @@ def _prepare(trainer: Trainer) -> None:
             f"warning: the open episodes of environments {names} could not be restored and begin anew, so the "
             "run is not bit for bit the one without an interruption"
         )
+    if trainer.changed:
+        _say(
+            f"warning: the run goes on with {trainer.changed}, so it is not bit for bit the one without an "
+            "interruption"
+        )
+
+
+def _env_state(checkpoint: Checkpoint | None, count: int) -> dict[str, Tensor] | None:
+    """What the environments of a checkpoint are restored from.
+
+    Raises:
+        CheckpointError: some of it is missing or has another length.
+    """
+    if checkpoint is None or checkpoint.training is None:
+        return None
+    state = subset(checkpoint.training, "envs.")
+    try:
+        check_state(state, count)
+    except ValueError as error:
+        raise damaged_training(checkpoint.path, error) from None
+    return state
+
+
+def _changes(before: Any, now: Mapping[str, Any]) -> str:
+    """ "threads 1 instead of 2, ..."; empty if nothing changed, or nobody noted what was before."""
+    if not isinstance(before, Mapping):
+        return ""
+    differing = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name} {now[name]} instead of {before[name]}" for name in differing)
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(sentence, file=Tolerant(sys.stderr))
 
 
 @contextlib.contextmanager

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import select
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 from rich.console import Console
@@ -115,6 +117,45 @@ def scalars(record: Record) -> dict[str, float]:
     }
 
 
+class Tolerant:
+    """A stream for the terminal whose reader may go, as that of `rsm-train | head` does: the run goes on."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or lose, the text."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is held, or keep it."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def mute_closed_streams() -> None:
+    """Lead stdout and stderr to nowhere where their reader or their terminal is gone.
+
+    Whoever writes there afterwards would fail, the interpreter at its end included.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, OSError, ValueError):
+            continue  # not one of the system's
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
 def extra_sinks(wandb_project: str | None, run_dir: Path, config: Mapping[str, Any]) -> list[Sink]:
     """The sinks beside metrics.jsonl and TensorBoard, which every run has."""
     return [] if wandb_project is None else [WeightsAndBiases(wandb_project, run_dir, config)]
@@ -139,7 +180,7 @@ class RunLog:
             TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1),
             *extra_sinks,
         ]
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or Console(file=cast("IO[str]", Tolerant(sys.stderr)))
         self._started = time.monotonic() - wall_s
         self._drawn = -_REDRAW_S
         self._progress = _progress(self._console)
@@ -195,13 +236,17 @@ class RunLog:
         )
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Record an evaluation and print a line about it."""
+        """Record an evaluation."""
         values = _statistics("eval", evaluation.returns)
         if evaluation.one_particle is not None:
             values |= _statistics("eval1", evaluation.one_particle)
         self._write(step, "eval", values)
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """Print a line about an evaluation."""
+        mean, std = np.mean(evaluation.returns), np.std(evaluation.returns)
         self._console.print(
-            f"step {step:>9,}  evaluation {values['eval_mean']:9.1f} ± {values['eval_std']:.1f} "
+            f"step {step:>9,}  evaluation {mean:9.1f} ± {std:.1f} "
             f"over {len(evaluation.returns)} episodes  {self.wall_s:6.0f} s",
             highlight=False,
             soft_wrap=True,

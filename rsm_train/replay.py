@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rsm_serve import atomic
-from rsm_serve.errors import CheckpointError
+from rsm_serve.errors import CheckpointError, ConfigError
 from rsm_train.algorithms.common import Batch
 
 SEGMENT_ROWS = 50_000
@@ -30,16 +30,27 @@ class ReplayBuffer:
     def __init__(
         self, capacity: int, obs_size: int, action_size: int, device: torch.device | str = "cpu"
     ) -> None:
+        """Raises ConfigError: it does not fit into the device's memory."""
+
         def empty(*shape: int) -> Tensor:
             return torch.empty(capacity, *shape, device=device)
 
-        self._data = Batch(
-            obs=empty(obs_size),
-            action=empty(action_size),
-            reward=empty(),
-            next_obs=empty(obs_size),
-            terminated=empty(),
-        )
+        try:
+            self._data = Batch(
+                obs=empty(obs_size),
+                action=empty(action_size),
+                reward=empty(),
+                next_obs=empty(obs_size),
+                terminated=empty(),
+            )
+        except RuntimeError as error:
+            if not re.search(r"allocate memory|out of memory|overflow", str(error), re.IGNORECASE):
+                raise
+            gib = capacity * (2 * obs_size + action_size + 2) * 4 / 2**30
+            raise ConfigError(
+                f"wanted {gib:,.1f} GiB of memory on {device} for a replay_size of {capacity:,}, got less; use "
+                "a smaller --replay-size"
+            ) from None
         self.capacity = capacity
         self.added = 0
 

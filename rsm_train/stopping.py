@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, which the training loop fulfils after its present step."""
+"""SIGINT, SIGTERM and SIGHUP as a wish to stop, which the training loop fulfils after its present step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RunStopped(Exception):  # noqa: N818 - not an error: the run is saved
@@ -15,9 +15,11 @@ class RunStopped(Exception):  # noqa: N818 - not an error: the run is saved
 
 
 class StopRequest:
-    """While entered, in the main thread, the first SIGINT or SIGTERM is noted in `signal_name`.
+    """While entered, in the main thread, the first of SIGNALS is noted in `signal_name`.
 
-    The second one acts as if nobody listened. What was in force before comes back at the end.
+    A later SIGINT or SIGTERM acts as if nobody listened; a later SIGHUP does nothing, as a terminal that is
+    lost sends two, its own and its shell's. Where SIGHUP is ignored (nohup), it stays so. What was in force
+    before comes back at the end.
     """
 
     def __init__(self) -> None:
@@ -27,19 +29,23 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        self._restore()
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+        self._restore(signal.SIGINT, signal.SIGTERM)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            handler = self._before[number]
             # None: installed by something else than Python, which cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

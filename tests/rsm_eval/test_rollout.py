@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rsm_eval.envs import EnvPool, make_env
+from rsm_eval.latency import measure_latency
 from rsm_eval.rollout import action_seeds, episode_seeds, rollout
 from rsm_serve.errors import BackendError, ConfigError, UnsupportedEnvError
 from rsm_serve.policy import Timing
@@ -88,9 +89,16 @@ def test_seed_sequences_are_those_of_expand_seed_and_extend():
     assert not set(action_seeds(4, 50).tolist()) & set(episode_seeds(4, 50).tolist())
 
 
-def test_seeds_above_63_bits_work():
-    result = rollout(constant(ENV, 1.0), ENV, [2**64 - 1])
-    assert result.lengths.tolist() == [tiny_env.expected_length(2**64 - 1)]
+def test_seeds_of_64_bits_reset_environments_that_take_32(monkeypatch):
+    monkeypatch.setattr(tiny_env, "RESETS", [])
+    policy = constant(ENV, 1.0)
+    result = rollout(policy, ENV, [2**64 - 1, 2**32 + 7, 7], record=0)
+    measure_latency(policy, ENV, calls=1, warmup_calls=0, seed=2**32 + 7)
+    assert tiny_env.RESETS[:4] == [2**32 - 1, 7, 7, 7]
+    assert result.lengths.tolist() == [tiny_env.expected_length(seed) for seed in (2**64 - 1, 7, 7)]
+    assert result.episode_seeds.tolist() == [2**64 - 1, 2**32 + 7, 7]
+    assert result.trajectory is not None
+    assert result.trajectory.episode_seed == 2**64 - 1, "the whole seed, which the actions have too"
 
 
 def test_deterministic_actions_are_asked_for():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from rsm_train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_torch_policy,
+    load_training,
+    prune_checkpoints,
     save_checkpoint,
 )
 from rsm_train.config import resolve
@@ -99,6 +102,38 @@ def test_the_best_checkpoint_is_found_and_survives_pruning(tmp_path, monkeypatch
     evaluation = load_checkpoint(run).spec.evaluation
     assert evaluation is not None
     assert evaluation["mean"] == 9.0
+    best, last = list_checkpoints(run)
+    assert (last / "training.safetensors").is_file()
+    assert not (best / "training.safetensors").exists(), "a policy only"
+    with pytest.raises(CheckpointError, match="holds a policy but not the state of its training"):
+        load_training(best)
+
+
+def test_steps_of_more_digits_come_after_those_of_less(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    names = ["step_999999999", "step_1000000000", "step_2000000000"]
+    first, second = list_checkpoints(run)
+    for name, path in zip(names, (first, second, shutil.copytree(first, tmp_path / "third")), strict=True):
+        path.rename(run / "checkpoints" / name)
+    assert [path.name for path in list_checkpoints(run)] == names
+    for path in list_checkpoints(run):
+        (path / "state.json").write_text('{"evaluation": {"mean": 1.0}}')
+    assert find_checkpoint(run).name == names[-1], "the newest of equals"
+    prune_checkpoints(run, 2)
+    assert [path.name for path in list_checkpoints(run)] == names[1:]
+
+
+def test_a_missing_compiler_is_heard_of_before_environments_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr("rsm_train.loop.can_compile", lambda device: False)
+    monkeypatch.setattr("rsm_train.loop.TrainingEnvs", None)
+    with pytest.raises(ConfigError, match="--compile off"):
+        tiny_run(tmp_path / "run", compile="on")
+
+
+def test_a_replay_buffer_that_does_not_fit_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"GiB .* replay_size of 1,000,000,000,000,000, .*--replay-size"):
+        tiny_run(tmp_path / "run", replay_size=10**15)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_update_that_diverges_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

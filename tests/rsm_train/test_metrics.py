@@ -171,7 +171,7 @@ def test_the_progress_line_fits_the_terminal(tmp_path, columns, monkeypatch):
     with RunLog(tmp_path, 1_000_000, console=console) as log:
         log.train(123_456, VALUES)
         monkeypatch.setattr(log, "left", lambda step: "1 h 2 min")
-        log.evaluation(123_456, Evaluation([-12345.6] * 20, [1.0]))
+        log.show(123_456, Evaluation([-12345.6] * 20, [1.0]))
         log.advance(124_000)
     # What is on the screen at last, cursor movements left out.
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
@@ -188,6 +188,7 @@ def test_without_a_terminal_only_evaluations_are_printed(tmp_path, capsys):
         log.advance(10)
         log.train(500, VALUES)
         log.evaluation(500, Evaluation([1.0, 2.0]))
+        log.show(500, Evaluation([1.0, 2.0]))
         log.advance(600)
     output = capsys.readouterr()
     assert output.out == ""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rsm_serve.errors import CheckpointError
+from rsm_serve.errors import CheckpointError, ConfigError
 from rsm_train.algorithms.common import Batch
 from rsm_train.replay import (
     ReplayBuffer,
@@ -34,6 +34,14 @@ def test_ring_overwrites_the_oldest_and_keeps_rows_together():
     assert torch.equal(batch.next_obs[:, 0], batch.reward + 0.5)
     assert torch.equal(batch.action[:, 0], batch.reward)
     assert torch.equal(batch.terminated, batch.reward % 2)
+
+
+@pytest.mark.parametrize("capacity", [10**15, 2**62])
+def test_memory_that_is_not_there_is_one_sentence(capacity):
+    with pytest.raises(
+        ConfigError, match=rf"wanted [\d,.]+ GiB of memory on cpu for a replay_size of {capacity:,}"
+    ):
+        ReplayBuffer(capacity, 17, 6)
 
 
 def test_sampling_is_uniform_and_only_over_what_was_stored():

@@ -26,7 +26,7 @@ from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.checkpoint import find_checkpoint, list_checkpoints, load_torch_policy
 from rsm_train.cli import main
 from rsm_train.config import resolve
-from rsm_train.loop import Trainer, train
+from rsm_train.loop import Trainer, _prepare, train
 from rsm_train.replay import ReplayBuffer, list_segments, load_segments
 from rsm_train.run_directory import lock, resume_command, resume_settings, trim_metrics
 from rsm_train.stopping import RunStopped
@@ -230,6 +230,28 @@ def test_an_environment_that_cannot_be_restored_begins_anew_and_says_so(tmp_path
     assert records(tmp_path / "run")[-1][0] == ("step", 160)
 
 
+def test_what_changes_the_arithmetic_of_a_resumed_run_is_said(tmp_path, stop_at, capsys):
+    run, threads = tmp_path / "run", torch.get_num_threads()
+    stop_at(54, 70)
+    try:
+        stopped(lambda: tiny_run(run, **{**SETTINGS, "threads": 1}))
+        stopped(lambda: resume(run))
+        assert "warning" not in capsys.readouterr().err
+        resume(run, threads=2)
+    finally:
+        torch.set_num_threads(threads)
+    error = capsys.readouterr().err
+    assert "warning: the run goes on with threads 2 instead of 1, so it is not bit for bit" in error
+    effective = json.loads((list_checkpoints(run)[-1] / "config.json").read_text())["effective"]
+    assert effective == {
+        "threads": 2,
+        "compiled": effective["compiled"],
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
+    assert isinstance(effective["compiled"], bool)
+
+
 # Kills
 
 
@@ -319,7 +341,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted, tm
 
 
 @pytest.mark.parametrize(
-    ("number", "vector"), [(signal.SIGINT, "async"), (signal.SIGTERM, "async"), (signal.SIGTERM, "sync")]
+    ("number", "vector"),
+    [(signal.SIGINT, "async"), (signal.SIGTERM, "async"), (signal.SIGHUP, "async"), (signal.SIGTERM, "sync")],
 )
 def test_a_signal_to_all_of_its_processes_saves_and_exits_0(uninterrupted, tmp_path, launcher, number, vector):
     run, error = tmp_path / "a run", tmp_path / "stderr"
@@ -374,6 +397,27 @@ def test_the_command_itself(tmp_path):
     assert newest(run) >= 10
 
 
+def test_a_run_goes_on_without_anybody_to_read_what_it_prints(tmp_path):
+    """`rsm-train ... 2>&1 | head -1`"""
+    run = tmp_path / "run"
+    code = "from rsm_train.cli import main; raise SystemExit(main())"
+    changes = {**SETTINGS, "env": "InvertedPendulum-v5", "eval_every": 40}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options(changes), "--out", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    assert process.stdout is not None
+    assert "step        40  evaluation" in process.stdout.readline()
+    process.stdout.close()
+    assert newest(run) >= 40, "saved before it was printed"
+    assert process.wait(timeout=60) == 0
+    assert newest(run) == 240
+    assert records(run)[-1][:2] == [("step", 240), ("kind", "eval")]
+
+
 def test_the_second_signal_does_not_wait(tmp_path, monkeypatch):
     def stuck(self: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -385,6 +429,45 @@ def test_the_second_signal_does_not_wait(tmp_path, monkeypatch):
         tiny_run(tmp_path / "run", **{**SETTINGS, "vector": "async"})
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def prepare(trainer: Trainer) -> None:
+            _prepare(trainer)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr("rsm_train.loop._prepare", prepare)
+        message = stopped(lambda: tiny_run(run, total_steps=100))
+    assert message == f"SIGTERM: stopped before the first step; begin again with: {resume_command(run)}"
+    assert newest(run) == 0
+    resume(run)
+    assert newest(run) == 100
+
+
+def test_a_lost_terminal_sends_its_signal_twice(tmp_path, monkeypatch):
+    def hang_up(self: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Trainer, "learn", hang_up)
+    before = signal.getsignal(signal.SIGHUP)
+    message = stopped(lambda: tiny_run(tmp_path / "run", **SETTINGS))
+    assert message.startswith("SIGHUP: stopped and saved at step 2;")
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_nohup_is_respected(tmp_path, stop_at):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(10, 20, number=signal.SIGHUP)
+        tiny_run(tmp_path / "run", **SETTINGS)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert newest(tmp_path / "run") == 240
 
 
 def test_handlers_come_back_and_threads_have_none(tmp_path, stop_at):
@@ -487,15 +570,16 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused_but_remains_a_policy(
     load_torch_policy(list_checkpoints(run)[-1])
 
 
-def test_training_state_of_another_shape_is_refused(uninterrupted, tmp_path):
+@pytest.mark.parametrize("name", ["generator.acting", "envs.episode", "envs.obs", "envs.actions.1"])
+def test_training_state_of_another_shape_is_refused(uninterrupted, tmp_path, name):
     from safetensors.torch import save_file
 
     run = shutil.copytree(uninterrupted, tmp_path / "run")
     path = list_checkpoints(run)[-1] / "training.safetensors"
     tensors = load_file(path)
-    del tensors["generator.acting"]
+    del tensors[name]
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="generator.acting"):
+    with pytest.raises(CheckpointError, match=f"damaged .*{name}"):
         resume(run, total_steps=300)
 
 
@@ -596,7 +680,7 @@ def test_what_old_checkpoints_lack(tmp_path, uninterrupted):
     """Checkpoints from before there was a training state are policies as they ever were."""
     run = shutil.copytree(uninterrupted, tmp_path / "run")
     for path in list_checkpoints(run):
-        (path / "training.safetensors").unlink()
+        (path / "training.safetensors").unlink(missing_ok=True)
         state = json.loads((path / "state.json").read_text())
         del state["training"]
         (path / "state.json").write_text(json.dumps(state))
