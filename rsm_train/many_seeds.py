@@ -29,10 +29,10 @@ from rsm_train.config import resolve, run_directory
 from rsm_train.loop import pick_device
 from rsm_train.results import EvalPoint, RunResult, read_result
 from rsm_train.run_directory import resume_settings
+from rsm_train.stopping import SIGNALS
 
 SEED_FIELD = "{seed}"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_INTERRUPTED = (EXIT_INTERRUPTED, *(-number for number in _SIGNALS))
+_INTERRUPTED = (EXIT_INTERRUPTED, *(-number for number in SIGNALS))
 """Statuses of a worker that a signal ended before it could save: while it started, or the second one."""
 _FAILED = "-"
 
@@ -237,7 +237,9 @@ def _signals_to(processes: _Processes) -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
         processes.signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    # Where SIGHUP is ignored (nohup), it stays so.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield
     finally:
