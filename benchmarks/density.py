@@ -201,7 +201,9 @@ def learn_dpmd(
 ) -> Outcome:
     """DPMD's policy after so many mirror descent steps from the uniform policy, each of so many updates."""
     started = time.perf_counter()
-    _, config = resolve({**SMALL, "algo": "dpmd", "preset": preset, "old_policy_every": updates, **changes})
+    # With the reference preset the policy learns from the TD target's actions: there is no pi_k to copy.
+    copies = {} if preset == "reference" else {"old_policy_every": updates}
+    _, config = resolve({**SMALL, "algo": "dpmd", "preset": preset, **copies, **changes})
     assert isinstance(config, DPMDConfig)
     compute = Compute(precision)
     algorithm = DPMD(config, 1, 2, generator=torch.Generator().manual_seed(seed), compute=compute)

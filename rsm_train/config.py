@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -245,7 +245,7 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    _refuse_ineffective(set(chosen), algorithm)
+    _refuse_ineffective(chosen, algorithm)
     return run, algorithm
 
 
@@ -271,10 +271,11 @@ def make_algorithm(
     return SAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
 
 
-def _refuse_ineffective(given: set[str], algorithm: AlgorithmConfig) -> None:
+def _refuse_ineffective(given: Mapping[str, Any], algorithm: AlgorithmConfig) -> None:
     """Refuse what was asked for and would change nothing."""
     if isinstance(algorithm, SACConfig):
-        _refuse(given, ("precision", "compile"), "an algorithm that samples particles, dpmd or sdac")
+        asked = {name for name, value in (("precision", "bf16"), ("compile", "on")) if given.get(name) == value}
+        _refuse(asked, ("precision", "compile"), "an algorithm that samples particles, dpmd or sdac")
         return
     if algorithm.temperature_schedule != "kl":
         _refuse(given, ("target_kl",), "temperature_schedule kl")
@@ -286,7 +287,7 @@ def _refuse_ineffective(given: set[str], algorithm: AlgorithmConfig) -> None:
         _refuse(given, ("old_policy_every", "proposal_noise"), "policy_actions policy")
 
 
-def _refuse(given: set[str], names: tuple[str, ...], needed: str) -> None:
+def _refuse(given: Collection[str], names: tuple[str, ...], needed: str) -> None:
     for name in names:
         if name in given:
             raise ConfigError(f"wanted {needed} with {name}, which changes nothing without; leave it out")
