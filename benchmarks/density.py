@@ -324,8 +324,6 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     results = {key: learn() for key, learn in CASES.items()}
-    if options.picture:
-        draw(results, options.picture)
     rows = {
         key: {
             "kl": round(outcome.kl, 4),
@@ -338,6 +336,8 @@ def main() -> None:
     }
     bounds = {"kl": MAX_KL, "mass": MAX_MASS_ERROR}
     write_record({"bounds": bounds, "floor": round(floor_kl(), 4), "results": rows}, options.out)
+    if options.picture:
+        draw(results, options.picture)
 
 
 if __name__ == "__main__":
