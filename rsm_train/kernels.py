@@ -1,7 +1,7 @@
 """Matrix products and compiled functions: the same numbers to rounding, in less time.
 
 Measured on two cores of an AVX-512 machine (benchmarks/results/learner.json): oneDNN's float32 product runs at
-2.2 times the rate of the one torch picks on AMD processors; compiled by TorchInductor, the activations between
+twice the rate of the one torch picks on AMD processors; compiled by TorchInductor, the activations between
 two products are one pass over memory instead of five.
 """
 
