@@ -26,7 +26,7 @@ def _command() -> click.Command:
         "--dry-run",
         is_flag=True,
         help="Show the resolved configuration and an estimate of time, memory and disk, measured in a few "
-        "seconds; write nothing.",
+        "seconds after compilation; write nothing.",
     )
     @click.option(
         "--seeds",

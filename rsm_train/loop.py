@@ -221,7 +221,7 @@ class Trainer:
     def training_state(self) -> dict[str, Tensor]:
         """What learning continues from beside the networks and the replay buffer.
 
-        "algorithm.*" is `Algorithm.state`, "envs.*" `TrainingEnvs.state`, "means.*" the sums of the metrics
+        "algorithm.*" is `Agent.state`, "envs.*" `TrainingEnvs.state`, "means.*" the sums of the metrics
         since the last log line, "generator.*" the states of the random generators, "recent_returns" the last
         episode returns.
         """

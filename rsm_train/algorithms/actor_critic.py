@@ -10,7 +10,7 @@ An algorithm owns an `ActorCritic` and adds the rule by which the policy learns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,7 +34,6 @@ from rsm_train.algorithms.common import (
 )
 from rsm_train.critic import choose_best, init_critics, q_values, select_value
 from rsm_train.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
-from rsm_train.graphs import Captured
 from rsm_train.inference import Inference
 from rsm_train.kernels import Compute
 from rsm_train.networks import Params, init_denoiser
@@ -300,10 +299,6 @@ class ActorCritic:
         """Dual ascent: warmer where the weights are sharper than target_kl; nothing with another schedule."""
         if self.config.temperature_schedule == "kl":
             self.log_alpha.add_(KL_RATE * (kl - self.config.target_kl))
-
-    def capture(self, update: Callable[..., Metrics]) -> Captured:
-        """A pure update as something that a GPU replays."""
-        return Captured(update, self.device)
 
     # --- keeping --------------------------------------------------------------------------------------------
 

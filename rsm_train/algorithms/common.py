@@ -114,12 +114,7 @@ def save_state(optimizers: Optimizers, kept: Mapping[str, Tensor]) -> dict[str, 
 
 
 def load_state(optimizers: Optimizers, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """The reverse of `save_state`; `kept` is changed in place.
-
-    Raises:
-        KeyError: a tensor is missing.
-        ValueError: a tensor of `kept` has another shape.
-    """
+    """The reverse of `save_state`; `kept` is changed in place. Raises what `load_params` does."""
     for name, (optimizer, params) in optimizers.items():
         for key, param in params.items():
             if f"{name}.step.{key}" in state:

@@ -23,6 +23,7 @@ from torch import Tensor
 from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
 from rsm_train.algorithms.common import Batch, Metrics, copy_params, explore, load_params, weight_health
 from rsm_train.diffusion import forward_noise
+from rsm_train.graphs import Captured
 from rsm_train.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.networks import observe, predict_noise, split_denoiser
 
@@ -123,7 +124,7 @@ class DPMD:
         # Running statistics of Q, for the scalings that need them.
         start = {"mean": torch.zeros((), device=device), "std": torch.ones((), device=device)}
         self._q = self.agent.keep("q", start)
-        self._captured = {due: self.agent.capture(self._learning(due)) for due in (False, True)}
+        self._captured = {due: Captured(self._learning(due), self.agent.device) for due in (False, True)}
 
     def update(self, batch: Batch, noise: DPMDNoise) -> Metrics:
         """One critic update and, every `policy_every`-th time, one policy update."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
 from rsm_train.algorithms.common import Batch, Metrics, weight_health
 from rsm_train.diffusion import NoiseSchedule, forward_noise
+from rsm_train.graphs import Captured
 from rsm_train.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.networks import observe, predict_noise, split_denoiser
 
@@ -90,7 +91,7 @@ class SDAC:
         self.agent = ActorCritic(
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
-        self._captured = {due: self.agent.capture(self._learning(due)) for due in (False, True)}
+        self._captured = {due: Captured(self._learning(due), self.agent.device) for due in (False, True)}
 
     def update(self, batch: Batch, noise: SDACNoise) -> Metrics:
         """One critic update and, every `policy_every`-th time, one policy update."""

@@ -200,11 +200,15 @@ def test_a_worker_that_dies_is_one_sentence(monkeypatch):
 
 def test_signals_for_the_trainer_do_not_end_its_workers():
     envs = TrainingEnvs(f"{MODULE}:RsmLong-v0", 2, 5, vector="async")
-    for worker in getattr(envs._envs, "processes"):  # noqa: B009
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGHUP)
-    envs.step(torch.zeros(2, 2))
+    workers = list(getattr(envs._envs, "processes"))  # noqa: B009
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    before = envs.obs.clone()
+    batch, _ = envs.step(torch.zeros(2, 2))
+    assert torch.equal(batch.obs, before)
+    assert torch.isfinite(batch.next_obs).all()
+    assert all(worker.is_alive() for worker in workers)
     envs.close()
 
 
