@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from tests.bundles import make_spec, write_bundle
 
 # Two workers share two cores: a second thread of torch would wait for a core at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started by nohup, or in the background by a shell, signals arrive ignored, and so they would in every process
+# that a test starts and then tells to stop.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
