@@ -5,7 +5,7 @@
 
 SHELL := /bin/sh
 PYTHON ?= python3
-EXTRAS := serve,train,export,eval,dev
+EXTRAS := serve,serve-openvino,train,export,eval,dev
 BIN := .venv/bin
 READY := .venv/.ready
 UV := uv==0.13.9

@@ -35,10 +35,6 @@ CONFIG_FILE = "config.pbtxt"
 PAYLOAD_FILES = (MODEL_FILE, SPEC_FILE, PROBE_FILE)
 MANIFEST_SCHEMA_VERSION = 1
 
-PROBE_TOLERANCE = 1e-4
-"""Largest error of a replayed probe action, as a fraction of the action range; leaves room for another
-CPU's order of summation, far below what an action means to an environment."""
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 

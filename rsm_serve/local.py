@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.bundle import PROBE_TOLERANCE, Bundle, load_bundle
+from rsm_serve.bundle import Bundle, load_bundle
 from rsm_serve.commandline import require_extra
 from rsm_serve.errors import BackendError, BundleError, UsageError
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, Timing, act_rows
@@ -66,8 +66,8 @@ class LocalPolicy:
     `act` and `act_batch` may be called from one thread at a time.
 
     Raises:
-        BundleError: the graph fails, or its probe actions are off by more than PROBE_TOLERANCE of the
-            action range.
+        BundleError: the graph fails, or its probe actions are off by more than the specification's
+            tolerance.
     """
 
     def __init__(self, bundle: Bundle, session: Session, *, warm_up_rows: Sequence[int] = (1,)) -> None:
@@ -190,10 +190,11 @@ class LocalPolicy:
         action_PA = self._run_or_reject([ActRows(probe.obs, None, probe.noise, single=False)])
         error_PA = np.abs(action_PA - probe.action) / (self._high - self._low)
         worst = float(error_PA.max())
-        if not worst <= PROBE_TOLERANCE:  # also true for NaN
+        if not worst <= self._spec.tolerance:  # also true for NaN
             raise BundleError(
                 f"bundle {self._bundle.path}: wanted the recorded probe actions to within "
-                f"{PROBE_TOLERANCE:g} of the action range, got an error of {worst:.3g}; export the policy again"
+                f"{self._spec.tolerance:g} of the action range, got an error of {worst:.3g}; "
+                "export the policy again"
             )
         logger.debug("probe of %s replayed, largest error %.3g", self._bundle.path, worst)
 

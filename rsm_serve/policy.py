@@ -19,8 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from rsm_serve.errors import BundleError, InvalidRequestError, UnsupportedEnvError
 from rsm_serve.seeds import draw_noise, resolve_seeds
 
-SCHEMA_VERSION = 1
-"""Version of the policy.json layout."""
+SCHEMA_VERSION = 2
+"""Version of the policy.json layout. 2 added `sampling`, `accuracy` and `tolerance`."""
+READABLE_SCHEMA_VERSIONS = (1, 2)
+
+DEFAULT_TOLERANCE = 1e-4
+"""Of a float32 graph: leaves room for another CPU's order of summation, far below what an action means to an
+environment."""
 
 Seed = int | NDArray[np.uint64] | list[int] | None
 
@@ -78,6 +83,14 @@ class PolicySpec:
     """Whether the policy returns the critic's value of the chosen particle."""
     version: str = "0"
     """A positive number for a bundle; "0" for a policy that was never exported."""
+    sampling: Mapping[str, Any] | None = None
+    """How the chain denoises: "schedule", "train_steps", "timesteps" (of the schedule, in the order they are
+    taken), "eta", "prior_std"; None where it is not recorded."""
+    tolerance: float = DEFAULT_TOLERANCE
+    """How far two runtimes may be apart, as a fraction of the action range; for reduced precision more."""
+    accuracy: Mapping[str, Any] | None = None
+    """Of an exported graph against the policy it was made from: "rows", "max_error" and "mean_error" as
+    fractions of the action range, "other_particle_rate"; None for a policy that was never exported."""
     evaluation: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -91,6 +104,8 @@ class PolicySpec:
                 f"a policy needs whole numbers steps >= 1 and particles >= 1, "
                 f"got {self.steps!r} and {self.particles!r}"
             )
+        if not isinstance(self.tolerance, int | float) or not 0 < self.tolerance < 1:
+            raise BundleError(f"a policy needs a tolerance between 0 and 1, got {self.tolerance!r}")
         for low, high in zip(self.action.low, self.action.high, strict=True):
             if low is None or high is None or not low < high:
                 raise BundleError(
@@ -129,12 +144,14 @@ class PolicySpec:
             data = json.loads(text)
         except ValueError as error:
             raise BundleError(f"policy.json is not JSON ({error}); export the policy again") from None
-        if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-            found = data.get("schema_version") if isinstance(data, dict) else None
+        found = data.get("schema_version") if isinstance(data, dict) else None
+        if found not in READABLE_SCHEMA_VERSIONS:
+            newer = isinstance(found, int) and found > SCHEMA_VERSION
             raise BundleError(
-                f"wanted policy.json of schema version {SCHEMA_VERSION}, got {found}; "
-                "export the policy again with this version of rsm-toolkit"
+                f"wanted policy.json of schema version {' or '.join(map(str, READABLE_SCHEMA_VERSIONS))}, "
+                f"got {found}; " + ("install a newer rsm-toolkit" if newer else "export the policy again")
             )
+        data["schema_version"] = SCHEMA_VERSION  # what version 1 lacks has a default
         noise_shape = data.pop("noise_shape", None)
         try:
             for box in ("observation", "action"):

@@ -23,7 +23,7 @@ def test_a_specification_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema version 1, got 2"),
+        ({"schema_version": 3}, "schema version 1 or 2, got 3; install a newer rsm-toolkit"),
         ({"noise_shape": [3, 2, 9]}, "contradicts itself"),
         ({"steps": 0}, "steps >= 1"),
         ({"steps": "3"}, "steps >= 1.*got '3'"),
