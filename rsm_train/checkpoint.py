@@ -50,7 +50,7 @@ from torch import Tensor
 from rsm_serve import atomic
 from rsm_serve.errors import BundleError, CheckpointError
 from rsm_serve.policy import PolicySpec
-from rsm_train.diffusion import GaussianSettings, PolicySettings, SamplerSettings, SelectionName, make_schedule
+from rsm_train.diffusion import GaussianSettings, PolicySettings, SamplerSettings, SelectionName
 from rsm_train.networks import TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, Params, subset
 from rsm_train.policy import GaussianWeights, PolicyWeights, TorchPolicy
 
@@ -281,7 +281,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
 
 def _check_sampler(where: str, sampler: SamplerSettings) -> None:
     try:
-        make_schedule(sampler.schedule, sampler.steps)
+        sampler.make_schedule()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
     if not isinstance(sampler.prior_std, (float, int)) or not sampler.prior_std > 0:

@@ -33,25 +33,23 @@ class Inference:
         self._values = kernels.compiled(q_values, compute.compile)
         device = schedule.betas.device
         # Constants as tensors, so that all steps are one compiled function.
-        self._constants = torch.tensor(
-            [tuple(vars(step).values()) for step in schedule.reverse_steps], device=device
-        )
+        self._constants = torch.tensor([step.constants for step in schedule.reverse_steps], device=device)
 
     @torch.no_grad()
     def sample(self, policy: Mapping[str, Tensor], obs_BO: Tensor, noise_BTNA: Tensor) -> Tensor:
         """N actions per observation, [B, N, A] in [-1, 1]; see `networks.sample_actions`."""
         denoiser = split_denoiser(policy, self._schedule.steps)
-        last = self._schedule.steps - 1
+        last = len(self._schedule.reverse_steps) - 1
         obs_part = observe(denoiser, obs_BO)
         tail = {name: value.to(self._dtype) for name, value in denoiser.tail.items()}
         groups = []
         for rows in _groups(len(obs_BO), noise_BTNA.shape[2], obs_BO.device):
             part, noise = obs_part[rows], noise_BTNA[rows]
             action = self._prior_std * noise[:, 0]
-            for k in range(last + 1):
+            for k, step in enumerate(self._schedule.reverse_steps):
                 # The last step's std is 0: which noise it is given does not matter.
                 z = noise[:, k + 1] if k < last else noise[:, 0]
-                step_part = denoiser.step_bias[last - k]
+                step_part = denoiser.step_bias[step.t]
                 action = self._step(
                     tail, denoiser.action_weight, part, step_part, action, z, self._constants[k]
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rsm_serve.policy import ActResult, PolicySpec, Seed, Timing, act_rows
 from rsm_train.critic import choose_best, q_values, select_value
-from rsm_train.diffusion import NoiseSchedule, SamplerSettings, make_schedule
+from rsm_train.diffusion import NoiseSchedule, SamplerSettings
 from rsm_train.networks import Params, SplitDenoiser, gaussian, sample_actions, split_denoiser
 
 
@@ -44,6 +45,7 @@ class PolicyWeights:
 
     denoiser: SplitDenoiser
     critics: Params
+    """Empty where one particle needs no choice; there is then no value."""
     schedule: NoiseSchedule
     sampler: SamplerSettings
     scale: ActionScale
@@ -57,17 +59,34 @@ class PolicyWeights:
         spec: PolicySpec,
     ) -> PolicyWeights:
         """Detached copies of the parameters, with all that does not depend on the observation folded."""
-        schedule = make_schedule(sampler.schedule, sampler.steps)
+        schedule = sampler.make_schedule()
         with torch.no_grad():
             frozen = {name: value.detach().clone().cpu() for name, value in policy.items()}
             denoiser = split_denoiser(frozen, schedule.steps)
         fixed_critics = {name: value.detach().clone().cpu() for name, value in critics.items()}
         return cls(denoiser, fixed_critics, schedule, sampler, ActionScale.of(spec))
 
-    def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor]:
-        """All N particles [B, N, A] in [-1, 1] and their values [B, N]."""
+    def double(self) -> PolicyWeights:
+        """The same in float64, to tell rounding from error."""
+
+        def cast(params: Mapping[str, Tensor]) -> Params:
+            return {name: value.double() for name, value in params.items()}
+
+        d = self.denoiser
+        parts = (d.obs_weight.double(), d.action_weight.double(), d.step_bias.double())
+        return dataclasses.replace(
+            self,
+            denoiser=SplitDenoiser(*parts, cast(d.tail)),
+            critics=cast(self.critics),
+            scale=ActionScale(**cast(vars(self.scale))),
+        )
+
+    def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All N particles [B, N, A] in [-1, 1] and their values [B, N], None without critics."""
         s = self.sampler
         action_BNA = sample_actions(self.denoiser, self.schedule, obs_BO, noise_BTNA, prior_std=s.prior_std)
+        if not self.critics:
+            return action_BNA, None
         q_EBN = q_values(self.critics, obs_BO, action_BNA)
         return action_BNA, select_value(q_EBN, s.selection, s.selection_std)
 
@@ -99,9 +118,12 @@ class GaussianWeights:
 
 def act_best_of_n(
     weights: PolicyWeights | GaussianWeights, obs_BO: Tensor, noise_BTNA: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The policy as a pure function: action [B, A] in environment units, and its value q [B]."""
-    action_BA, q_B = choose_best(*weights.particles(obs_BO, noise_BTNA))
+) -> tuple[Tensor, Tensor | None]:
+    """The policy as a pure function: action [B, A] in environment units, and its value q [B], if it has one."""
+    action_BNA, q_BN = weights.particles(obs_BO, noise_BTNA)
+    if q_BN is None:
+        return weights.scale.to_env(action_BNA[:, 0]), None
+    action_BA, q_B = choose_best(action_BNA, q_BN)
     return weights.scale.to_env(action_BA), q_B
 
 
@@ -114,11 +136,11 @@ class TorchPolicy:
 
     def particles(
         self, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """All N particles [B, N, A] in environment units, and their values [B, N]."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """All N particles [B, N, A] in environment units, and their values [B, N], None without critics."""
         with torch.inference_mode():
             action, q = self.weights.particles(torch.from_numpy(obs_BO), torch.from_numpy(noise_BTNA))
-            return self.weights.scale.to_env(action).numpy(), q.numpy()
+            return self.weights.scale.to_env(action).numpy(), None if q is None else q.numpy()
 
     def act(
         self,
@@ -142,4 +164,6 @@ class TorchPolicy:
             batch_rows=len(rows.obs_BO),
             total_us=(end - start) * 1e6,
         )
-        return rows.result(action.numpy(), q.numpy(), version=self.spec.version, timing=timing)
+        return rows.result(
+            action.numpy(), None if q is None else q.numpy(), version=self.spec.version, timing=timing
+        )
