@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsm_export.config import Precision
 from rsm_serve.errors import ParityError
+from rsm_serve.policy import PolicySpec
 from rsm_train.policy import PolicyWeights, TorchPolicy
 
 Array = NDArray[np.float32]
@@ -26,6 +28,16 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, 
 """Largest allowed error of actions and of values."""
 _ROUNDING_FACTOR = 4
 """How much more than the policy's own float32 rounding a float32 graph may be off."""
+
+
+class Original(Protocol):
+    """What a graph is compared with; a `TorchPolicy` is one."""
+
+    spec: PolicySpec
+
+    def particles(self, obs_BO: Array, noise_BTNA: Array) -> tuple[Array, Array | None]:
+        """All N particles [B, N, A] in environment units, and their values [B, N], None without critics."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Accuracy:
 
 
 def compare(
-    policy: TorchPolicy,
+    policy: Original,
     obs_BO: Array,
     noise_BTNA: Array,
     action_BA: Array,
@@ -131,7 +143,7 @@ def allowed(policy: TorchPolicy, obs_BO: Array, noise_BTNA: Array, precision: Pr
     return Tolerance(*(max(TOLERANCES["fp32"], _ROUNDING_FACTOR * float(found.max())) for found in rounding))
 
 
-def _span(policy: TorchPolicy) -> Array:
+def _span(policy: Original) -> Array:
     return policy.spec.action_high - policy.spec.action_low
 
 

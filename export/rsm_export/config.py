@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from rsm_serve.errors import ConfigError
@@ -13,7 +14,7 @@ SamplerName = Literal["ddpm", "ddim"]
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How the exported chain samples; what is None stays as it was trained.
+    """How the exported chain samples; what is None stays as it was trained, or is searched for.
 
     Raises:
         ConfigError: a value is out of range, or eta without ddim.
@@ -22,9 +23,12 @@ class ExportConfig:
     steps: int | None = field(
         default=None, metadata={"help": "Denoising steps to take, evenly spread over those that were trained."}
     )
-    sampler: SamplerName = field(
-        default="ddpm",
-        metadata={"help": "Reverse steps with the noise of DDPM, or DDIM, which adds --eta times as much."},
+    sampler: SamplerName | None = field(
+        default=None,
+        metadata={
+            "help": "Reverse steps with the noise of DDPM, or DDIM, which adds --eta times as much.  "
+            "[default: ddpm]"
+        },
     )
     eta: float | None = field(
         default=None,
@@ -54,5 +58,40 @@ class ExportConfig:
             raise ConfigError(f"wanted --prior-std above 0, got {self.prior_std}")
         if self.eta is not None and (self.sampler != "ddim" or not 0 <= self.eta <= 1):
             raise ConfigError(
-                f"wanted --eta from 0 to 1 with --sampler ddim, got {self.eta} with {self.sampler}"
+                f"wanted --eta from 0 to 1 with --sampler ddim, got {self.eta} with {self.sampler or 'ddpm'}"
             )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How closely, and in what, the exported policy must return what the full one returns.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    tolerance: float = field(
+        default=0.02,
+        metadata={"help": "Loss of return that is allowed, as a fraction of the full policy's mean return."},
+    )
+    env: str | None = field(
+        default=None,
+        metadata={
+            "help": "Act in this environment (an id or module:EnvId): --auto searches in it, by default in the "
+            "policy's own; without --auto the return is one of the checks."
+        },
+    )
+    episodes: int = field(default=20, metadata={"help": "Episodes that the returns are compared on."})
+    plot: Path | None = field(
+        default=None, metadata={"help": "With --auto: draw latency against return to this .svg, .png or .pdf."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"wanted --tolerance between 0 and 1, got {self.tolerance}")
+        if self.episodes < 2:
+            raise ConfigError(
+                f"wanted --episodes of at least 2, got {self.episodes}; one says nothing of chance"
+            )
+        if self.plot is not None and self.plot.suffix not in (".svg", ".png", ".pdf"):
+            raise ConfigError(f"wanted --plot with the suffix .svg, .png or .pdf, got {str(self.plot)!r}")

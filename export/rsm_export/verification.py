@@ -42,6 +42,10 @@ class Verification:
     checks: tuple[Check, ...]
     accuracy: Accuracy
 
+    def with_check(self, name: str, finding: str) -> Verification:
+        """The same and one more."""
+        return Verification((*self.checks, Check(name, finding)), self.accuracy)
+
 
 def verify(
     model: onnx.ModelProto,

@@ -1,17 +1,18 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import onnx
 import pytest
-import torch
-from onnx import helper
-from rsm_export import exporter
-from rsm_export.chain import UnrolledPolicy, example_inputs
+from rsm_export import build
+from rsm_export.build import make_probe, sampled_policy
+from rsm_export.chain import fold
 from rsm_export.cli import main
-from rsm_export.exporter import export_checkpoint, make_probe
-from rsm_export.onnx_graph import FORBIDDEN_OPS, OPSET, build_graph, check_static_rules
-from rsm_export.parity import TOLERANCE, check_parity
+from rsm_export.config import ExportConfig
+from rsm_export.exporter import export_checkpoint
+from rsm_export.onnx_graph import OPSET
+from rsm_export.static_rules import FORBIDDEN_OPS
 
 from rsm_serve.bundle import load_bundle
 from rsm_serve.client import PolicyClient
@@ -20,9 +21,7 @@ from rsm_serve.errors import BundleError, CheckpointError, ParityError
 from rsm_serve.local import open_policy
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
-from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_train.checkpoint import load_checkpoint, load_torch_policy
-from rsm_train.policy import PolicyWeights, TorchPolicy
 from tests.rsm_train.runs import tiny_run
 
 
@@ -115,79 +114,21 @@ def test_config_pbtxt_states_shapes_without_the_batch_axis(made):
         assert line in text
 
 
-class Shifted:
-    """A session whose last row is off by a given fraction of the action range."""
+@pytest.mark.parametrize("particles", [None, 1])
+def test_a_graph_that_acts_differently_writes_no_bundle(run_dir, tmp_path, monkeypatch, particles):
+    def crooked(weights):
+        folded = fold(weights)
+        return dataclasses.replace(folded, noise_scale=-folded.noise_scale)
 
-    def __init__(self, session, shift):
-        self._session, self._shift = session, shift
-
-    def run(self, obs, noise):
-        action, q = self._session.run(obs, noise)
-        action[-1] += self._shift * 6.0
-        return action, q
-
-
-@pytest.mark.parametrize(("shift", "passes"), [(0.0, True), (0.8e-5, True), (3e-5, False), (np.nan, False)])
-def test_parity_allows_its_tolerance_and_no_more(run_dir, made, shift, passes):
-    policy = load_torch_policy(run_dir)
-    session = Shifted(OnnxRuntimeSession(load_bundle(made.path).model, policy.spec), shift)
-    if passes:
-        assert check_parity(policy, session, observations(30)).max_error <= TOLERANCE
-    else:
-        with pytest.raises(ParityError, match=r"batch 1, row 0 is .* no bundle was written"):
-            check_parity(policy, session, observations(30))
-
-
-def test_parity_lets_a_tie_be_broken_either_way_and_nothing_else(run_dir, made, monkeypatch):
-    policy = load_torch_policy(run_dir)
-    session = OnnxRuntimeSession(load_bundle(made.path).model, policy.spec)
-    monkeypatch.setattr("rsm_export.parity.BATCH_SIZES", (64,))
-    real = TorchPolicy.particles
-
-    def second_best_ties(gap):
-        def particles(self, obs, noise):
-            actions, q = real(self, obs, noise)
-            order = np.argsort(q, axis=1)
-            rows = np.arange(len(q))
-            best, second = order[:, -1], order[:, -2]
-            top = q[rows, best].copy()
-            # The policy prefers what the graph ranks second, by a hair or by more.
-            q[rows, best], q[rows, second] = top - gap, top
-            return actions, q
-
-        return particles
-
-    monkeypatch.setattr(TorchPolicy, "particles", second_best_ties(1e-6))
-    assert check_parity(policy, session, observations(64)).max_error <= TOLERANCE
-    monkeypatch.setattr(TorchPolicy, "particles", second_best_ties(1e-2))
-    with pytest.raises(ParityError, match="does not act like"):
-        check_parity(policy, session, observations(64))
-
-
-def test_parity_compares_the_values_too(run_dir, made):
-    policy = load_torch_policy(run_dir)
-    session = OnnxRuntimeSession(load_bundle(made.path).model, policy.spec)
-
-    class Overvalued:
-        def run(self, obs, noise):
-            action, q = session.run(obs, noise)
-            assert q is not None
-            return action, q + 1e-3
-
-    with pytest.raises(ParityError, match="does not value like"):
-        check_parity(policy, Overvalued(), observations(30))
-
-
-def test_a_graph_that_acts_differently_writes_no_bundle(run_dir, tmp_path, monkeypatch):
-    class Crooked(UnrolledPolicy):
-        def forward(self, obs, noise):
-            action, q = super().forward(obs, noise)
-            return -action, q
-
-    monkeypatch.setattr(exporter, "UnrolledPolicy", Crooked)
-    with pytest.raises(ParityError, match="does not act like the policy"):
-        export_checkpoint(run_dir, tmp_path / "repository", "tiny")
+    monkeypatch.setattr(build, "fold", crooked)
+    with pytest.raises(ParityError, match="check 'parity' failed: the graph does not act like the policy"):
+        export_checkpoint(run_dir, tmp_path / "repository", "tiny", ExportConfig(particles=particles))
     assert not (tmp_path / "repository").exists()
+    made = export_checkpoint(run_dir, tmp_path / "repository", "tiny", ExportConfig(verify=False))
+    assert made.verification is None
+    assert made.spec.accuracy is None
+    with pytest.raises(BundleError, match="wanted the recorded probe actions"):
+        open_policy(made.path)
 
 
 def test_a_failed_write_leaves_the_repository_as_it_was(run_dir, tmp_path, monkeypatch):
@@ -208,75 +149,17 @@ def test_probe_rows_have_a_clear_winner(run_dir):
     probe = make_probe(policy, checkpoint.probe_obs.numpy())
     assert len(probe.obs) == 8
     np.testing.assert_array_equal(policy.act(probe.obs, noise=probe.noise).action, probe.action)
-    gaps = exporter._value_gap(policy, probe.obs, probe.noise)
+    gaps = build._value_gap(policy, probe.obs, probe.noise)
     rows = checkpoint.probe_obs.numpy()[:64]
-    typical = exporter._value_gap(policy, rows, draw_noise(expand_seed(1, len(rows)), policy.spec.noise_shape))
+    typical = build._value_gap(policy, rows, draw_noise(expand_seed(1, len(rows)), policy.spec.noise_shape))
     assert gaps.min() > np.median(typical)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 9])
-def test_unrolled_policy_is_the_policy(run_dir, rows):
-    policy = load_torch_policy(run_dir)
-    assert isinstance(policy.weights, PolicyWeights)
-    unrolled = UnrolledPolicy(policy.weights)
-    obs, noise = example_inputs(unrolled, policy.spec.noise_shape, rows)
-    action, q = unrolled(obs, noise)
-    wanted = policy.act(obs.numpy(), noise=noise.numpy())
-    assert np.array_equal(action.numpy(), wanted.action)
-    assert wanted.q is not None
-    assert np.array_equal(q.numpy(), wanted.q)
-
-
-def one_node_graph(op_type, batch="B", dtype=onnx.TensorProto.FLOAT):
-    node = helper.make_node(op_type, ["obs"], ["action"])
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [node], "g", [value("obs", dtype, [batch, 4])], [value("action", dtype, [batch, 4])]
-    )
-    return helper.make_model(graph)
-
-
-def test_static_rules_refuse_what_a_backend_could_not_run():
-    check_static_rules(one_node_graph("Tanh"))
-    for model, words in (
-        (one_node_graph("RandomNormalLike"), "RandomNormalLike"),
-        (one_node_graph("NonZero"), "NonZero"),
-        (one_node_graph("Tanh", batch=3), "batch axis"),
-        (one_node_graph("Tanh", dtype=onnx.TensorProto.DOUBLE), "float32"),
-    ):
-        with pytest.raises(BundleError, match=words):
-            check_static_rules(model)
-
-
-def test_random_weights_of_other_sizes_export_too(run_dir, tmp_path):
-    """Humanoid-like sizes, one step, one particle: nothing in the exporter knows the demo's sizes."""
-    from rsm_serve.policy import BoxSpec
-    from rsm_train.critic import init_critics
-    from rsm_train.diffusion import SamplerSettings
-    from rsm_train.networks import init_denoiser
-
-    box = BoxSpec(tuple("abc"), (-0.4, 0.0, -2.0), (0.4, 5.0, 2.0))
-    obs_box = BoxSpec(tuple(f"o{i}" for i in range(48)), (None,) * 48, (None,) * 48)
-    base = load_torch_policy(run_dir).spec
-    for steps, particles in ((1, 1), (3, 5)):
-        spec = dataclasses.replace(base, observation=obs_box, action=box, steps=steps, particles=particles)
-        g = torch.Generator().manual_seed(0)
-        weights = PolicyWeights.prepare(
-            init_denoiser(48, 3, [24, 24], g),
-            init_critics(48, 3, [24], g),
-            SamplerSettings("linear", steps, particles, 1.0),
-            spec,
-        )
-        policy = TorchPolicy(spec, weights)
-        session = OnnxRuntimeSession(build_graph(UnrolledPolicy(weights), spec.noise_shape), spec)
-        obs = np.random.default_rng(0).normal(size=(20, 48)).astype(np.float32)
-        assert check_parity(policy, session, obs).max_error <= TOLERANCE
 
 
 def test_command_line(run_dir, tmp_path, capsys):
     assert main([str(run_dir), "--repo", str(tmp_path), "--name", "tiny"]) == 0
     out = capsys.readouterr().out
-    assert "parity: max error" in out
+    assert re.search(r"^parity: +max error \d\.\de-\d\d of the action range", out, re.M)
+    assert re.search(r"^graph: +ddpm, 5 steps, 4 particles, fp32; \d+ nodes, .* MFLOP", out, re.M)
     assert str(tmp_path / "tiny" / "1") in out
 
 
@@ -313,10 +196,95 @@ def test_an_sdac_policy_with_normalised_critics_of_another_selection_is_exported
         critic_std_factor=-0.5,
     )
     export = export_checkpoint(run, tmp_path / "repo")
-    assert export.parity.max_error <= TOLERANCE
+    assert export.verification is not None
+    assert export.verification.accuracy.max_error <= 1e-5
     policy, obs = load_torch_policy(run), np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     ours, theirs = policy.act(obs, seed=3), open_policy(export.path).act(obs, seed=3)
     np.testing.assert_allclose(ours.action, theirs.action, atol=1e-4)
     assert ours.q is not None
     assert theirs.q is not None
     np.testing.assert_allclose(ours.q, theirs.q, atol=1e-4)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return tmp_path / "repository"
+
+
+RESAMPLED = {
+    "fewer steps": (ExportConfig(steps=2), [4, 2]),
+    "ddim": (ExportConfig(steps=3, sampler="ddim"), [4, 3, 1]),
+    "half the noise": (ExportConfig(sampler="ddim", eta=0.5, prior_std=1.0), [4, 3, 2, 1, 0]),
+    "more particles": (ExportConfig(particles=9), [4, 3, 2, 1, 0]),
+    "one particle": (ExportConfig(particles=1, steps=1), [4]),
+}
+
+
+@pytest.mark.parametrize("kind", RESAMPLED)
+def test_the_chain_is_retimed_without_retraining(run_dir, repository, kind):
+    config, indices = RESAMPLED[kind]
+    made = export_checkpoint(run_dir, repository, "tiny", config)
+    spec, policy = made.spec, open_policy(made.path)
+    assert spec.sampling == {
+        "schedule": "cosine",
+        "train_steps": 5,
+        "timesteps": indices,
+        "eta": 1.0 if config.sampler == "ddpm" else config.eta or 0.0,
+        "prior_std": config.prior_std or 0.5,
+    }
+    assert (spec.steps, spec.particles, spec.sampler) == (len(indices), config.particles or 4, config.sampler)
+    assert spec.evaluation is None, "what was measured in training was another chain"
+    assert spec.has_q is (config.particles != 1)
+    obs = observations(30)
+    answer = policy.act(obs, seed=3)
+    assert (answer.q is None) is (config.particles == 1)
+    torch_policy = sampled_policy(load_checkpoint(run_dir), config)
+    np.testing.assert_allclose(answer.action, torch_policy.act(obs, seed=3).action, atol=1e-3)
+    if kind != "more particles":  # which may choose the same ones
+        full = load_torch_policy(run_dir)
+        noise = draw_noise(expand_seed(3, 30), full.spec.noise_shape)
+        assert np.abs(answer.action - full.act(obs, noise=noise).action).max() > 1e-2
+
+
+def test_ddim_without_noise_is_a_function_of_the_initial_latent(run_dir, repository):
+    made = export_checkpoint(run_dir, repository, "tiny", ExportConfig(sampler="ddim"))
+    policy, obs = open_policy(made.path), observations(5)
+    noise = draw_noise(expand_seed(0, 5), made.spec.noise_shape)
+    other = noise.copy()
+    other[:, 1:] = 7.0
+    np.testing.assert_array_equal(policy.act(obs, noise=noise).action, policy.act(obs, noise=other).action)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_reduced_precision_is_measured_and_recorded(run_dir, repository, precision):
+    made = export_checkpoint(run_dir, repository, "tiny", ExportConfig(precision=precision))
+    data = json.loads((made.path / "policy.json").read_text())
+    assert data["precision"] == precision
+    assert data["accuracy"]["rows"] == 256
+    assert 1e-6 < data["accuracy"]["max_error"] <= data["tolerance"]
+    assert 0 <= data["accuracy"]["other_particle_rate"] < 0.5
+    assert data["accuracy"]["max_q_error"] > 1e-6
+    full, small = load_torch_policy(run_dir), open_policy(made.path)
+    noise = draw_noise(expand_seed(3, 8), full.spec.noise_shape)
+    obs = load_bundle(made.path).probe.obs
+    error = np.abs(small.act(obs, noise=noise).action - full.act(obs, noise=noise).action) / 6
+    assert np.median(error) <= data["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "6"], "wanted --steps of at most 5, as many as were trained, got 6"),
+        (["--steps", "0"], "wanted --steps of at least 1, got 0"),
+        (["--particles", "-1"], "wanted --particles of at least 1, got -1"),
+        (["--eta", "0.5"], "wanted --eta from 0 to 1 with --sampler ddim, got 0.5 with ddpm"),
+        (["--sampler", "ddim", "--eta", "2"], "got 2.0 with ddim"),
+        (["--prior-std", "0"], "wanted --prior-std above 0, got 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_sentence(run_dir, tmp_path, capsys, arguments, words):
+    assert main([str(run_dir), "--repo", str(tmp_path / "r"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "r").exists()

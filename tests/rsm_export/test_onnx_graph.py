@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ from rsm_export.static_rules import check_model, check_static_rules
 from rsm_train.policy import TorchPolicy
 from tests.rsm_export.policies import inputs, random_policy, weights_of
 
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one particle": {"particles": 1},
     "one step": {"steps": 1},

@@ -1,0 +1,172 @@
+"""A checkpoint as an export in memory: the policy as it shall be sampled, graph, specification, probe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from rsm_export.accuracy import TOLERANCES
+from rsm_export.bundle_writer import write_time
+from rsm_export.chain import fold
+from rsm_export.config import ExportConfig
+from rsm_export.cost import GraphCost, graph_cost
+from rsm_export.onnx_graph import build_graph
+from rsm_serve.bundle import Bundle, Probe
+from rsm_serve.errors import CheckpointError, ConfigError
+from rsm_serve.local import LocalPolicy, open_session
+from rsm_serve.policy import DEFAULT_TOLERANCE
+from rsm_serve.provenance import provenance
+from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_serve.sessions import Session
+from rsm_train.checkpoint import Checkpoint
+from rsm_train.diffusion import SamplerSettings, timesteps
+from rsm_train.policy import PolicyWeights, TorchPolicy
+
+PROBE_ROWS = 8
+_PROBE_SEED = 0x50_524F_4245
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An export that is ready to act."""
+
+    policy: LocalPolicy
+    session: Session
+    cost: GraphCost
+
+
+@dataclass(frozen=True)
+class Built:
+    """An export in memory."""
+
+    policy: TorchPolicy
+    """What the graph must act like: the same steps, particles and sampler."""
+    model: onnx.ModelProto
+    bundle: Bundle
+    """Its path is a name for messages."""
+
+    def open(self) -> Opened:
+        """Load it as a server would."""
+        session = open_session(self.bundle)
+        return Opened(LocalPolicy(self.bundle, session), session, graph_cost(self.model))
+
+
+def build(checkpoint: Checkpoint, config: ExportConfig) -> Built:
+    """Build the graph of a checkpoint, in memory and unchecked.
+
+    Raises:
+        CheckpointError, ConfigError: see `sampled_policy`.
+    """
+    policy = sampled_policy(checkpoint, config)
+    weights = policy.weights
+    assert isinstance(weights, PolicyWeights)
+    made = {**checkpoint.spec.provenance, **provenance(), "exported": write_time()}
+    spec = dataclasses.replace(policy.spec, provenance=made)
+    policy = TorchPolicy(spec, weights)
+    model = build_graph(fold(weights), config.precision)
+    content = model.SerializeToString(deterministic=True)
+    probe = make_probe(policy, observations_of(checkpoint))
+    return Built(policy, model, Bundle(Path(spec.name), spec, content, probe))
+
+
+def diffusion_sampler(checkpoint: Checkpoint) -> SamplerSettings:
+    """How the checkpoint's policy samples.
+
+    Raises:
+        CheckpointError: it is not a diffusion policy.
+    """
+    if not isinstance(checkpoint.sampler, SamplerSettings):
+        raise CheckpointError(
+            f"wanted a diffusion policy (dpmd, sdac) to export, got {checkpoint.spec.algorithm} at "
+            f"{str(checkpoint.path)!r}; evaluate it with rsm-eval"
+        )
+    return checkpoint.sampler
+
+
+def sampled_policy(checkpoint: Checkpoint, config: ExportConfig) -> TorchPolicy:
+    """The checkpoint's policy, sampled as the exported chain will sample.
+
+    Raises:
+        CheckpointError: it is not a diffusion policy.
+        ConfigError: the settings do not fit it.
+    """
+    trained = diffusion_sampler(checkpoint)
+    sampler = resample(trained, config)
+    indices = timesteps(sampler.steps, sampler.chain_steps)
+    spec = dataclasses.replace(
+        checkpoint.spec,
+        steps=len(indices),
+        particles=sampler.particles,
+        sampler=config.sampler or "ddpm",
+        precision=config.precision,
+        has_q=sampler.particles > 1,
+        sampling={
+            "schedule": sampler.schedule,
+            "train_steps": sampler.steps,
+            "timesteps": list(indices),
+            "eta": sampler.eta,
+            "prior_std": sampler.prior_std,
+        },
+        tolerance=max(DEFAULT_TOLERANCE, TOLERANCES[config.precision]),
+        # What was measured in training was measured of another chain.
+        evaluation=checkpoint.spec.evaluation if sampler == trained else None,
+    )
+    weights = dataclasses.replace(checkpoint, spec=spec, sampler=sampler).policy().weights
+    assert isinstance(weights, PolicyWeights)
+    return TorchPolicy(spec, weights if spec.has_q else dataclasses.replace(weights, critics={}))
+
+
+def resample(trained: SamplerSettings, config: ExportConfig) -> SamplerSettings:
+    """The sampler of the exported chain.
+
+    Raises:
+        ConfigError: more steps than were trained.
+    """
+    if config.steps is not None and config.steps > trained.steps:
+        raise ConfigError(
+            f"wanted --steps of at most {trained.steps}, as many as were trained, got {config.steps}"
+        )
+    changed: dict[str, Any] = {
+        "chain_steps": config.steps,
+        "particles": config.particles,
+        "prior_std": config.prior_std,
+        "eta": (config.eta or 0.0) if config.sampler == "ddim" else 1.0,
+    }
+    return dataclasses.replace(trained, **{name: value for name, value in changed.items() if value is not None})
+
+
+def make_probe(policy: TorchPolicy, obs_PO: NDArray[np.float32]) -> Probe:
+    """Inputs and the policy's own actions, to be replayed wherever the bundle is loaded.
+
+    Rows are chosen so that no two particles nearly tie for the best: another machine's rounding may break
+    a tie differently, which would be no fault.
+    """
+    rows = min(len(obs_PO), 8 * PROBE_ROWS)
+    obs = obs_PO[:rows]
+    noise = draw_noise(expand_seed(_PROBE_SEED, rows), policy.spec.noise_shape)
+    clearest = np.argsort(-_value_gap(policy, obs, noise), kind="stable")[:PROBE_ROWS]
+    obs, noise = obs[clearest], noise[clearest]
+    return Probe(obs=obs, noise=noise, action=policy.act(obs, noise=noise).action)
+
+
+def _value_gap(
+    policy: TorchPolicy, obs: NDArray[np.float32], noise: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """By how much the best particle's value exceeds the second best's, [P]."""
+    q = policy.particles(obs, noise)[1]
+    if q is None or policy.spec.particles == 1:
+        return np.zeros(len(obs), dtype=np.float32)
+    best_two = np.sort(q, axis=1)[:, -2:]
+    gap: NDArray[np.float32] = best_two[:, 1] - best_two[:, 0]
+    return gap
+
+
+def observations_of(checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """What the policy met in training, [P, O]."""
+    return checkpoint.probe_obs.numpy().astype(np.float32)
