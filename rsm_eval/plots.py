@@ -176,7 +176,7 @@ def latency_svg(
             axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins.tolist(), color=_series(row), alpha=0.55)
             axes.axvline(float(np.median(values)), color=_series(row), linewidth=1.4)
         axes.set_xscale("log")
-        axes.set_xticks(_log_ticks(bins[0], bins[-1]))
+        axes.set_xticks(log_ticks(bins[0], bins[-1]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -219,7 +219,8 @@ def _stacked(values: NDArray[np.float64], span: tuple[float, float]) -> NDArray[
     return np.asarray(0.42 * level / max(12, level.max(initial=0) + 1))
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """About five ticks of a logarithmic axis, at round numbers."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     steps: Sequence[tuple[int, ...]] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))  # type: ignore[assignment]
     for choice in steps:

@@ -71,15 +71,20 @@ def _show(made: Export) -> None:
     if not checks:
         click.echo("not verified")
     spec, cost = made.spec, made.cost
+    steps, particles = _plural(spec.steps, "step"), _plural(spec.particles, "particle")
     click.echo(
-        f"{'graph:':<14}{spec.sampler}, {spec.steps} steps, {spec.particles} particle{"s" * (spec.particles > 1)}, {spec.precision}; "
-        f"{cost.nodes} nodes, {made.model_bytes / 1e3:.0f} kB"
+        f"{'graph:':<14}{spec.sampler}, {steps}, {particles}, {spec.precision}; {cost.nodes} nodes, "
+        f"{made.model_bytes / 1e3:.0f} kB"
     )
     click.echo(
         f"{'per action:':<14}{cost.flops / 1e6:.3g} MFLOP, {cost.activation_bytes / 1e6:.3g} MB written, "
         f"{cost.weight_bytes / 1e6:.3g} MB of weights read"
     )
     click.echo(f"{'bundle:':<14}{made.path}")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

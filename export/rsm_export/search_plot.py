@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from rsm_eval.plots import house_style
+from rsm_eval.plots import house_style, log_ticks
 from rsm_export.search import Measured, SearchResult, describe
 
 _STYLE = house_style("#222222", "#555555", "#dddddd")
@@ -41,6 +41,7 @@ def draw(result: SearchResult, path: Path) -> None:
             label=f"chosen: {describe(chosen.config)}",
         )
         axes.set_xscale("log")
+        axes.set_xticks(log_ticks(*axes.get_xlim()))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("milliseconds for one action (median, in process)")
