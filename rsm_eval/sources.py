@@ -59,8 +59,8 @@ def open_policy(source: str) -> OpenedPolicy:
 
     Args:
         source: a run directory or a checkpoint of rsm-train; a bundle (a policy directory, which means
-            its newest version, or a version directory); a bare model.onnx of rsm-export; grpc://host:port/name[:version] or
-            grpc:unix:path/name[:version].
+            its newest version, or a version directory); a bare model.onnx of rsm-export;
+            grpc://host:port/name[:version] or grpc:unix:path/name[:version].
 
     Raises:
         UsageError: none of these.

@@ -238,7 +238,13 @@ def load_bundle(path: str | Path) -> Bundle:
             what the contract says.
     """
     if Path(path).is_file():
-        return _load_bare_model(Path(path))
+        logger.warning(
+            "%s is a bare graph: there is no manifest to verify it by and no probe to replay; "
+            "make a bundle of it with rsm-export %s --repo DIR",
+            path,
+            path,
+        )
+        return load_graph(Path(path))
     version_dir = find_bundle(Path(path))
     manifest = read_manifest(version_dir)
     content = {name: _read_verified(version_dir / name, manifest[name]) for name in PAYLOAD_FILES}
@@ -253,6 +259,28 @@ def load_bundle(path: str | Path) -> Bundle:
     except BundleError as error:
         raise BundleError(f"bundle {version_dir}: {error}") from None
     return Bundle(version_dir, spec, content[MODEL_FILE], probe)
+
+
+def load_graph(path: Path) -> Bundle:
+    """Read a graph that came alone, by the specification in its metadata; it has no probe.
+
+    Raises:
+        BundleError: it cannot be read, or is not a graph of rsm-export.
+    """
+    try:
+        model = path.read_bytes()
+        text = read_metadata(model).get(POLICY_KEY)
+        if text is None:
+            raise BundleError(
+                f"wanted a graph of rsm-export, with {POLICY_KEY} in its metadata, got one without; "
+                "export the policy again"
+            )
+        spec = PolicySpec.from_json(text)
+    except OSError as error:
+        raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
+    except BundleError as error:
+        raise BundleError(f"graph {path}: {error}") from None
+    return Bundle(path, spec, model, Probe.none(spec))
 
 
 def file_record(content: bytes) -> dict[str, str | int]:
@@ -298,30 +326,6 @@ def read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
             f"got {', '.join(sorted(files)) or 'nothing'}; export the policy again"
         )
     return files
-
-
-def _load_bare_model(path: Path) -> Bundle:
-    """A graph that came alone, by the specification in its metadata."""
-    try:
-        model = path.read_bytes()
-        text = read_metadata(model).get(POLICY_KEY)
-        if text is None:
-            raise BundleError(
-                f"wanted a graph of rsm-export, with {POLICY_KEY} in its metadata, got one without; "
-                "export the policy again"
-            )
-        spec = PolicySpec.from_json(text)
-    except OSError as error:
-        raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
-    except BundleError as error:
-        raise BundleError(f"graph {path}: {error}") from None
-    logger.warning(
-        "%s is a bare graph: there is no manifest to verify it by and no probe to replay; "
-        "make a bundle of it with rsm-export %s --repo DIR",
-        path,
-        path,
-    )
-    return Bundle(path, spec, model, Probe.none(spec))
 
 
 def _regular_size(path: Path) -> int:

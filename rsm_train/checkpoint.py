@@ -170,11 +170,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     directory = find_checkpoint(Path(path))
     config = _read_json(directory / CONFIG_FILE)
-    if config.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"checkpoint {directory}: wanted schema version {SCHEMA_VERSION}, "
-            f"got {config.get('schema_version')}; {_AGAIN}"
-        )
+    _check_schema(directory, config.get("schema_version"))
     try:
         spec = PolicySpec.from_json((directory / _SPEC_FILE).read_bytes())
         tensors = load_file(directory / _NETWORKS_FILE)
@@ -234,6 +230,16 @@ def load_torch_policy(path: str | Path) -> TorchPolicy:
         CheckpointError: see `load_checkpoint`.
     """
     return load_checkpoint(path).policy()
+
+
+def _check_schema(directory: Path, found: object) -> None:
+    # By type too: to Python, true and 1.0 are 1.
+    if type(found) is not int or found != SCHEMA_VERSION:
+        newer = type(found) is int and found > SCHEMA_VERSION
+        raise CheckpointError(
+            f"checkpoint {directory}: wanted schema version {SCHEMA_VERSION} in {CONFIG_FILE}, got {found!r}; "
+            + ("install a newer rsm-toolkit" if newer else _AGAIN)
+        )
 
 
 def _acting_network(sampler: PolicySettings) -> str:

@@ -1,8 +1,8 @@
 """The specification inside the graph, so that a bare model.onnx can be deployed.
 
 `rsm.policy` repeats policy.json; the other entries are for people and for viewers of ONNX files. What is not of
-the checkpoint stays out: the version number, the time and the tools of the export, the errors that were measured
-on this machine. So the same checkpoint keeps giving the same bytes.
+the checkpoint stays out: the version number, the time and the tools of the export, the errors that were
+measured on this machine. So the same checkpoint keeps giving the same bytes.
 """
 
 from __future__ import annotations
