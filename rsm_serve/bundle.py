@@ -181,7 +181,7 @@ def check_policy_name(name: str) -> str:
     if not _NAME.fullmatch(name) or ".." in name:
         raise BundleError(
             f"wanted a policy name of letters, digits, '.', '_' and '-' that starts with a letter or digit and "
-            f"has no '..', got {name!r}; choose one, for example with rsm-export --name"
+            f"has no '..', got {name!r:.80}; choose one, for example with rsm-export --name"
         )
     return name
 
@@ -253,7 +253,7 @@ def load_bundle(path: str | Path) -> Bundle:
         check_policy_name(spec.name)
         if not _VERSION.fullmatch(spec.version):
             raise BundleError(
-                f"wanted a version such as 1 in {SPEC_FILE}, got {spec.version!r}; export the policy again"
+                f"wanted a version such as 1 in {SPEC_FILE}, got {spec.version!r:.60}; export the policy again"
             )
         probe = Probe.from_bytes(content[PROBE_FILE], spec)
     except BundleError as error:
@@ -317,13 +317,13 @@ def read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
         ) from None
     if type(version) is not int or version != MANIFEST_SCHEMA_VERSION:
         raise BundleError(
-            f"bundle {version_dir}: wanted manifest schema version {MANIFEST_SCHEMA_VERSION}, got {version!r}; "
-            "export the policy again with this version of rsm-toolkit"
+            f"bundle {version_dir}: wanted manifest schema version {MANIFEST_SCHEMA_VERSION}, "
+            f"got {version!r:.60}; export the policy again with this version of rsm-toolkit"
         )
     if set(files) != set(PAYLOAD_FILES) or not all(isinstance(record, dict) for record in files.values()):
         raise BundleError(
             f"bundle {version_dir}: {MANIFEST_FILE} must list size and sha256 of {', '.join(PAYLOAD_FILES)}, "
-            f"got {', '.join(sorted(files)) or 'nothing'}; export the policy again"
+            f"got {', '.join(sorted(files)) or 'nothing':.200}; export the policy again"
         )
     return files
 
@@ -362,7 +362,7 @@ def _read_verified(path: Path, record: dict[str, str | int]) -> bytes:
         if not isinstance(size, int) or size > limit:
             raise BundleError(
                 f"{where}: wanted a size of at most {limit} bytes of {path.name} in {MANIFEST_FILE}, "
-                f"got {size!r}; export the policy again"
+                f"got {size!r:.60}; export the policy again"
             )
         found = _regular_size(path)
         content = _read_file(path, found) if found == size else b""

@@ -60,7 +60,7 @@ class BoxSpec:
                 raise BundleError(f"a box needs finite float32 numbers or None as bounds, got {bound!r:.60}")
         for name in self.names:
             if not isinstance(name, str):
-                raise BundleError(f"a box needs text as names, got {name!r}")
+                raise BundleError(f"a box needs text as names, got {name!r:.60}")
 
     @property
     def size(self) -> int:
@@ -104,11 +104,11 @@ class PolicySpec:
     def __post_init__(self) -> None:
         for key in ("name", "algorithm", "env_id", "sampler", "precision", "version"):
             if not isinstance(getattr(self, key), str):
-                raise BundleError(f"a policy needs text as {key}, got {getattr(self, key)!r}")
+                raise BundleError(f"a policy needs text as {key}, got {getattr(self, key)!r:.60}")
         if not all(type(count) is int and count >= 1 for count in (self.steps, self.particles)):
             raise BundleError(
                 f"a policy needs whole numbers steps >= 1 and particles >= 1, "
-                f"got {self.steps!r} and {self.particles!r}"
+                f"got {self.steps!r:.60} and {self.particles!r:.60}"
             )
         if math.prod(self.noise_shape) > MAX_NOISE_SIZE:
             raise BundleError(
@@ -117,7 +117,7 @@ class PolicySpec:
             )
         self._check_types()
         if not isinstance(self.tolerance, int | float) or not 0 < self.tolerance < 1:
-            raise BundleError(f"a policy needs a tolerance between 0 and 1, got {self.tolerance!r}")
+            raise BundleError(f"a policy needs a tolerance between 0 and 1, got {self.tolerance!r:.60}")
         for low, high in zip(self.action.low, self.action.high, strict=True):
             if low is None or high is None or not low < high:
                 raise BundleError(
@@ -126,15 +126,17 @@ class PolicySpec:
 
     def _check_types(self) -> None:
         if not isinstance(self.has_q, bool):
-            raise BundleError(f"a policy needs true or false as has_q, got {self.has_q!r}")
+            raise BundleError(f"a policy needs true or false as has_q, got {self.has_q!r:.60}")
         dt = self.control_dt_s
         is_number = isinstance(dt, int | float) and not isinstance(dt, bool)
         if dt is not None and not (is_number and 0 < dt < math.inf):
-            raise BundleError(f"a policy needs a number of seconds > 0, or none, as control_dt_s, got {dt!r}")
+            raise BundleError(
+                f"a policy needs a number of seconds > 0, or none, as control_dt_s, got {dt!r:.60}"
+            )
         for key in ("sampling", "accuracy", "evaluation", "provenance"):
             value = getattr(self, key)
             if not isinstance(value, Mapping) and (value is not None or key == "provenance"):
-                raise BundleError(f"a policy needs named values as {key}, got {value!r}")
+                raise BundleError(f"a policy needs named values as {key}, got {value!r:.60}")
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -174,7 +176,7 @@ class PolicySpec:
             newer = type(found) is int and found > SCHEMA_VERSION
             raise BundleError(
                 f"wanted policy.json of schema version {' or '.join(map(str, READABLE_SCHEMA_VERSIONS))}, "
-                f"got {found!r}; " + ("install a newer rsm-toolkit" if newer else "export the policy again")
+                f"got {found!r:.60}; " + ("install a newer rsm-toolkit" if newer else "export the policy again")
             )
         data["schema_version"] = SCHEMA_VERSION  # what version 1 lacks has a default
         noise_shape = data.pop("noise_shape", None)
