@@ -308,7 +308,7 @@ def _check_content(checkpoint: Checkpoint) -> None:
     if isinstance(sampler, SamplerSettings):
         time = [TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, TIME_EMBEDDING_SIZE]
         _check_mlp(f"{where}: {name}.time", subset(policy, "time."), time[0], time[-1])
-        _check_mlp(f"{where}: {name}", policy, obs + action + time[-1], action)
+        _check_mlp(f"{where}: {name}", policy, obs + action + time[-1], action, at_least=2)
     else:
         _check_mlp(f"{where}: {name}", policy, obs, 2 * action)
     _check_mlp(f"{where}: critic", critic, obs + action, 1)
@@ -332,10 +332,18 @@ def _check_sampler(where: str, sampler: SamplerSettings) -> None:
         )
 
 
-def _check_mlp(where: str, params: Mapping[str, Tensor], inputs: int, outputs: int) -> None:
+def _check_mlp(
+    where: str, params: Mapping[str, Tensor], inputs: int, outputs: int, *, at_least: int = 1
+) -> None:
     """Check that layers 0, 1, ... lead from `inputs` to `outputs`, and are finite."""
     count = sum(name.startswith("layers.") and name.endswith(".weight") for name in params)
-    for i in range(max(count, 1)):
+    for name, value in params.items():
+        if value.dtype != torch.float32:
+            raise CheckpointError(
+                f"{where}.{name}: wanted float32, got {value.dtype}; write the arrays with "
+                "rsm_train.foreign.import_weights, which casts them"
+            )
+    for i in range(max(count, at_least)):
         weight, bias = params.get(f"layers.{i}.weight"), params.get(f"layers.{i}.bias")
         if weight is None or bias is None:
             raise CheckpointError(f"{where}.layers.{i} is missing in {_NETWORKS_FILE}; {_AGAIN}")

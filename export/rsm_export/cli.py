@@ -28,9 +28,12 @@ class DefaultGroup(click.Group):
         formatter.write_usage(ctx.command_path, "inspect BUNDLE [--json]", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The default command's options, then the other commands."""
+        """The default command's options, the common ones, then the other commands."""
         default = self.commands[DEFAULT_COMMAND]
-        default.format_options(click.Context(default, parent=ctx), formatter)
+        options = [option for option in default.params if isinstance(option, click.Option)]
+        with formatter.section("Options"):
+            shown = (option.get_help_record(ctx) for option in (*options, *self.get_params(ctx)))
+            formatter.write_dl([record for record in shown if record is not None])
         with formatter.section("Other commands"):
             others = [(name, made) for name, made in self.commands.items() if made is not default]
             formatter.write_dl([(name, made.get_short_help_str(limit=90)) for name, made in others])

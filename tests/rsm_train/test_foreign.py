@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from rsm_serve.errors import CheckpointError
 from rsm_train.checkpoint import load_checkpoint
@@ -160,4 +161,43 @@ def test_other_schema_versions_of_a_checkpoint_say_why(tmp_path, version, messag
     assert config["schema_version"] == 1
     (path / "config.json").write_text(json.dumps(config | {"schema_version": version}))
     with pytest.raises(CheckpointError, match=f"wanted schema version 1 in config.json, {message}"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_with_an_earlier_policy_json_loads(tmp_path):
+    path = import_weights(tmp_path / "a", **settings())
+    data = json.loads((path / "policy.json").read_bytes())
+    for later in ("sampling", "accuracy", "tolerance"):
+        del data[later]
+    (path / "policy.json").write_text(json.dumps(data | {"schema_version": 1}))
+    assert (
+        load_checkpoint(path).spec == load_checkpoint(import_weights(tmp_path / "b" / "a", **settings())).spec
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("policy_average.layers.2.bias", np.zeros(H), "layers.2.bias: wanted float32, got torch.float64"),
+        ("critic.layers.2.bias", np.zeros((2, H), np.float16), "critic.layers.2.bias: wanted float32"),
+        ("policy_average.layers.3.weight", None, "policy_average.layers.3 is missing|wanted a weight"),
+        ("critic.layers.0.bias", None, "critic.layers.0 is missing"),
+    ],
+)
+def test_a_checkpoint_written_by_hand_is_checked_too(tmp_path, name, value, message):
+    path = import_weights(tmp_path / "a", **settings())
+    file = path / "networks.safetensors"
+    save_file(changed(load_file(file), name, value), file)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_network_without_hidden_layers_is_refused(tmp_path):
+    path = import_weights(tmp_path / "a", **settings())
+    file = path / "networks.safetensors"
+    arrays = {name: value for name, value in load_file(file).items() if "policy_average.layers" not in name}
+    arrays["policy_average.layers.0.weight"] = np.zeros((A, O + A + 16), np.float32)
+    arrays["policy_average.layers.0.bias"] = np.zeros(A, np.float32)
+    save_file(arrays, file)
+    with pytest.raises(CheckpointError, match="layers.0: wanted|layers.1 is missing"):
         load_checkpoint(path)
