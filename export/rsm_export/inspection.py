@@ -122,7 +122,7 @@ def graph_facts(model: bytes) -> dict[str, Any]:
     graph = proto.graph
     count_of, bytes_of = Counter[str](), Counter[str]()
     for tensor in graph.initializer:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        kind = _dtype_name(tensor.data_type)
         count_of[kind] += 1
         bytes_of[kind] += _tensor_bytes(tensor)
     return {
@@ -139,7 +139,7 @@ def graph_facts(model: bytes) -> dict[str, Any]:
 
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    if tensor.raw_data:
+    if tensor.raw_data or tensor.data_type not in onnx.helper.get_all_tensor_dtypes():
         return len(tensor.raw_data)
     return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
@@ -147,7 +147,12 @@ def _tensor_bytes(tensor: onnx.TensorProto) -> int:
 def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = value.type.tensor_type
     shape = [axis.dim_value if axis.HasField("dim_value") else axis.dim_param for axis in kind.shape.dim]
-    return {"dtype": onnx.TensorProto.DataType.Name(kind.elem_type), "shape": shape}
+    return {"dtype": _dtype_name(kind.elem_type), "shape": shape}
+
+
+def _dtype_name(number: int) -> str:
+    known: dict[int, str] = {value: name for name, value in onnx.TensorProto.DataType.items()}
+    return known.get(number, f"type {number}")
 
 
 # --- as text ----------------------------------------------------------------------------------------------

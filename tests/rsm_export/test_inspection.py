@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import numpy as np
+import onnx
 import pytest
 from rsm_export.cli import main
 from rsm_export.inspection import graph_facts
@@ -181,3 +182,16 @@ def test_a_bare_graph_under_an_unsafe_name_writes_nothing(tmp_path, name, capsys
     assert main([str(bare), "--repo", str(tmp_path / "repo")]) == 2
     assert "wanted a policy name" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mailed.onnx"]
+
+
+def test_types_that_nobody_knows_are_shown_by_number():
+    model = onnx.load_from_string(make_model(SPEC))
+    model.graph.initializer[0].data_type = 99
+    model.graph.input[0].type.tensor_type.elem_type = 77
+    weights = model.graph.initializer.add()
+    weights.data_type, weights.dims[:], weights.float_data[:] = onnx.TensorProto.FLOAT, [3], [1, 2, 3]
+    facts = graph_facts(model.SerializeToString())
+    assert facts["initializers"]["type 99"]["count"] == 1
+    assert facts["inputs"]["obs"]["dtype"] == "type 77"
+    before = graph_facts(make_model(SPEC))["initializers"]["FLOAT"]["bytes"]
+    assert facts["initializers"]["FLOAT"]["bytes"] == before - facts["initializers"]["type 99"]["bytes"] + 12
