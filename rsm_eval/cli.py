@@ -45,8 +45,8 @@ def _command(typed: str) -> click.Command:
         multiple=True,
         required=True,
         metavar="SOURCE",
-        help="Run directory, checkpoint, bundle directory, grpc://host:port/name or grpc:unix:path/name; "
-        "repeat to compare.",
+        help="Run directory, checkpoint, bundle directory, model.onnx, grpc://host:port/name or "
+        "grpc:unix:path/name; repeat to compare.",
     )
     @dataclass_options(EvalConfig)
     def command(sources: tuple[str, ...], **settings: Any) -> int:

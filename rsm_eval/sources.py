@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Literal
 
 from rsm_eval.rollout import MAX_BATCH_ROWS
-from rsm_serve.bundle import MANIFEST_FILE, list_policies, list_versions
+from rsm_serve.bundle import MANIFEST_FILE, MODEL_SUFFIX, list_policies, list_versions
 from rsm_serve.commandline import require_extra
 from rsm_serve.errors import UsageError
 from rsm_serve.policy import Policy
@@ -21,7 +21,8 @@ SERVER_TIMEOUT_S = 30.0
 """Deadline of a call to a server: generous, since a measurement must see slow answers too."""
 
 _WANTED = (
-    "wanted a run directory, a checkpoint, a bundle directory, grpc://host:port/name or grpc:unix:path/name"
+    "wanted a run directory, a checkpoint, a bundle directory, a model.onnx of rsm-export, "
+    "grpc://host:port/name or grpc:unix:path/name"
 )
 _CONFIG_FILE = "config.json"
 _NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?::(?P<version>[1-9][0-9]*))?"
@@ -58,8 +59,8 @@ def open_policy(source: str) -> OpenedPolicy:
 
     Args:
         source: a run directory or a checkpoint of rsm-train; a bundle (a policy directory, which means
-            its newest version, or a version directory); grpc://host:port/name[:version] or
-            grpc:unix:path/name[:version].
+            its newest version, or a version directory); a bare model.onnx of rsm-export;
+            grpc://host:port/name[:version] or grpc:unix:path/name[:version].
 
     Raises:
         UsageError: none of these.
@@ -70,6 +71,8 @@ def open_policy(source: str) -> OpenedPolicy:
     if source.startswith("grpc:"):
         return _open_server(source)
     path = Path(source)
+    if path.suffix == MODEL_SUFFIX and path.is_file():
+        return _open_bundle(source)
     if not path.is_dir():
         found = "a file" if path.exists() else "no such directory"
         raise UsageError(f"{_WANTED}, got {source!r}, which is {found}; check the spelling")

@@ -52,6 +52,8 @@ def open_session(bundle: Bundle, backend: str = "auto", *, threads: int = 1) -> 
 def open_policy(path: str | Path, backend: str = "auto", *, threads: int = 1) -> LocalPolicy:
     """Load, verify, warm up and probe a bundle: a version directory, or a policy directory (its newest).
 
+    A bare model.onnx of rsm-export runs too, unverified, with a warning.
+
     Raises:
         BundleError: see `load_bundle`, `open_session` and `LocalPolicy`.
     """
@@ -187,6 +189,8 @@ class LocalPolicy:
 
     def _replay_probe(self) -> None:
         probe = self._bundle.probe
+        if not len(probe.obs):  # a bare graph
+            return
         action_PA = self._run_or_reject([ActRows(probe.obs, None, probe.noise, single=False)])
         error_PA = np.abs(action_PA - probe.action) / (self._high - self._low)
         worst = float(error_PA.max())

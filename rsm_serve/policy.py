@@ -27,6 +27,11 @@ DEFAULT_TOLERANCE = 1e-4
 """Of a float32 graph: leaves room for another CPU's order of summation, far below what an action means to an
 environment."""
 
+MAX_NOISE_SIZE = 2**24
+"""Most numbers of one row's noise, T N A (64 MiB): what is asked for in a file must not exhaust the memory."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 Seed = int | NDArray[np.uint64] | list[int] | None
 
 
@@ -50,11 +55,12 @@ class BoxSpec:
                 "a box needs equally many names, low and high bounds, at least one; "
                 f"got {len(self.names)}, {len(self.low)} and {len(self.high)}"
             )
-        bounds = [bound for bound in (*self.low, *self.high) if bound is not None]
-        if not all(isinstance(bound, int | float) and math.isfinite(bound) for bound in bounds):
-            raise BundleError(f"a box needs finite numbers or None as bounds, got {bounds}")
-        if not all(isinstance(name, str) for name in self.names):
-            raise BundleError(f"a box needs text as names, got {list(self.names)}")
+        for bound in (*self.low, *self.high):
+            if bound is not None and not (isinstance(bound, int | float) and abs(bound) <= _FLOAT32_MAX):
+                raise BundleError(f"a box needs finite float32 numbers or None as bounds, got {bound!r:.60}")
+        for name in self.names:
+            if not isinstance(name, str):
+                raise BundleError(f"a box needs text as names, got {name!r:.60}")
 
     @property
     def size(self) -> int:
@@ -98,19 +104,39 @@ class PolicySpec:
     def __post_init__(self) -> None:
         for key in ("name", "algorithm", "env_id", "sampler", "precision", "version"):
             if not isinstance(getattr(self, key), str):
-                raise BundleError(f"a policy needs text as {key}, got {getattr(self, key)!r}")
-        if not all(isinstance(count, int) and count >= 1 for count in (self.steps, self.particles)):
+                raise BundleError(f"a policy needs text as {key}, got {getattr(self, key)!r:.60}")
+        if not all(type(count) is int and count >= 1 for count in (self.steps, self.particles)):
             raise BundleError(
                 f"a policy needs whole numbers steps >= 1 and particles >= 1, "
-                f"got {self.steps!r} and {self.particles!r}"
+                f"got {self.steps!r:.60} and {self.particles!r:.60}"
             )
+        if math.prod(self.noise_shape) > MAX_NOISE_SIZE:
+            raise BundleError(
+                f"a policy needs at most {MAX_NOISE_SIZE} random numbers per action, got "
+                f"{' x '.join(map(str, self.noise_shape))} (steps, particles, action elements)"
+            )
+        self._check_types()
         if not isinstance(self.tolerance, int | float) or not 0 < self.tolerance < 1:
-            raise BundleError(f"a policy needs a tolerance between 0 and 1, got {self.tolerance!r}")
+            raise BundleError(f"a policy needs a tolerance between 0 and 1, got {self.tolerance!r:.60}")
         for low, high in zip(self.action.low, self.action.high, strict=True):
             if low is None or high is None or not low < high:
                 raise BundleError(
                     f"every action needs a finite low and high bound, low < high, got {low} and {high}"
                 )
+
+    def _check_types(self) -> None:
+        if not isinstance(self.has_q, bool):
+            raise BundleError(f"a policy needs true or false as has_q, got {self.has_q!r:.60}")
+        dt = self.control_dt_s
+        is_number = isinstance(dt, int | float) and not isinstance(dt, bool)
+        if dt is not None and not (is_number and 0 < dt < math.inf):
+            raise BundleError(
+                f"a policy needs a number of seconds > 0, or none, as control_dt_s, got {dt!r:.60}"
+            )
+        for key in ("sampling", "accuracy", "evaluation", "provenance"):
+            value = getattr(self, key)
+            if not isinstance(value, Mapping) and (value is not None or key == "provenance"):
+                raise BundleError(f"a policy needs named values as {key}, got {value!r:.60}")
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -141,21 +167,22 @@ class PolicySpec:
             BundleError: not JSON, another schema version, or a missing, unknown or ill-typed field.
         """
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"policy.json is not JSON ({error}); export the policy again") from None
         found = data.get("schema_version") if isinstance(data, dict) else None
-        if found not in READABLE_SCHEMA_VERSIONS:
-            newer = isinstance(found, int) and found > SCHEMA_VERSION
+        # By type too: to Python, true and 1.0 are 1.
+        if type(found) is not int or found not in READABLE_SCHEMA_VERSIONS:
+            newer = type(found) is int and found > SCHEMA_VERSION
             raise BundleError(
                 f"wanted policy.json of schema version {' or '.join(map(str, READABLE_SCHEMA_VERSIONS))}, "
-                f"got {found}; " + ("install a newer rsm-toolkit" if newer else "export the policy again")
+                f"got {found!r:.60}; " + ("install a newer rsm-toolkit" if newer else "export the policy again")
             )
         data["schema_version"] = SCHEMA_VERSION  # what version 1 lacks has a default
         noise_shape = data.pop("noise_shape", None)
         try:
             for box in ("observation", "action"):
-                data[box] = BoxSpec(**{key: tuple(value) for key, value in data[box].items()})
+                data[box] = BoxSpec(**{key: _json_list(value) for key, value in data[box].items()})
             spec = cls(**data)
         except (TypeError, KeyError, AttributeError) as error:
             raise BundleError(f"policy.json is incomplete: {error}; export the policy again") from None
@@ -165,6 +192,18 @@ class PolicySpec:
                 f"{list(spec.noise_shape)}; export the policy again"
             )
         return spec
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and infinities are not JSON, although Python reads them."""
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _json_list(value: object) -> tuple[Any, ...]:
+    """Raises TypeError for anything else; text, whose letters would pass for names, included."""
+    if not isinstance(value, list):
+        raise TypeError(f"wanted a list, got {value!r:.60}")
+    return tuple(value)
 
 
 @dataclass(frozen=True)

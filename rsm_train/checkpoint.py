@@ -24,11 +24,31 @@ Order of a save: replay files, checkpoint; then the old checkpoints go, then the
 Networks: "policy_average" (the policy that is evaluated and exported), "policy", "critic", "critic_target";
 SAC has no "policy_average", and its "policy" is evaluated.
 
-Parameters of a diffusion policy: `time.layers.{0,1}.{weight,bias}` [32, 16] and [16, 32], and
-`layers.i.{weight,bias}` [out, in] and [out], the input of layer 0 being [observation, noisy action, time
-embedding]. Of a Gaussian policy: `layers.i`, from the observation to [mean, log standard deviation]. Of the
-critics: `layers.i.weight` [E, out, in] and `layers.i.bias` [E, out] for E members, the input of layer 0 being
-[observation, action]; with LayerNorm also `norms.i.{weight,bias}` [E, out] of the hidden layers.
+All arrays are float32, and `weight` is [out, in]: a layer computes `weight @ x + bias`. Between two layers
+there is mish(x) = x tanh(log(1 + exp(x))), behind the last one nothing. O observation and A action elements,
+H width.
+
+Diffusion policy ("policy_average", "policy"), which predicts the noise of a noisy action in [-1, 1]^A:
+
+    time.layers.0.weight  [32, 16]          time.layers.0.bias  [32]     of the features of the step index t
+    time.layers.1.weight  [16, 32]          time.layers.1.bias  [16]
+    layers.0.weight       [H, O + A + 16]   layers.0.bias       [H]      of [observation, noisy action, time]
+    layers.1.weight       [H, H]            layers.1.bias       [H]      and so on, any number of them
+    layers.3.weight       [A, H]            layers.3.bias       [A]      the last one
+
+The 16 features of t in {0, ..., T - 1}, 0 being the least noisy: f_i = 10000^(-i / 8) for i = 0 to 7, and
+[sin(t f_0), ..., sin(t f_7), cos(t f_0), ..., cos(t f_7)] / 4.
+
+Critics ("critic", "critic_target"), E of them stacked, of [observation, action in [-1, 1]]:
+
+    layers.0.weight  [E, H, O + A]          layers.0.bias  [E, H]        and so on
+    layers.3.weight  [E, 1, H]              layers.3.bias  [E, 1]
+    norms.i.weight   [E, H]                 norms.i.bias   [E, H]        LayerNorm (epsilon 1e-5) of layer i's
+                                                                         output, before its mish; optional
+
+Gaussian policy of SAC ("policy"): `layers.i` as above, from the observation to [mean, log standard deviation].
+
+Weights learnt elsewhere become a checkpoint by `rsm_train.foreign.import_weights`.
 """
 
 from __future__ import annotations
@@ -87,7 +107,7 @@ class Checkpoint:
     def policy(self) -> TorchPolicy:
         """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
         weights: PolicyWeights | GaussianWeights
-        policy, critic = self.networks[_acting_network(self.sampler)], self.networks["critic"]
+        policy, critic = self.networks[_acting_network(self.sampler)], self.networks.get("critic", {})
         if isinstance(self.sampler, GaussianSettings):
             weights = GaussianWeights.prepare(policy, critic, self.spec)
         else:
@@ -98,6 +118,16 @@ class Checkpoint:
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below a run directory and return its path."""
     path = run_dir / CHECKPOINTS_DIR / f"step_{checkpoint.state['step']:09d}"
+    write_checkpoint(path, checkpoint)
+    return path
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint to a new directory.
+
+    Raises:
+        FileExistsError: the directory exists already and is not empty.
+    """
     tensors = {
         f"{network}.{name}": value.detach().cpu().contiguous()
         for network, params in checkpoint.networks.items()
@@ -119,7 +149,6 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
         (directory / _SPEC_FILE).write_text(checkpoint.spec.to_json())
         _write_json(directory / CONFIG_FILE, config)
         _write_json(directory / _STATE_FILE, checkpoint.state)
-    return path
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -170,11 +199,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     directory = find_checkpoint(Path(path))
     config = _read_json(directory / CONFIG_FILE)
-    if config.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"checkpoint {directory}: wanted schema version {SCHEMA_VERSION}, "
-            f"got {config.get('schema_version')}; {_AGAIN}"
-        )
+    _check_schema(directory, config.get("schema_version"))
     try:
         spec = PolicySpec.from_json((directory / _SPEC_FILE).read_bytes())
         tensors = load_file(directory / _NETWORKS_FILE)
@@ -236,6 +261,16 @@ def load_torch_policy(path: str | Path) -> TorchPolicy:
     return load_checkpoint(path).policy()
 
 
+def _check_schema(directory: Path, found: object) -> None:
+    # By type too: to Python, true and 1.0 are 1.
+    if type(found) is not int or found != SCHEMA_VERSION:
+        newer = type(found) is int and found > SCHEMA_VERSION
+        raise CheckpointError(
+            f"checkpoint {directory}: wanted schema version {SCHEMA_VERSION} in {CONFIG_FILE}, got {found!r}; "
+            + ("install a newer rsm-toolkit" if newer else _AGAIN)
+        )
+
+
 def _acting_network(sampler: PolicySettings) -> str:
     """The policy that is evaluated and exported."""
     return "policy" if isinstance(sampler, GaussianSettings) else "policy_average"
@@ -273,10 +308,15 @@ def _check_content(checkpoint: Checkpoint) -> None:
     if isinstance(sampler, SamplerSettings):
         time = [TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, TIME_EMBEDDING_SIZE]
         _check_mlp(f"{where}: {name}.time", subset(policy, "time."), time[0], time[-1])
-        _check_mlp(f"{where}: {name}", policy, obs + action + time[-1], action)
+        _check_mlp(f"{where}: {name}", policy, obs + action + time[-1], action, at_least=2)
     else:
         _check_mlp(f"{where}: {name}", policy, obs, 2 * action)
-    _check_mlp(f"{where}: critic", critic, obs + action, 1)
+    if critic or spec.has_q:
+        _check_mlp(f"{where}: critic", critic, obs + action, 1)
+    elif sampler.particles > 1:
+        raise CheckpointError(
+            f"{where}: wanted critics to choose among {sampler.particles} particles; {_AGAIN}"
+        )
 
 
 def _check_sampler(where: str, sampler: SamplerSettings) -> None:
@@ -297,10 +337,18 @@ def _check_sampler(where: str, sampler: SamplerSettings) -> None:
         )
 
 
-def _check_mlp(where: str, params: Mapping[str, Tensor], inputs: int, outputs: int) -> None:
+def _check_mlp(
+    where: str, params: Mapping[str, Tensor], inputs: int, outputs: int, *, at_least: int = 1
+) -> None:
     """Check that layers 0, 1, ... lead from `inputs` to `outputs`, and are finite."""
     count = sum(name.startswith("layers.") and name.endswith(".weight") for name in params)
-    for i in range(max(count, 1)):
+    for name, value in params.items():
+        if value.dtype != torch.float32:
+            raise CheckpointError(
+                f"{where}.{name}: wanted float32, got {value.dtype}; write the arrays with "
+                "rsm_train.foreign.import_weights, which casts them"
+            )
+    for i in range(max(count, at_least)):
         weight, bias = params.get(f"layers.{i}.weight"), params.get(f"layers.{i}.bias")
         if weight is None or bias is None:
             raise CheckpointError(f"{where}.layers.{i} is missing in {_NETWORKS_FILE}; {_AGAIN}")

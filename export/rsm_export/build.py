@@ -16,11 +16,12 @@ from rsm_export.bundle_writer import write_time
 from rsm_export.chain import fold
 from rsm_export.config import ExportConfig
 from rsm_export.cost import GraphCost, graph_cost
+from rsm_export.metadata import embed_spec
 from rsm_export.onnx_graph import build_graph
 from rsm_serve.bundle import Bundle, Probe
 from rsm_serve.errors import CheckpointError, ConfigError
 from rsm_serve.local import LocalPolicy, open_session
-from rsm_serve.policy import DEFAULT_TOLERANCE
+from rsm_serve.policy import DEFAULT_TOLERANCE, Policy
 from rsm_serve.provenance import provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions import Session
@@ -36,7 +37,7 @@ _PROBE_SEED = 0x50_524F_4245
 class Opened:
     """An export that is ready to act."""
 
-    policy: LocalPolicy
+    policy: Policy
     session: Session
     cost: GraphCost
 
@@ -70,6 +71,7 @@ def build(checkpoint: Checkpoint, config: ExportConfig) -> Built:
     spec = dataclasses.replace(policy.spec, provenance=made)
     policy = TorchPolicy(spec, weights)
     model = build_graph(fold(weights), config.precision)
+    embed_spec(model, spec)
     content = model.SerializeToString(deterministic=True)
     probe = make_probe(policy, observations_of(checkpoint))
     return Built(policy, model, Bundle(Path(spec.name), spec, content, probe))
@@ -98,6 +100,8 @@ def sampled_policy(checkpoint: Checkpoint, config: ExportConfig) -> TorchPolicy:
     """
     trained = diffusion_sampler(checkpoint)
     sampler = resample(trained, config)
+    if sampler.particles > 1 and not checkpoint.spec.has_q:
+        raise ConfigError(f"wanted --particles 1 for a checkpoint without critics, got {sampler.particles}")
     indices = timesteps(sampler.steps, sampler.chain_steps)
     spec = dataclasses.replace(
         checkpoint.spec,

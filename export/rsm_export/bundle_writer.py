@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
+from rsm_export.triton_config import triton_config
 from rsm_serve import atomic
 from rsm_serve.bundle import (
     CONFIG_FILE,
@@ -20,9 +23,6 @@ from rsm_serve.bundle import (
 from rsm_serve.errors import BundleError
 from rsm_serve.policy import PolicySpec
 
-MAX_BATCH_SIZE = 64
-"""Largest batch that config.pbtxt lets Triton form."""
-
 
 def next_version(repository: Path, name: str) -> int:
     """The version number that the next bundle of a policy gets, from 1.
@@ -35,7 +35,7 @@ def next_version(repository: Path, name: str) -> int:
 
 
 def write_bundle(repository: Path, spec: PolicySpec, model: bytes, probe: Probe) -> Path:
-    """Write one version of a policy and return its directory.
+    """Write one version of a policy and return its directory: all of it, or nothing.
 
     Raises:
         BundleError: the version exists already, or the repository cannot be written.
@@ -48,60 +48,46 @@ def write_bundle(repository: Path, spec: PolicySpec, model: bytes, probe: Probe)
             for name, content in (payload | {MANIFEST_FILE: manifest_json(payload)}).items():
                 (directory / name).write_bytes(content)
                 (directory / name).chmod(0o644)  # the server may be another user
-        atomic.write_file(policy_dir / CONFIG_FILE, triton_config(spec).encode())
     except FileExistsError:
         raise BundleError(
             f"version {spec.version} of policy {spec.name!r} exists already in {str(repository)!r}; "
             "another export is running, try again"
         ) from None
     except OSError as error:
-        raise BundleError(
-            f"cannot write a bundle to {str(repository)!r}: {error.strerror}; choose another --repo"
-        ) from None
+        raise _unwritable(repository, error) from None
+    try:
+        _publish_config(policy_dir, spec)
+    except OSError as error:
+        raise _unwritable(repository, error) from None
     return version_dir
 
 
-def triton_config(spec: PolicySpec) -> str:
-    """config.pbtxt: the bundle as Triton and KServe see it; shapes are without the batch axis."""
-    outputs = [("action", [spec.action.size])]
-    if spec.has_q:
-        outputs.append(("q", []))
-    return f"""\
-name: "{spec.name}"
-platform: "onnxruntime_onnx"
-max_batch_size: {MAX_BATCH_SIZE}
-input [
-{_tensor("obs", [spec.observation.size])},
-{_tensor("noise", list(spec.noise_shape))}
-]
-output [
-{f",{chr(10)}".join(_tensor(name, dims) for name, dims in outputs)}
-]
-dynamic_batching {{ }}
-model_warmup [
-  {{
-    name: "one row"
-    batch_size: 1
-{_warm_up_input("obs", [spec.observation.size])}
-{_warm_up_input("noise", list(spec.noise_shape))}
-  }}
-]
-"""
+def _unwritable(repository: Path, error: OSError) -> BundleError:
+    return BundleError(f"cannot write a bundle to {str(repository)!r}: {error.strerror}; choose another --repo")
 
 
-def _warm_up_input(name: str, dims: list[int]) -> str:
-    value = f"{{ data_type: TYPE_FP32 dims: {_dims(dims)} zero_data: true }}"
-    return f'    inputs {{ key: "{name}" value: {value} }}'
+def _publish_config(policy_dir: Path, spec: PolicySpec) -> None:
+    """Let Triton see a version that is complete.
+
+    The order matters: config.pbtxt names the version that it describes, so a process that is killed before
+    this leaves the previous version and its description, which agree. If it fails, the version, which nobody
+    was told of, goes again.
+    """
+    if list_versions(policy_dir)[-1] != int(spec.version):
+        return  # a newer export was faster, and its config.pbtxt must not be turned back
+    path, text = policy_dir / CONFIG_FILE, triton_config(spec).encode()
+    try:
+        atomic.write_file(path, text)
+    except BaseException:
+        if not path.is_file() or path.read_bytes() != text:
+            _withdraw(policy_dir / spec.version)
+        raise
 
 
-def _tensor(name: str, dims: list[int]) -> str:
-    # Triton has no tensors without dimensions: a scalar per row is [1] reshaped to [].
-    reshape = "" if dims else " reshape: { shape: [ ] }"
-    return f'  {{ name: "{name}" data_type: TYPE_FP32 dims: {_dims(dims or [1])}{reshape} }}'
-
-
-def _dims(dims: list[int]) -> str:
-    return f"[ {', '.join(str(size) for size in dims)} ]"
+def _withdraw(version_dir: Path) -> None:
+    # Out of sight first: half a version must not look like one.
+    hidden = tempfile.mkdtemp(dir=version_dir.parent, prefix=f".{version_dir.name}.")
+    shutil.rmtree(version_dir.rename(hidden), ignore_errors=True)
 
 
 def write_time() -> str:

@@ -1,8 +1,9 @@
-"""rsm-export: make a bundle from a checkpoint."""
+"""rsm-export: make a bundle from a checkpoint, and say what is in one."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,53 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_export.config import ExportConfig, SearchConfig
-from rsm_serve.commandline import dataclass_options, require_extra, run_command
+from rsm_serve.bundle import MODEL_SUFFIX
+from rsm_serve.commandline import EXIT_OK, EXIT_USER_ERROR, dataclass_options, require_extra, run_command
 from rsm_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from rsm_export.exporter import Export
 
+DEFAULT_COMMAND = "export"
 
-@click.command("rsm-export", context_settings={"max_content_width": 110})
+
+class DefaultGroup(click.Group):
+    """Commands of which one, DEFAULT_COMMAND, is meant where the first word is none of them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the default command's name. A run that is called like a command is given as ./inspect."""
+        own = {*self.commands, *ctx.help_option_names, "--version"}
+        return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if args and args[0] not in own else args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Both ways of use."""
+        formatter.write_usage(ctx.command_path, "RUN_OR_CHECKPOINT --repo DIR [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "inspect BUNDLE [--json]", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default command's options, the common ones, then the other commands."""
+        default = self.commands[DEFAULT_COMMAND]
+        options = [option for option in default.params if isinstance(option, click.Option)]
+        with formatter.section("Options"):
+            shown = (option.get_help_record(ctx) for option in (*options, *self.get_params(ctx)))
+            formatter.write_dl([record for record in shown if record is not None])
+        with formatter.section("Other commands"):
+            others = [(name, made) for name, made in self.commands.items() if made is not default]
+            formatter.write_dl([(name, made.get_short_help_str(limit=90)) for name, made in others])
+
+
+@click.group("rsm-export", cls=DefaultGroup, context_settings={"max_content_width": 110})
 @click.version_option(package_name="rsm-toolkit")
+def commands() -> None:
+    """Make a bundle from a checkpoint, or say what is in a bundle.
+
+    Unrolls a policy into one ONNX graph and writes it as the next version in a repository. The graph must
+    act like the checkpoint, or nothing is written. Of a run, the checkpoint with the best evaluation is taken.
+    A bare model.onnx becomes a bundle again.
+    """
+
+
+@commands.command(DEFAULT_COMMAND)
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.option(
     "--repo",
@@ -35,14 +74,18 @@ if TYPE_CHECKING:
     "within --tolerance of the full policy's.",
 )
 @dataclass_options(ExportConfig, SearchConfig)
-def command(source: Path, repo: Path, name: str | None, auto: bool, **settings: Any) -> None:
-    """Unroll a policy into one ONNX graph and write it as the next version in a repository.
-
-    The graph must act like the checkpoint, or nothing is written. Of a run, the checkpoint with the best
-    evaluation is taken.
-    """
+def export(source: Path, repo: Path, name: str | None, auto: bool, **settings: Any) -> None:
+    """Make a bundle from a run, a checkpoint or a bare model.onnx."""
     config = ExportConfig(**{item.name: settings[item.name] for item in dataclasses.fields(ExportConfig)})
     closed_loop = SearchConfig(**{item.name: settings[item.name] for item in dataclasses.fields(SearchConfig)})
+    if source.suffix == MODEL_SUFFIX and source.is_file():
+        if auto or (config, closed_loop) != (ExportConfig(), SearchConfig()):
+            raise ConfigError(
+                f"wanted a run or checkpoint for options that change the chain, got the graph {str(source)!r}; "
+                "leave them out"
+            )
+        _adopt(source, repo, name)
+        return
     require_extra("rsm-export", "export", ["torch", "onnx", "onnxruntime", "safetensors"])
     if auto or closed_loop.env:
         require_extra("comparing returns", "eval", ["gymnasium", "scipy", "matplotlib"])
@@ -87,6 +130,33 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def _adopt(source: Path, repo: Path, name: str | None) -> None:
+    require_extra("rsm-export of a model.onnx", "serve", ["onnxruntime"])
+    from rsm_export.adoption import adopt_graph
+
+    click.echo(f"bundle: {adopt_graph(source, repo, name)}")
+
+
+@commands.command("inspect", short_help="Print what is in a bundle, and whether it is intact.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs; names every element.")
+def inspect(bundle: Path, as_json: bool) -> int:
+    """Print all there is to know of a bundle: sizes and bounds, sampling, accuracy, evaluation, origin, graph.
+
+    BUNDLE is a version directory, a policy directory (its newest version) or a bare model.onnx. The exit status
+    is 0 only if it loads, every hash included.
+    """
+    require_extra("rsm-export inspect", "export", ["onnx"])
+    from rsm_export.inspection import format_report, inspect_path
+
+    report = inspect_path(bundle)
+    click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
+    if report["problem"] is None:
+        return EXIT_OK
+    click.echo(f"rsm-export: {report['problem']}", err=True)
+    return EXIT_USER_ERROR
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of rsm-export; returns the exit status."""
-    return run_command(command, argv)
+    return run_command(commands, argv)

@@ -159,7 +159,8 @@ def test_command_line(run_dir, tmp_path, capsys):
     assert main([str(run_dir), "--repo", str(tmp_path), "--name", "tiny"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^parity: +max error \d\.\de-\d\d of the action range", out, re.M)
-    assert re.search(r"^graph: +ddpm, 5 steps, 4 particles, fp32; \d+ nodes, .* MFLOP", out, re.M)
+    assert re.search(r"^graph: +ddpm, 5 steps, 4 particles, fp32; \d+ nodes, \d+ kB$", out, re.M)
+    assert re.search(r"^per action: +[\d.]+ MFLOP, [\d.]+ MB written, [\d.]+ MB of weights read$", out, re.M)
     assert str(tmp_path / "tiny" / "1") in out
 
 
@@ -229,10 +230,14 @@ def test_the_chain_is_retimed_without_retraining(run_dir, repository, kind):
         "schedule": "cosine",
         "train_steps": 5,
         "timesteps": indices,
-        "eta": 1.0 if config.sampler == "ddpm" else config.eta or 0.0,
+        "eta": (config.eta or 0.0) if config.sampler == "ddim" else 1.0,
         "prior_std": config.prior_std or 0.5,
     }
-    assert (spec.steps, spec.particles, spec.sampler) == (len(indices), config.particles or 4, config.sampler)
+    assert (spec.steps, spec.particles, spec.sampler) == (
+        len(indices),
+        config.particles or 4,
+        config.sampler or "ddpm",
+    )
     assert spec.evaluation is None, "what was measured in training was another chain"
     assert spec.has_q is (config.particles != 1)
     obs = observations(30)

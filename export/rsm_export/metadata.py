@@ -1,0 +1,54 @@
+"""The specification inside the graph, so that a bare model.onnx can be deployed.
+
+`rsm.policy` repeats policy.json; the other entries are for people and for viewers of ONNX files. What is not of
+the checkpoint stays out: the version number, the time and the tools of the export, the errors that were
+measured on this machine. So the same checkpoint keeps giving the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import onnx
+
+from rsm_serve.onnx_metadata import POLICY_KEY
+from rsm_serve.policy import PolicySpec
+
+NOT_A_VERSION = "0"
+_TRAINING = ("run", "step")
+"""Of the provenance: where the weights come from."""
+_SHOWN = ("schema_version", "name", "algorithm", "env_id", "steps", "particles", "sampler", "precision")
+
+
+def embed_spec(model: onnx.ModelProto, spec: PolicySpec) -> None:
+    """Write a specification into a graph's metadata, in place of any other metadata."""
+    core = dataclasses.replace(
+        spec,
+        version=NOT_A_VERSION,
+        accuracy=None,
+        provenance={key: spec.provenance[key] for key in _TRAINING if key in spec.provenance},
+    )
+    compact = json.dumps(json.loads(core.to_json()), separators=(",", ":"), sort_keys=True)
+    shown = {f"rsm.{key}": str(getattr(core, key)) for key in _SHOWN}
+    onnx.helper.set_model_props(model, {POLICY_KEY: compact, **shown})
+
+
+def read_spec(model: onnx.ModelProto) -> PolicySpec | None:
+    """The specification in a graph's metadata; None if there is none.
+
+    Raises:
+        BundleError: there is one, but it is damaged or of another schema version.
+    """
+    for entry in model.metadata_props:
+        if entry.key == POLICY_KEY:
+            return PolicySpec.from_json(entry.value)
+    return None
+
+
+def with_spec(model: bytes, spec: PolicySpec) -> bytes:
+    """The graph with a specification in its metadata; `embed_spec` for bytes, which depend on nothing else."""
+    proto = onnx.load_from_string(model)
+    embed_spec(proto, spec)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
