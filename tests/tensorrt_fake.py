@@ -1,8 +1,8 @@
 """A strict stand-in for `tensorrt` and `cuda.bindings.runtime`, whose engine computes with onnxruntime.
 
-It has what our modules use of the real ones and nothing more, under the real names (test_tensorrt.py compares them
-with the bindings), and is stricter than the real ones where those would crash or be silently wrong: every handle
-and address is looked up in a ledger, work runs when the stream is waited for and not before, a captured graph
+It has what our modules use of the real ones and nothing more, under the real names (test_tensorrt.py compares
+them with the bindings), and is stricter where the real ones would crash or be silently wrong: every handle and
+address is looked up in a ledger, work runs when the stream is waited for and not before, a captured graph
 replays addresses, freed memory turns to NaN, and objects that must outlive others are checked to be alive.
 """
 
@@ -21,20 +21,21 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 MAGIC = b"FAKE PLAN\n"
 TIMINGS = b"FAKE TIMINGS\n"
 
 
-class Misuse(AssertionError):
+class MisuseError(AssertionError):
     """Our code did what the real library does not forgive."""
 
 
 class FakeGpu:
     """The state of one pretended machine; `install` puts its modules into sys.modules."""
 
-    def __init__(self, version: str = "11.4.0.106", name: str = "Fake H100", capability: tuple[int, int] = (9, 0)):
+    def __init__(
+        self, version: str = "11.4.0.106", name: str = "Fake H100", capability: tuple[int, int] = (9, 0)
+    ):
         self.version = version
         self.name = name
         self.capability = capability
@@ -80,10 +81,12 @@ class FakeGpu:
     def block(self, address: int, kind: str, size: int) -> NDArray[np.uint8]:
         """The memory at an address, which must be the start of a block of that kind and large enough."""
         if address not in self.memory:
-            raise Misuse(f"{address:#x} is not allocated")
+            raise MisuseError(f"{address:#x} is not allocated")
         found, data = self.memory[address]
         if found != kind or size > len(data):
-            raise Misuse(f"wanted {size} bytes of {kind} memory at {address:#x}, got {len(data)} of {found}")
+            raise MisuseError(
+                f"wanted {size} bytes of {kind} memory at {address:#x}, got {len(data)} of {found}"
+            )
         return data[:size]
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
@@ -92,7 +95,7 @@ class FakeGpu:
         elif stream in self.streams:
             self.streams[stream].append(work)
         else:
-            raise Misuse(f"stream {stream:#x} does not exist")
+            raise MisuseError(f"stream {stream:#x} does not exist")
 
     def install(self, monkeypatch: Any) -> None:
         """Make `import tensorrt` and `from cuda.bindings import runtime` find this machine."""
@@ -109,24 +112,29 @@ class FakeGpu:
 
 
 class CudaErrors(enum.IntEnum):
-    cudaSuccess = 0  # noqa: N815
-    cudaErrorInvalidValue = 1  # noqa: N815
-    cudaErrorMemoryAllocation = 2  # noqa: N815
-    cudaErrorNoDevice = 100  # noqa: N815
-    cudaErrorLaunchFailure = 719  # noqa: N815
-    cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
+    cudaErrorLaunchFailure = 719
+    cudaErrorStreamCaptureInvalidated = 901
+
+
+class CopyKinds(enum.IntEnum):
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+
+
+class CaptureModes(enum.IntEnum):
+    cudaStreamCaptureModeThreadLocal = 1
 
 
 def make_cudart(gpu: FakeGpu) -> types.ModuleType:
     """A module of functions that return (error, value...), as the real ones do."""
     module = types.ModuleType("cuda.bindings.runtime")
     module.cudaError_t = CudaErrors  # type: ignore[attr-defined]
-    module.cudaMemcpyKind = enum.IntEnum(  # type: ignore[attr-defined]
-        "cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2}
-    )
-    module.cudaStreamCaptureMode = enum.IntEnum(  # type: ignore[attr-defined]
-        "cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1}
-    )
+    module.cudaMemcpyKind = CopyKinds  # type: ignore[attr-defined]
+    module.cudaStreamCaptureMode = CaptureModes  # type: ignore[attr-defined]
     module.cudaStreamNonBlocking = 1  # type: ignore[attr-defined]
     module.cudaHostAllocDefault = 0  # type: ignore[attr-defined]
     for name in dir(_Cudart):
@@ -139,6 +147,9 @@ def _function(gpu: FakeGpu, name: str, method: Callable[..., Any]) -> Callable[.
     def call(*arguments: Any) -> tuple[Any, ...]:
         failure = gpu.cuda_fails.get(name)
         if failure is not None:
+            if name == "cudaStreamSynchronize":  # the device is lost, and all that it had to do
+                for work in gpu.streams.values():
+                    work.clear()
             return (CudaErrors[failure], None)
         answer = method(*arguments)
         if isinstance(answer, CudaErrors):
@@ -169,7 +180,7 @@ class _Cudart:
 
     def cudaSetDevice(self, device: int) -> None:  # noqa: N802
         if device >= self._gpu.devices:
-            raise Misuse(f"no device {device}")
+            raise MisuseError(f"no device {device}")
         self._gpu.counts["set_device"] += 1
 
     def cudaGetDeviceProperties(self, device: int) -> _Properties:  # noqa: N802
@@ -200,7 +211,7 @@ class _Cudart:
 
     def _free(self, address: int, kind: str) -> None:
         if any(self._gpu.streams.values()):
-            raise Misuse("memory is freed while work is pending")
+            raise MisuseError("memory is freed while work is pending")
         data = self._gpu.block(address, kind, 0)
         whole = self._gpu.memory.pop(address)[1]
         whole[:] = 0xFF  # NaN: whoever still looks sees it
@@ -214,11 +225,11 @@ class _Cudart:
 
     def cudaStreamDestroy(self, stream: int) -> None:  # noqa: N802
         if self._gpu.streams.pop(stream):
-            raise Misuse("a stream is destroyed while work is pending")
+            raise MisuseError("a stream is destroyed while work is pending")
 
     def cudaStreamSynchronize(self, stream: int) -> None:  # noqa: N802
         if stream in self._gpu.capturing:
-            raise Misuse("a capturing stream cannot be waited for")
+            raise MisuseError("a capturing stream cannot be waited for")
         work, self._gpu.streams[stream] = self._gpu.streams[stream], []
         for step in work:
             step()
@@ -234,7 +245,7 @@ class _Cudart:
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> None:  # noqa: N802
         if stream in self._gpu.capturing or self._gpu.streams[stream] or mode != 1:
-            raise Misuse("capture begins on a stream that is capturing or has pending work")
+            raise MisuseError("capture begins on a stream that is capturing or has pending work")
         self._gpu.capturing[stream] = []
 
     def cudaStreamEndCapture(self, stream: int) -> Any:  # noqa: N802
@@ -288,7 +299,7 @@ class ILogger:
     def __init__(self) -> None:
         self.started = True
 
-    def log(self, severity: Severity, msg: str) -> None:
+    def log(self, severity: Any, msg: str) -> None:
         raise NotImplementedError
 
 
@@ -380,9 +391,7 @@ class IOptimizationProfile:
     def __init__(self) -> None:
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
 
-    def set_shape(
-        self, input: str, min: tuple[int, ...], opt: tuple[int, ...], max: tuple[int, ...]
-    ) -> None:
+    def set_shape(self, input: str, min: tuple[int, ...], opt: tuple[int, ...], max: tuple[int, ...]) -> None:
         if not all(a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
             raise ValueError("min <= opt <= max")
         self._shapes[input] = [min, opt, max]
@@ -485,7 +494,7 @@ class IExecutionContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if self._engine.get_tensor_mode(name) is not TensorIOMode.INPUT:
-            raise Misuse(f"{name} is no input")
+            raise MisuseError(f"{name} is no input")
         low, _, high = self._engine._header["profile"][name]
         if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
             return False
@@ -495,7 +504,7 @@ class IExecutionContext:
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._engine.get_tensor_mode(name)
         if self._gpu.memory[memory][0] != "device":
-            raise Misuse(f"{name} must lie on the device")
+            raise MisuseError(f"{name} must lie on the device")
         self._addresses[name] = memory
         return True
 
@@ -509,13 +518,15 @@ class IExecutionContext:
         names = [value.name for _, value in self._engine._values]
         inputs = [value.name for mode, value in self._engine._values if mode is TensorIOMode.INPUT]
         if not isinstance(stream_handle, int) or stream_handle == 0:
-            raise Misuse("wanted a stream of one's own, as a number")
+            raise MisuseError("wanted a stream of one's own, as a number")
         if set(self._addresses) != set(names) or set(self._shapes) != set(inputs):
-            raise Misuse(f"addresses of {sorted(self._addresses)} and shapes of {sorted(self._shapes)} are set")
+            raise MisuseError(
+                f"addresses of {sorted(self._addresses)} and shapes of {sorted(self._shapes)} are set"
+            )
         rows = self._shapes["obs"][0]
         if stream_handle in self._gpu.capturing:
             if (rows,) not in self._ran:
-                raise Misuse("the first run of a shape allocates and cannot be captured")
+                raise MisuseError("the first run of a shape allocates and cannot be captured")
             if self._gpu.capture_fails_for(rows):
                 self._gpu.submit(stream_handle, _invalid)
                 return False
@@ -528,7 +539,7 @@ class IExecutionContext:
         def execute() -> None:
             context = this()
             if context is None:
-                raise Misuse("the context is gone")
+                raise MisuseError("the context is gone")
             context._execute(inputs, addresses, shapes)
 
         self._gpu.submit(stream_handle, execute)
@@ -552,18 +563,20 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
     """A module of the classes above, with those that are created from a logger bound to the machine."""
     module = types.ModuleType("tensorrt")
     module.__version__ = gpu.version  # type: ignore[attr-defined]
-    for kind in (ILogger, BuilderFlag, DataType, TensorIOMode):
+    plain: tuple[type, ...] = (ILogger, BuilderFlag, DataType, TensorIOMode)
+    for kind in plain:
         setattr(module, kind.__name__, kind)
     if int(gpu.version.split(".")[0]) < 11:
         module.NetworkDefinitionCreationFlag = NetworkDefinitionCreationFlag  # type: ignore[attr-defined]
-    for kind in (Builder, Runtime, OnnxParser, Refitter, OnnxParserRefitter):
+    bound: tuple[type, ...] = (Builder, Runtime, OnnxParser, Refitter, OnnxParserRefitter)
+    for kind in bound:
         setattr(module, kind.__name__, type(kind.__name__, (kind,), {"_gpu": gpu}))
     return module
 
 
 def _check_logger(logger: ILogger) -> None:
     if not getattr(logger, "started", False):
-        raise Misuse("a subclass of ILogger must call ILogger.__init__")
+        raise MisuseError("a subclass of ILogger must call ILogger.__init__")
 
 
 class Builder:
@@ -578,7 +591,7 @@ class Builder:
     def create_network(self, flags: int = 0) -> INetworkDefinition:
         wanted = 0 if int(self._gpu.version.split(".")[0]) >= 11 else 1 << 1
         if flags != wanted:
-            raise Misuse(f"wanted network flags {wanted}, got {flags}")
+            raise MisuseError(f"wanted network flags {wanted}, got {flags}")
         network = INetworkDefinition()
         network._gpu = self._gpu
         return network
@@ -593,13 +606,13 @@ class Builder:
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> IHostMemory | None:
         if network._model is None or network._parser() is None:
-            raise Misuse("the network was not parsed, or its parser, which owns the weights, is gone")
+            raise MisuseError("the network was not parsed, or its parser, which owns the weights, is gone")
         if config._timings is None or config._timings() is None:
-            raise Misuse("no timing cache is attached, or it is gone")
+            raise MisuseError("no timing cache is attached, or it is gone")
         if len(config._profiles) != 1 or BuilderFlag.TF32 in config._flags:
-            raise Misuse("wanted one profile and no TF32")
+            raise MisuseError("wanted one profile and no TF32")
         if bool(network._marked) != (BuilderFlag.REFIT_INDIVIDUAL in config._flags):
-            raise Misuse("weights are marked without REFIT_INDIVIDUAL or the other way round")
+            raise MisuseError("weights are marked without REFIT_INDIVIDUAL or the other way round")
         self._gpu.counts["build"] += 1
         if self._gpu.build_fails:
             self._logger.log(Severity.ERROR, "no tactic fits")
@@ -668,7 +681,7 @@ class Refitter:
 
     def refit_cuda_engine(self) -> bool:
         if self._owner() is None:
-            raise Misuse("the parser that owns the new weights is gone")
+            raise MisuseError("the parser that owns the new weights is gone")
         if self._gpu.refit_fails:
             self._logger.log(Severity.ERROR, "the weights do not fit")
             return False
@@ -698,8 +711,3 @@ class OnnxParserRefitter(_Errors):
                 self._refitter._weights[name] = found[name]
         self._refitter._owner = weakref.ref(self)
         return not self._errors
-
-
-def weights_of(plan_model: onnx.ModelProto, name: str) -> NDArray[Any]:
-    """An initialiser of a model, by name."""
-    return numpy_helper.to_array(next(t for t in plan_model.graph.initializer if t.name == name))

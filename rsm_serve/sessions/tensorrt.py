@@ -93,18 +93,22 @@ class TensorRTSession:
         resources = contextlib.ExitStack()
         # Not bound to self: runs on close(), or when the session is dropped.
         self._release = weakref.finalize(self, resources.close)
+        failure = None
         try:
             _call(self._cuda.cudaSetDevice, self._device)
             self._open(recipe, cache_dir or default_cache_dir(), resources)
         except CudaError as error:
+            failure = str(error)
             self._release()
-            raise BundleError(
-                f"policy {spec.name!r} cannot be loaded on {device.name} ({error}); "
-                "check the driver and the GPU's free memory"
-            ) from error
         except BaseException:
             self._release()
             raise
+        # Raised here and not above: the traceback would keep execution contexts, and their memory, alive.
+        if failure is not None:
+            raise BundleError(
+                f"policy {spec.name!r} cannot be loaded on {device.name} ({failure}); "
+                "check the driver and the GPU's free memory"
+            )
         self._runtime = f"tensorrt {trt.__version__} on {device.name}, {self._how()}"
 
     @property
@@ -155,6 +159,8 @@ class TensorRTSession:
         self._inputs = self._allocate(input_shapes(recipe.spec), resources)
         self._outputs = self._allocate(output_shapes(recipe.spec), resources)
         resources.callback(self._buckets.clear)
+        # After a failure, copies may still be under way to memory that is about to be freed.
+        resources.callback(_release, cuda.cudaStreamSynchronize, self._stream)
         failures: list[str] = []
         for rows in self._sizes:
             context = self._make_context(opened.engine, rows)
@@ -380,7 +386,8 @@ def _release(function: Callable[..., Sequence[Any]], handle: Any) -> None:
     try:
         _call(function, handle)
     except CudaError as error:
-        logger.warning("while releasing GPU resources: %s", error)
+        # As text: a log record may be kept for long, and with the error its traceback and what that holds.
+        logger.warning("while releasing GPU resources: %s", str(error))
 
 
 def _require(accepted: bool, what: str) -> None:

@@ -261,11 +261,13 @@ def _parse(recipe: EngineRecipe, network: Any) -> Any:
 
 
 def _parser_errors(parser: Any) -> str:
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return (
-        "; ".join(f"node {error.node_name()!r} of {error.node_operator()}: {error.desc()}" for error in errors)
-        or "without a reason"
-    )
+    """All errors of an OnnxParser or OnnxParserRefitter, in the parser's words."""
+    found = []
+    for index in range(parser.num_errors):
+        parser_error = parser.get_error(index)
+        node = f"node {parser_error.node_name()!r} of {parser_error.node_operator()}: "
+        found.append((node if parser_error.node_operator() else "") + parser_error.desc())
+    return "; ".join(found) or "without a reason"
 
 
 def _mark_refittable(recipe: EngineRecipe, network: Any) -> bool:
