@@ -695,7 +695,7 @@ def fake_members() -> dict[str, Any]:
     """Public members of the fake's classes, by class and name."""
     kinds = {name: kind for name, kind in vars(tensorrt_fake).items() if isinstance(kind, type)}
     ours = {name: kind for name, kind in kinds.items() if kind.__module__ == tensorrt_fake.__name__}
-    ours = {name: kind for name, kind in ours.items() if name not in (OF_OUR_OWN}
+    ours = {name: kind for name, kind in ours.items() if name not in OF_OUR_OWN}
     return {
         ("ILogger." if kind.__name__ == "Severity" else "") + f"{name}.{member}": value
         for name, kind in ours.items()
