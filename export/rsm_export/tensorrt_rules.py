@@ -1,9 +1,8 @@
 """What TensorRT's ONNX parser takes, checked on the file, without TensorRT.
 
-The table is that of TensorRT 10.15, from docs/operators.md of the parser's repository (onnx/onnx-tensorrt), as far
-as a policy's graph could have use of it: an operator that is not in it is refused here even if TensorRT has it.
-TensorRT 11 made networks strongly typed, so a type that an operator lacks is an error and no longer a silent
-detour.
+The table is that of TensorRT 10.15, from docs/operators.md of the parser's repository (onnx/onnx-tensorrt), as
+far as a policy's graph could have use of it: an operator that is not in it is refused here even if TensorRT has
+it. TensorRT 11 made networks strongly typed: a type that an operator lacks is an error there, not a silent detour.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ def check_tensorrt(model: onnx.ModelProto) -> None:
     """Check that TensorRT's parser takes the graph.
 
     Raises:
-        BundleError: an opset, an operator, an element type or a use of an operator that it does not take, or types
-            that do not fit together; of several the first, with its node.
+        BundleError: an opset, an operator, an element type or a use of an operator that it does not take, or
+            types that do not fit together; of several the first, with its node.
     """
     versions = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
     if len(versions) != 1 or versions[0] not in OPSETS:
@@ -175,8 +174,8 @@ def _broken_quantization(
 def _refusal(node: NodeProto, what: str) -> BundleError:
     name = node.name or (node.output[0] if node.output else "?")
     return BundleError(
-        f"TensorRT's parser does not take node {name!r}: {what}; export the policy for onnxruntime or openvino, "
-        "or in another precision"
+        f"TensorRT's parser does not take node {name!r}: {what}; export the policy in another "
+        "precision, or for another backend"
     )
 
 

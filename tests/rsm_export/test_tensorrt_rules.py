@@ -33,7 +33,7 @@ def graph(
     outputs: int = 1,
     **attributes: Any,
 ) -> onnx.ModelProto:
-    """One node over inputs of the given types, [2, 3] each, and constants behind them."""
+    """One node over inputs of the given types, matrices, and constants behind them."""
     given, held = inputs if inputs is not None else {"x": FLOAT}, constants or {}
     names = ["y", *(f"y{index}" for index in range(1, outputs))]
     node = helper.make_node(op_type, [*given, *held], names, name="the_node", **attributes)
@@ -41,7 +41,7 @@ def graph(
         helper.make_graph(
             [node],
             "one",
-            [helper.make_tensor_value_info(name, kind, [2, 3]) for name, kind in given.items()],
+            [helper.make_tensor_value_info(name, kind, ["n", "m"]) for name, kind in given.items()],
             [helper.make_tensor_value_info("y", output, None)],
             [numpy_helper.from_array(np.asarray(value), name) for name, value in held.items()],
         ),
@@ -77,7 +77,6 @@ AXES = {"axes": np.array([1])}
     ids=lambda model: model.graph.node[0].op_type,
 )
 def test_what_the_parser_takes(model):
-    onnx.checker.check_model(model)
     check_tensorrt(model)
 
 
@@ -127,7 +126,7 @@ def test_what_the_parser_takes(model):
             graph("DequantizeLinear", {"x": UINT8}, FLOAT, constants={"s": np.float32(1)}),
             "operator DequantizeLinear takes",
         ),
-        (graph("Constant", {}, FLOAT, value_strings=["a"]), "got string"),
+        (graph("Constant", {}, TensorProto.STRING, value_strings=["a"]), "got string"),
     ],
 )
 def test_what_the_parser_refuses(model, text):
