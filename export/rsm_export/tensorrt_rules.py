@@ -2,7 +2,7 @@
 
 The table is that of TensorRT 10.15, from docs/operators.md of the parser's repository (onnx/onnx-tensorrt), as
 far as a policy's graph could have use of it: an operator that is not in it is refused here even if TensorRT has
-it. TensorRT 11 made networks strongly typed: a type that an operator lacks is an error there, not a silent detour.
+it. TensorRT 11 made networks strongly typed: a type that an operator lacks is an error there, no silent detour.
 """
 
 from __future__ import annotations

@@ -7,11 +7,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from rsm_export.chain import UnrolledPolicy
+from rsm_export.onnx_graph import build_graph
 from rsm_export.tensorrt_rules import OPSETS, SUPPORTED_TYPES, check_tensorrt
 
 from rsm_serve.errors import BundleError
+from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_serve.sessions.onnx_structure import read_structure
+from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
+from rsm_serve.sessions.tensorrt import TensorRTSession
+from rsm_train.critic import init_critics
+from rsm_train.diffusion import SamplerSettings
+from rsm_train.networks import init_denoiser
+from rsm_train.policy import PolicyWeights
 from tests.bundles import make_model, make_spec
+from tests.tensorrt_fake import FakeGpu
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 INT8, INT32, INT64, BOOL, UINT8 = (
@@ -167,3 +179,44 @@ def test_every_operator_of_the_table_is_onnxs_and_takes_float_or_quantised_data(
 def test_graphs_of_the_contract_pass():
     check_tensorrt(onnx.load_from_string(make_model(make_spec())))
     check_tensorrt(onnx.load_from_string(make_model(make_spec(has_q=False))))
+
+
+def exported(spec: Any, seed: int) -> bytes:
+    """The exporter's graph of a policy whose parameters are all random, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = spec.observation.size, spec.action.size
+    denoiser = init_denoiser(*sizes, [16, 16], generator)
+    critics = init_critics(*sizes, [16], generator)
+    for params in (denoiser, critics):
+        for name, value in params.items():
+            params[name] = value + 0.1 * torch.randn(value.shape, generator=generator)
+    sampler = SamplerSettings("linear", spec.steps, spec.particles, 1.0)
+    return build_graph(
+        UnrolledPolicy(PolicyWeights.prepare(denoiser, critics, sampler, spec)), spec.noise_shape
+    )
+
+
+def contents(model: bytes) -> dict[str, bytes]:
+    return {tensor.name: tensor.raw_data for tensor in onnx.load_from_string(model).graph.initializer}
+
+
+def test_exported_policies_pass_and_differ_in_weights_only(tmp_path, monkeypatch):
+    """A policy that was trained further is refitted: its graph differs in nothing that would need a build."""
+    spec = make_spec(action_size=1, steps=2, particles=3)  # one action: its bias is a single number
+    first, second = exported(spec, 1), exported(spec, 2)
+    check_tensorrt(onnx.load_from_string(first))
+    structure = read_structure(first)
+    assert read_structure(second) == structure
+    old, new = contents(first), contents(second)
+    assert old.keys() == new.keys()
+    assert {name for name in old if old[name] != new[name]} <= set(structure.weights)
+
+    gpu = FakeGpu()
+    gpu.install(monkeypatch)
+    obs = np.random.default_rng(0).normal(size=(3, spec.observation.size)).astype(np.float32)
+    noise = draw_noise(expand_seed(0, 3), spec.noise_shape)
+    for model in (first, second):
+        session = TensorRTSession(model, spec, max_batch_size=4, cache_dir=tmp_path)
+        answer, wanted = session.run(obs, noise), OnnxRuntimeSession(model, spec).run(obs, noise)
+        np.testing.assert_allclose(answer[0], wanted[0], atol=1e-5)
+    assert (gpu.counts["build"], gpu.counts["refit"]) == (1, 1)
