@@ -57,6 +57,8 @@ class FakeGpu:
         self.refit_fails = False
         self.context_fails = False
         self.capture_fails_for: Callable[[int], bool] = lambda rows: False
+        self.execute_fails: Callable[[bool], bool] = lambda capturing: False
+        self.last_error: str | None = None
         self.cuda_fails: dict[str, str] = {}
         self.timings_seen: list[bytes] = []
 
@@ -151,8 +153,11 @@ def _function(gpu: FakeGpu, name: str, method: Callable[..., Any]) -> Callable[.
                 for work in gpu.streams.values():
                     work.clear()
             return (CudaErrors[failure], None)
+        if name == "cudaStreamSynchronize" and gpu.last_error:
+            raise MisuseError(f"{gpu.last_error} was not cleared with cudaGetLastError")
         answer = method(*arguments)
         if isinstance(answer, CudaErrors):
+            gpu.last_error = answer.name
             return (answer, None)
         return (CudaErrors.cudaSuccess,) if answer is None else (CudaErrors.cudaSuccess, answer)
 
@@ -188,7 +193,7 @@ class _Cudart:
         return _Properties(self._gpu)
 
     def cudaGetLastError(self) -> None:  # noqa: N802
-        return None
+        self._gpu.last_error = None
 
     def cudaMalloc(self, size: int) -> int:  # noqa: N802
         # An address that nobody can dereference: device memory is not the host's.
@@ -431,6 +436,8 @@ class IBuilderConfig:
         return True
 
     def get_timing_cache(self) -> ITimingCache | None:
+        if self._timings is None or self._timings() is None:
+            raise MisuseError("the timing cache is gone")
         return ITimingCache(TIMINGS + json.dumps(self._gpu.name).encode())
 
 
@@ -530,6 +537,8 @@ class IExecutionContext:
             if self._gpu.capture_fails_for(rows):
                 self._gpu.submit(stream_handle, _invalid)
                 return False
+        if self._gpu.execute_fails(stream_handle in self._gpu.capturing):
+            return False
         self._ran.add((rows,))
         self._gpu.counts["enqueue"] += 1
         # The graph holds what the context needs, not the context: destroyed too early is misuse.

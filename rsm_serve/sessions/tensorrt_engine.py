@@ -222,7 +222,6 @@ def _build(recipe: EngineRecipe, cache: EngineCache | None) -> tuple[bytes, bool
     timings = cache.read_timings(recipe.timing_key) if cache else b""
     timing_cache = _attach_timings(config, timings)
     plan = builder.build_serialized_network(network, config)
-    del parser, timing_cache
     if plan is None:
         raise BundleError(
             f"TensorRT {trt.__version__} cannot build an engine for policy {name!r} "
@@ -230,6 +229,7 @@ def _build(recipe: EngineRecipe, cache: EngineCache | None) -> tuple[bytes, bool
         )
     if cache:
         _save_timings(config, cache, recipe.timing_key)
+    del parser, timing_cache  # not before
     return bytes(plan), refittable
 
 

@@ -185,7 +185,7 @@ def exported(spec: Any, seed: int) -> bytes:
     """The exporter's graph of a policy whose parameters are all random, as after training."""
     generator = torch.Generator().manual_seed(seed)
     sizes = spec.observation.size, spec.action.size
-    denoiser = init_denoiser(*sizes, [16, 16], generator)
+    denoiser = init_denoiser(*sizes, [16], generator)
     critics = init_critics(*sizes, [16], generator)
     for params in (denoiser, critics):
         for name, value in params.items():

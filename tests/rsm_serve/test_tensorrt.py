@@ -97,6 +97,15 @@ def test_weights_of_an_unused_tensor_stay_in_the_digest():
     assert read_structure(changed(MODEL, "big")).digest != read_structure(MODEL).digest
 
 
+def test_scalars_are_structure():
+    """Coefficients of the sampler: the builder may fold them."""
+
+    def with_scalar(proto):
+        proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array(2, np.float32), "center"))
+
+    assert "center" not in read_structure(edited(with_scalar)).weights
+
+
 @pytest.mark.parametrize("name", ["low", "high", "axes_tn", "axis_o"])
 def test_constants_that_a_runtime_may_bake_are_structure(name):
     assert read_structure(changed(MODEL, name, 2)).digest != read_structure(MODEL).digest
@@ -229,6 +238,27 @@ def test_without_capture_it_runs_plainly_and_says_so(gpu, tmp_path, caplog, fail
     assert "cudaStreamEndCapture" in warnings[0]
     for rows in (1, 3, 4):
         expect(session, MODEL, rows)
+    session.close()
+    assert gpu.leaks() == {}
+
+
+def test_a_capture_that_misses_the_engine_is_not_replayed(gpu, tmp_path):
+    """TensorRT refuses, CUDA is content: the graph would hold the copies and nothing else."""
+    gpu.execute_fails = lambda capturing: capturing
+    session = TensorRTSession(MODEL, SPEC, max_batch_size=4, cache_dir=tmp_path)
+    assert session.runtime.endswith("no CUDA graphs")
+    expect(session, MODEL)
+    session.close()
+    assert gpu.leaks() == {}
+
+
+def test_memory_is_not_freed_under_copies_that_are_under_way(gpu, tmp_path):
+    gpu.capture_fails_for = lambda rows: True
+    session = TensorRTSession(MODEL, SPEC, max_batch_size=1, cache_dir=tmp_path)
+    gpu.execute_fails = lambda capturing: True
+    with pytest.raises(BackendError, match="TensorRT refuses the execution"):
+        session.run(*inputs(1))
+    assert any(gpu.streams.values()), "the copies to the GPU are pending"
     session.close()
     assert gpu.leaks() == {}
 
@@ -456,6 +486,7 @@ def test_an_entry_that_tensorrt_refuses_is_built_again(gpu, tmp_path, caplog):
     expect(opened(tmp_path), MODEL)
     assert gpu.counts["build"] == 2
     assert "refuses the cached engine" in caplog.text
+    assert engines(tmp_path) == [path], "the new one has taken its place"
 
 
 @pytest.mark.parametrize(
@@ -603,6 +634,7 @@ def test_weights_that_tensorrt_does_not_know_by_name_make_an_engine_for_one_file
     trained = changed(MODEL, "W")
     expect(opened(tmp_path, trained), trained)
     assert (gpu.counts["build"], gpu.counts["refit"]) == (2, 0)
+    assert "cannot be refitted" not in caplog.text, "it lies under a key of its own, where nobody tries"
 
 
 def test_timings_are_read_used_and_written_back(gpu, tmp_path):
