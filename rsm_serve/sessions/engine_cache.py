@@ -7,7 +7,6 @@ user's alone, because an engine is a program.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -109,12 +108,14 @@ class EngineCache:
         """
         with contextlib.ExitStack() as stack:
             try:
+                import fcntl  # not on Windows
+
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 file = stack.enter_context((self._directory / "lock").open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, or its process dies
                 writable = True
-            except OSError as error:
-                logger.warning("no cache of TensorRT engines in %s (%s)", self._directory, error.strerror)
+            except (OSError, ImportError) as error:
+                logger.warning("no cache of TensorRT engines in %s (%s)", self._directory, error)
                 writable = False
             yield writable
 
