@@ -17,7 +17,17 @@ PACKAGES = {
     "rsm_eval": ROOT / "rsm_eval",
     "rsm_export": ROOT / "export" / "rsm_export",
 }
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
+SESSIONS = "rsm_serve.sessions."
+# A runtime and the modules that may import it.
+RUNTIMES = {
+    "onnxruntime": (SESSIONS + "onnxruntime",),
+    "openvino": (SESSIONS + "openvino",),
+    "tensorrt": (SESSIONS + "tensorrt", SESSIONS + "tensorrt_engine"),
+    "cuda": (SESSIONS + "tensorrt",),
+}
+# Of the two above and what they alone need: nothing but these may be added to the standard library.
+TENSORRT_MODULES = ("tensorrt", "tensorrt_engine", "engine_cache", "onnx_structure")
+TENSORRT_NEEDS = ("tensorrt", "cuda.bindings", "numpy", "rsm_serve")
 CLIENT = ("rsm_serve.client", "rsm_serve.client_cli")
 NO_GRPC = (
     "batcher",
@@ -105,8 +115,10 @@ def test_every_module_keeps_the_table(package, name, path):
     names = imports(path, name)
     if package == "rsm_serve":
         assert not forbidden(names, ("torch", "onnx", "gymnasium", "rsm_train", "rsm_export", "rsm_eval"))
-        runtimes = [runtime for runtime in RUNTIMES if name != f"rsm_serve.sessions.{runtime}"]
+        runtimes = [runtime for runtime, homes in RUNTIMES.items() if name not in homes]
         assert not forbidden(names, tuple(runtimes))
+    if name in {SESSIONS + part for part in TENSORRT_MODULES}:
+        assert not outside(names - {"cuda"}, TENSORRT_NEEDS)
     if below(name, tuple(f"rsm_serve.{part}" for part in NO_GRPC)):
         assert not forbidden(names, ("grpc", "grpc_health", "grpc_reflection", "rsm_serve.pb"))
     if below(name, tuple(f"rsm_train.{part}" for part in PURE_TRAINING)):
