@@ -115,11 +115,24 @@ def test_config_pbtxt_states_shapes_without_the_batch_axis(made):
         assert line in text
 
 
-class Shifted:
+class Wrapped:
+    """A session of which a test changes what it computes."""
+
+    runtime = "changed"
+
+    def __init__(self, session):
+        self._session = session
+
+    def close(self):
+        self._session.close()
+
+
+class Shifted(Wrapped):
     """A session whose last row is off by a given fraction of the action range."""
 
     def __init__(self, session, shift):
-        self._session, self._shift = session, shift
+        super().__init__(session)
+        self._shift = shift
 
     def run(self, obs, noise):
         action, q = self._session.run(obs, noise)
@@ -168,14 +181,14 @@ def test_parity_compares_the_values_too(run_dir, made):
     policy = load_torch_policy(run_dir)
     session = OnnxRuntimeSession(load_bundle(made.path).model, policy.spec)
 
-    class Overvalued:
+    class Overvalued(Wrapped):
         def run(self, obs, noise):
-            action, q = session.run(obs, noise)
+            action, q = self._session.run(obs, noise)
             assert q is not None
             return action, q + 1e-3
 
     with pytest.raises(ParityError, match="does not value like"):
-        check_parity(policy, Overvalued(), observations(30))
+        check_parity(policy, Overvalued(session), observations(30))
 
 
 def test_a_graph_that_acts_differently_writes_no_bundle(run_dir, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from onnx import TensorProto, helper
 
 from rsm_serve.bundle import Bundle
 from rsm_serve.errors import BackendError, BundleError, InvalidRequestError, UsageError
-from rsm_serve.local import LocalPolicy, open_policy, open_session
+from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.policy import BoxSpec, act_rows
 from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
+from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_probe, make_spec, reference_action, write_bundle
 
 SPEC = make_spec()
@@ -80,6 +81,14 @@ class FakeSession:
         self.spec = spec
         self.change = lambda action, q: (action, q)
         self.batches: list[int] = []
+        self.closed = False
+
+    @property
+    def runtime(self):
+        return "numpy"
+
+    def close(self):
+        self.closed = True
 
     def run(self, obs_BO, noise_BTNA):
         self.batches.append(len(obs_BO))
@@ -166,9 +175,12 @@ def test_the_probe_decides_whether_a_bundle_is_ready(own_repo, error, accepted):
 
 
 def graph_with(inputs, outputs):
-    """A graph with the given signature; its values do not matter."""
-    (first, _, (*_, width)), *_ = inputs
-    nodes = [helper.make_node("Cast", [first], ["x"], to=TensorProto.FLOAT)]
+    """A graph with the given signature, of which every input is used; its values do not matter."""
+    (*_, width) = inputs[0][2]
+    nodes = [helper.make_node("Cast", [name], [f"{name}_x"], to=TensorProto.FLOAT) for name, *_ in inputs]
+    nodes += [helper.make_node("ReduceSum", [f"{name}_x"], [f"{name}_sum"], keepdims=0) for name, *_ in inputs]
+    nodes.append(helper.make_node("Sum", [f"{name}_sum" for name, *_ in inputs], ["sum"]))
+    nodes.append(helper.make_node("Add", [f"{inputs[0][0]}_x", "sum"], ["x"]))
     constants = [helper.make_tensor("axis", TensorProto.INT64, [1], [1])]
     for name, _, shape in outputs:
         if name == "q":
