@@ -22,6 +22,8 @@ from rsm_serve.sessions.signature import FLOAT32, GraphTensor, check_signature, 
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 
+NAME = f"onnxruntime {onnxruntime.__version__}"
+
 _SHORT_NAMES: dict[str, str] = {
     "CPUExecutionProvider": "CPU",
     "CUDAExecutionProvider": "CUDA",
@@ -65,23 +67,23 @@ class OnnxRuntimeSession:
             self._session = onnxruntime.InferenceSession(model, _session_options(threads), providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common public base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise unloadable(f"onnxruntime {onnxruntime.__version__}", spec, reason) from error
+            raise unloadable(NAME, spec, reason) from error
         # A provider whose libraries or device are missing is dropped with a line in the log, and the CPU taken.
         used = self._session.get_providers()
         if used[0] != provider:
             raise MissingExtraError(
-                f"wanted {provider}, got {used[0]} from onnxruntime {onnxruntime.__version__}: it cannot load "
+                f"wanted {provider}, got {used[0]} from {NAME}: it cannot load "
                 "CUDA's libraries or finds no GPU; install them, or take the backend onnxruntime"
             )
         # Nor may it happen later, in the midst of serving.
         self._session.disable_fallback()
-        check_signature(spec, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()))
+        check_signature(NAME, spec, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()))
         self._outputs = ["action", "q"] if spec.has_q else ["action"]
 
     @property
     def runtime(self) -> str:
         """Such as "onnxruntime 1.31.1, CUDA"."""
-        return f"onnxruntime {onnxruntime.__version__}, {_SHORT_NAMES[self._provider]}"
+        return f"{NAME}, {_SHORT_NAMES[self._provider]}"
 
     def run(
         self, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]

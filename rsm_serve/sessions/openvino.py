@@ -41,7 +41,7 @@ def _without_telemetry() -> Iterator[None]:
 with _without_telemetry():
     import openvino
 
-VERSION: str = openvino.__version__.partition("-")[0]
+NAME = f"openvino {openvino.__version__.partition('-')[0]}"
 
 
 class OpenVINOSession:
@@ -85,17 +85,17 @@ class OpenVINOSession:
             self._graph = self._core.read_model(model=model, weights=b"")
             inputs, outputs = _tensors(self._graph.inputs), _tensors(self._graph.outputs)
         except Exception as error:  # OpenVINO raises plain RuntimeErrors
-            raise unloadable(f"openvino {VERSION}", spec, _reason(error)) from error
-        check_signature(spec, inputs, outputs)
+            raise unloadable(NAME, spec, _reason(error)) from error
+        check_signature(NAME, spec, inputs, outputs)
         try:
             self._fixed_batch(1)
         except Exception as error:
-            raise unloadable(f"openvino {VERSION}", spec, _reason(error)) from error
+            raise unloadable(NAME, spec, _reason(error)) from error
 
     @property
     def runtime(self) -> str:
         """Such as "openvino 2026.4.1, CPU bf16"."""
-        return f"openvino {VERSION}, CPU" + (" bf16" if self._precision == "bf16" else "")
+        return f"{NAME}, CPU" + (" bf16" if self._precision == "bf16" else "")
 
     def run(
         self, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]

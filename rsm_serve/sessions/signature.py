@@ -22,8 +22,10 @@ class GraphTensor:
     """Text stands for an axis of any length."""
 
 
-def check_signature(spec: PolicySpec, inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> None:
-    """Compare a graph's inputs and outputs (name, type, shape) with the specification.
+def check_signature(
+    runtime: str, spec: PolicySpec, inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]
+) -> None:
+    """Compare a graph's inputs and outputs, as a runtime reads them, with the specification.
 
     Raises:
         BundleError: they differ.
@@ -37,19 +39,19 @@ def check_signature(spec: PolicySpec, inputs: Sequence[GraphTensor], outputs: Se
         if found.keys() != wanted.keys():
             raise BundleError(
                 f"wanted a graph with the {kind} {', '.join(wanted)} for policy {spec.name!r}, "
-                f"got {', '.join(found) or 'none'}; export the policy again"
+                f"got {', '.join(found) or 'none'} from {runtime}; export the policy again"
             )
         for name, shape in wanted.items():
-            _check_tensor(spec, found[name], shape)
+            _check_tensor(runtime, spec, found[name], shape)
 
 
-def _check_tensor(spec: PolicySpec, found: GraphTensor, shape: list[int]) -> None:
+def _check_tensor(runtime: str, spec: PolicySpec, found: GraphTensor, shape: list[int]) -> None:
     # A number in front would be a fixed batch size.
     dynamic = len(found.shape) > 0 and not isinstance(found.shape[0], int)
     if found.dtype != FLOAT32 or not dynamic or list(found.shape[1:]) != shape:
         raise BundleError(
             f"wanted {found.name} of the graph as {FLOAT32} {['B', *shape]} for policy {spec.name!r}, "
-            f"got {found.dtype} {list(found.shape)}; export the policy again"
+            f"got {found.dtype} {list(found.shape)} from {runtime}; export the policy again"
         )
 
 
