@@ -86,6 +86,7 @@ class LocalPolicy:
         self._bundle = bundle
         self._spec = bundle.spec
         self._session = session
+        self._closed = False
         self._tolerance = self._spec.tolerance if tolerance is None else tolerance
         self._low = self._spec.action_low
         self._high = self._spec.action_high
@@ -104,8 +105,10 @@ class LocalPolicy:
         return self._session.runtime
 
     def close(self) -> None:
-        """Release the session; to be called when no call is under way, and the last one."""
-        self._session.close()
+        """Release the session, when no call is under way; later calls raise BackendError. May be repeated."""
+        if not self._closed:
+            self._closed = True
+            self._session.close()
 
     def act(
         self,
@@ -165,6 +168,8 @@ class LocalPolicy:
         started = time.perf_counter()
         obs_BO, noise_BTNA = self._stack(requests)
         stacked = time.perf_counter()
+        if self._closed:
+            raise BackendError(f"policy {self._spec.name!r} was closed; open it again")
         try:
             action_BA, q_B = self._session.run(obs_BO, noise_BTNA)
         except Exception as error:

@@ -26,5 +26,5 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what the runtime holds; to be called once no run is under way, and the last call."""
+        """Release what the runtime holds, when no run is under way; `run` cannot be called any more."""
         ...

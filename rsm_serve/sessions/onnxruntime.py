@@ -95,7 +95,7 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Release the graph."""
-        del self._session
+        self._session = None
 
 
 def provider_options(

@@ -117,7 +117,7 @@ class OpenVINOSession:
     def close(self) -> None:
         """Release the compiled graphs."""
         self._compiled.clear()
-        del self._graph
+        self._graph = None
 
     def _fixed_batch(self, size: int) -> _FixedBatch:
         if size not in self._compiled:

@@ -151,6 +151,20 @@ def test_one_unsound_row_fails_its_own_request_only():
         assert answer.timing.batch_rows == 6
 
 
+def test_a_closed_policy_closes_its_session_once_and_says_so():
+    policy, session = fake()
+    assert policy.runtime == "numpy"
+    assert not session.closed
+    policy.close()
+    assert session.closed
+    session.close = lambda: pytest.fail("closed twice")
+    policy.close()
+    batches = len(session.batches)
+    with pytest.raises(BackendError, match="was closed"):
+        policy.act(np.zeros(4))
+    assert len(session.batches) == batches
+
+
 def test_wrong_shapes_and_exceptions_of_a_session_are_backend_errors():
     policy, session = fake()
     session.change = lambda action, q: (action[:, :1], q)

@@ -454,6 +454,7 @@ class TestDrain:
             assert second.result(30).action.shape == (2, 2)
             assert third.result(30).action.shape == (2,)
             assert drained.result(30) is True
+            assert rig.session.closed
             with pytest.raises(NotReadyError):
                 stream.act(np.zeros(4))
 
@@ -462,6 +463,7 @@ class TestDrain:
         started = time.monotonic()
         drained = asyncio.run_coroutine_threadsafe(rig.server.drain(0.1), rig.lane.batcher._loop)
         assert drained.result(30) is False
+        assert not rig.session.closed, "its worker is in the midst of a run"
         assert time.monotonic() - started < 10
         with pytest.raises(RequestError):
             first.result(30)

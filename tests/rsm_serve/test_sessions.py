@@ -151,8 +151,9 @@ class TestEverySession:
         session.run(*inputs(1))
         policy = LocalPolicy(bundle_of(), session, tolerance=BF16_TOLERANCE)
         policy.close()
-        with pytest.raises(BackendError):
+        with pytest.raises(BackendError, match="was closed"):
             policy.act(np.zeros(4))
+        session.close()
 
     def test_threads_are_as_many_as_asked_for_and_do_not_spin(self, backend):
         wanted = min(2, len(os.sched_getaffinity(0)))
