@@ -39,7 +39,7 @@ BATCH_SIZES = (1, 3, 5, 8, 33, 64)
 """3, 5 and 33 leave rows of OpenVINO's fixed batches idle, or take two of them."""
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
 BASE = "onnxruntime"
-WARM_UP, FEWEST = 3, 7
+WARM_UP, FEWEST = 3, 20
 
 Run = Callable[[NDArray[np.float32], NDArray[np.float32]], object]
 
