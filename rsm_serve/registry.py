@@ -43,8 +43,8 @@ class Lane:
     def __init__(self, policy: LocalPolicy, limits: BatchLimits) -> None:
         self.spec: PolicySpec = policy.spec
         self.runtime = policy.runtime
-        self.close = policy.close
         self.spec_json = policy.spec.to_json()
+        self._policy = policy
         self.limits = limits
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
             policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
@@ -53,6 +53,10 @@ class Lane:
     def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
         """Queue a validated request; see `Batcher.submit`."""
         return self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+
+    def close(self) -> None:
+        """Release the policy's session, once the batcher is drained."""
+        self._policy.close()
 
 
 class Registry:
@@ -165,6 +169,8 @@ def load_lane(
 
 
 def warm_up_sizes(max_batch_size: int) -> list[int]:
-    """The powers of two below a batch size, and itself: a runtime that has one graph per batch size then has
-    made them all before the first request."""
+    """The powers of two below a batch size, and itself.
+
+    A runtime with graphs for fixed batch sizes then has made them all before the first request.
+    """
     return [*(1 << power for power in range((max_batch_size - 1).bit_length())), max_batch_size]

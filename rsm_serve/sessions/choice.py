@@ -105,26 +105,24 @@ def _tensorrt(bundle: Bundle, settings: SessionSettings) -> Session:
     return session
 
 
-_GPU_PRECISIONS = ("fp32", "fp16", "bf16")
-"""TensorRT has no operators for the integer products of int8 bundles, CUDA only some."""
-
 # onnxruntime's CPU kernels lack bf16. OpenVINO computes fp16 and bf16 bundles in float32, from their rounded
-# weights.
+# weights. TensorRT has no operators for the integer products of int8 bundles. onnxruntime's GPU providers are
+# listed with what their documentation leaves no doubt about.
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(
         "serve", "onnxruntime", ("fp32", "fp16", "int8"), _onnxruntime("CPUExecutionProvider")
     ),
     "onnxruntime-cuda": Runtime(
-        "serve-gpu", "onnxruntime", _GPU_PRECISIONS, _onnxruntime("CUDAExecutionProvider"), gpu=True
+        "serve-gpu", "onnxruntime", ("fp32", "fp16"), _onnxruntime("CUDAExecutionProvider"), gpu=True
     ),
     "onnxruntime-tensorrt": Runtime(
-        "serve-gpu", "onnxruntime", _GPU_PRECISIONS, _onnxruntime("TensorrtExecutionProvider"), gpu=True
+        "serve-gpu", "onnxruntime", ("fp32",), _onnxruntime("TensorrtExecutionProvider"), gpu=True
     ),
     "openvino": Runtime("serve-openvino", "openvino", ("fp32", "fp16", "bf16", "int8"), _openvino("f32")),
     "openvino-bf16": Runtime(
         "serve-openvino", "openvino", ("fp32", "bf16"), _openvino("bf16"), tolerance=BF16_TOLERANCE
     ),
-    "tensorrt": Runtime("serve-gpu", "tensorrt", _GPU_PRECISIONS, _tensorrt, gpu=True),
+    "tensorrt": Runtime("serve-gpu", "tensorrt", ("fp32", "fp16", "bf16"), _tensorrt, gpu=True),
 }
 
 
@@ -164,7 +162,7 @@ def open_session(
             f"choose one of {', '.join(able)}"
         )
     require_backend(f"backend {backend}", backend)
-    return RUNTIMES[backend].open(bundle, settings)
+    return _open(backend, bundle, settings)
 
 
 def require_backend(command: str, backend: str) -> None:
@@ -211,12 +209,22 @@ def _open_best(bundle: Bundle, candidates: Sequence[str], settings: SessionSetti
     *others, last = present
     for name in others:
         try:
-            return RUNTIMES[name].open(bundle, settings)
+            return _open(name, bundle, settings)
         except (MissingExtraError, BundleError) as error:
             if isinstance(error, BundleError) and not RUNTIMES[name].gpu:
                 raise
             logger.warning("backend %s is passed over: %s", name, error)
-    return RUNTIMES[last].open(bundle, settings)
+    return _open(last, bundle, settings)
+
+
+def _open(name: str, bundle: Bundle, settings: SessionSettings) -> Session:
+    try:
+        return RUNTIMES[name].open(bundle, settings)
+    except ImportError as error:  # installed, but for another machine, or without the libraries it needs
+        raise MissingExtraError(
+            f"wanted to load {RUNTIMES[name].module} for backend {name}, got: {error}; "
+            f'install it again with pip install "rsm-toolkit[{RUNTIMES[name].extra}]" or choose another'
+        ) from error
 
 
 def _present(name: str) -> bool:

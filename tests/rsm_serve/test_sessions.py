@@ -248,7 +248,7 @@ class TestOpenVINO:
         known = set(session._compiled)
         for rows in range(1, limit + 1):
             session.run(*inputs(rows))
-        assert set(session._compiled) == known | {4}  # of the probe
+        assert set(session._compiled) == known
 
     def test_idle_rows_repeat_a_row_of_their_own_batch(self):
         """A scale that int8 finds over all rows must not depend on an earlier, larger batch."""
@@ -483,6 +483,15 @@ class TestAuto:
         assert machine.opened == ["tensorrt", "onnxruntime-cuda", "openvino"]
         assert "tensorrt is passed over: no memory" in caplog.text
         assert "onnxruntime-cuda is passed over: no cuDNN" in caplog.text
+
+    def test_a_runtime_that_cannot_be_imported_gives_way_or_is_one_sentence(self, monkeypatch, caplog):
+        broken = ImportError("libtbb.so.12: cannot open shared object file")
+        machine = FakeRuntimes(monkeypatch, ["openvino", "onnxruntime"], 0, {"openvino": broken})
+        open_session(bundle_of())
+        assert machine.opened == ["openvino", "onnxruntime"]
+        assert "openvino is passed over: wanted to load openvino" in caplog.text
+        with pytest.raises(MissingExtraError, match=r"libtbb.so.12.*rsm-toolkit\[serve-openvino\]"):
+            open_session(bundle_of(), "openvino")
 
     def test_a_graph_that_the_cpu_cannot_run_is_the_bundles_fault(self, monkeypatch):
         machine = FakeRuntimes(monkeypatch, ALL_MODULES, 0, {"openvino": BundleError("damaged")})
