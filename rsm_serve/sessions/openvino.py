@@ -47,7 +47,7 @@ NAME = f"openvino {openvino.__version__.partition('-')[0]}"
 class OpenVINOSession:
     """An unrolled chain in OpenVINO.
 
-    A graph that is compiled for one batch size is about twice as fast as one for any batch size
+    A graph that is compiled for one batch size is 1.3 to 3 times as fast as one for any batch size
     (benchmarks/runtimes.py). So there is one graph per power of two up to MAX_GRAPH_ROWS, compiled when first
     needed, and a batch is cut into pieces that fill them; see `pieces`.
 
@@ -55,8 +55,8 @@ class OpenVINOSession:
         model: the content of model.onnx.
         spec: what the graph must take and give.
         threads: threads of one inference.
-        precision: of the arithmetic; "bf16" gives other actions than the exported ones, within a percent or
-            so of their range.
+        precision: of the arithmetic; "bf16" gives other actions than the exported ones, by some percent of
+            their range.
 
     Raises:
         BundleError: OpenVINO cannot load the graph, or its inputs and outputs are not the policy's.
