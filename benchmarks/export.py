@@ -17,6 +17,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -138,6 +139,7 @@ Run = Callable[[dict[str, Any]], list[Any]]
 def open_runtime(runtime: str, content: bytes) -> Run:
     """The bare runtime on one thread, without this project's sessions."""
     if runtime == "onnxruntime":
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as our session does
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -20,6 +20,7 @@ from rsm_serve.commandline import parse_seeds
 from rsm_serve.errors import ConfigError, UsageError
 from rsm_serve.policy import PolicySpec
 from rsm_serve.provenance import installed_versions, machine_facts
+from rsm_serve.sessions.choice import Backend
 
 SCHEMA_VERSION = 1
 """Version of the JSON layout."""
@@ -47,6 +48,9 @@ class EvalConfig:
     )
     latency_calls: int = field(
         default=500, metadata={"help": "Timed single-observation calls per policy; 0 leaves latency out."}
+    )
+    backend: Backend = field(
+        default="auto", metadata={"help": "Inference runtime of bundles; auto takes the best that is present."}
     )
     run: Path | None = field(
         default=None, metadata={"help": "Training run whose learning curve the report shows."}
@@ -78,6 +82,8 @@ class PolicyEvaluation:
     """One per evaluation seed."""
     summary: Summary
     latency: Latency | None = field(repr=False)
+    runtime: str | None = None
+    """What ran a bundle."""
 
     @property
     def returns(self) -> NDArray[np.float64]:
@@ -226,6 +232,7 @@ def _evaluate_one(
         rollouts=results,
         summary=summarise([result.returns for result in results]),
         latency=latency,
+        runtime=opened.runtime,
     )
 
 
@@ -236,6 +243,7 @@ def _policy_dict(policy: PolicyEvaluation, seeds: Sequence[int]) -> dict[str, An
         "label": policy.label,
         "source": policy.source,
         "kind": policy.kind,
+        "runtime": policy.runtime,
         "spec": dataclasses.asdict(policy.spec),
         "summary": dataclasses.asdict(policy.summary),
         "episodes": [

@@ -131,9 +131,13 @@ def _latency_figures(evaluation: Evaluation) -> dict[str, Markup]:
 
 def _spec_rows(policies: tuple[PolicyEvaluation, ...]) -> list[tuple[str, list[str]]]:
     """Rows of the specification table: (field, one value per policy)."""
-    columns = [_spec_fields(policy.spec) for policy in policies]
+    columns = [_spec_fields(policy.spec) | _runtime_field(policy) for policy in policies]
     names = list(dict.fromkeys(name for column in columns for name in column))
     return [(name, [column.get(name, "-") for column in columns]) for name in names]
+
+
+def _runtime_field(policy: PolicyEvaluation) -> dict[str, str]:
+    return {"Runtime": policy.runtime} if policy.runtime else {}
 
 
 def _spec_fields(spec: PolicySpec) -> dict[str, str]:

@@ -14,6 +14,7 @@ from rsm_serve.bundle import MANIFEST_FILE, MODEL_SUFFIX, list_policies, list_ve
 from rsm_serve.commandline import require_extra
 from rsm_serve.errors import UsageError
 from rsm_serve.policy import Policy
+from rsm_serve.sessions.choice import require_backend
 
 Kind = Literal["torch", "bundle", "server"]
 
@@ -42,6 +43,8 @@ class OpenedPolicy:
     """The training run that a torch policy belongs to."""
     max_batch_rows: int = MAX_BATCH_ROWS
     """Most observations that one call may carry."""
+    runtime: str | None = None
+    """What runs a bundle: "onnxruntime 1.31.1, CPU"."""
     close: Callable[[], None] = lambda: None
     """Releases what the policy holds."""
 
@@ -54,13 +57,14 @@ class OpenedPolicy:
         self.close()
 
 
-def open_policy(source: str) -> OpenedPolicy:
+def open_policy(source: str, backend: str = "auto") -> OpenedPolicy:
     """Open a policy by its source.
 
     Args:
         source: a run directory or a checkpoint of rsm-train; a bundle (a policy directory, which means
             its newest version, or a version directory); a bare model.onnx of rsm-export;
             grpc://host:port/name[:version] or grpc:unix:path/name[:version].
+        backend: what is to run a bundle, see `rsm_serve.sessions.choice`; other sources ignore it.
 
     Raises:
         UsageError: none of these.
@@ -72,12 +76,12 @@ def open_policy(source: str) -> OpenedPolicy:
         return _open_server(source)
     path = Path(source)
     if path.suffix == MODEL_SUFFIX and path.is_file():
-        return _open_bundle(source)
+        return _open_bundle(source, backend)
     if not path.is_dir():
         found = "a file" if path.exists() else "no such directory"
         raise UsageError(f"{_WANTED}, got {source!r}, which is {found}; check the spelling")
     if (path / MANIFEST_FILE).is_file() or list_versions(path):
-        return _open_bundle(source)
+        return _open_bundle(source, backend)
     if (path / _CONFIG_FILE).is_file():
         return _open_checkpoint(source)
     raise UsageError(f"{_WANTED}, got {source!r}, {_describe(path)}")
@@ -115,11 +119,12 @@ def _open_checkpoint(source: str) -> OpenedPolicy:
     return OpenedPolicy(source, "torch", load_torch_policy(path), run_dir_of(path))
 
 
-def _open_bundle(source: str) -> OpenedPolicy:
-    require_extra("evaluating a bundle", "serve", ["onnxruntime"])
+def _open_bundle(source: str, backend: str) -> OpenedPolicy:
+    require_backend("evaluating a bundle", backend)
     from rsm_serve import local
 
-    return OpenedPolicy(source, "bundle", local.open_policy(source))
+    policy = local.open_policy(source, backend)
+    return OpenedPolicy(source, "bundle", policy, runtime=policy.runtime, close=policy.close)
 
 
 def _open_server(source: str) -> OpenedPolicy:

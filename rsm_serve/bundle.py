@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsm_serve.errors import BundleError
-from rsm_serve.onnx_metadata import POLICY_KEY, read_metadata
+from rsm_serve.onnx_file import POLICY_KEY, check_self_contained, read_metadata
 from rsm_serve.policy import PolicySpec
 
 logger = logging.getLogger(__name__)
@@ -255,6 +255,7 @@ def load_bundle(path: str | Path) -> Bundle:
             raise BundleError(
                 f"wanted a version such as 1 in {SPEC_FILE}, got {spec.version!r:.60}; export the policy again"
             )
+        check_self_contained(content[MODEL_FILE])
         probe = Probe.from_bytes(content[PROBE_FILE], spec)
     except BundleError as error:
         raise BundleError(f"bundle {version_dir}: {error}") from None
@@ -276,6 +277,7 @@ def load_graph(path: Path) -> Bundle:
                 "export the policy again"
             )
         spec = PolicySpec.from_json(text)
+        check_self_contained(model)
     except OSError as error:
         raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
     except BundleError as error:

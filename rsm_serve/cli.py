@@ -15,6 +15,7 @@ import click
 from rsm_serve.commandline import EXIT_OK, dataclass_options, require_extra, run_command
 from rsm_serve.config import DEFAULT_ADDRESS, ServerConfig
 from rsm_serve.registry import Selection
+from rsm_serve.sessions.choice import extra_of, require_backend
 
 if TYPE_CHECKING:
     from rsm_serve.server import PolicyServer
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rsm_serve")
 
 EXIT_NOT_DRAINED = 1
-EXTRA_MODULES = ("grpc_health", "grpc_reflection", "onnxruntime")
+EXTRA_MODULES = ("grpc_health", "grpc_reflection")
 
 
 @click.command("rsm-serve", context_settings={"max_content_width": 110})
@@ -52,7 +53,8 @@ def command(policies: tuple[str, ...], verbose: bool, **settings: Any) -> int:
     SIGTERM and SIGINT drain: new requests are refused, queued ones are answered; a second signal ends the
     server at once.
     """
-    require_extra("rsm-serve", "serve", EXTRA_MODULES)
+    require_extra("rsm-serve", extra_of(settings["backend"]), EXTRA_MODULES)
+    require_backend("rsm-serve", settings["backend"])
     from rsm_serve.server import run_loop
 
     logging.basicConfig(

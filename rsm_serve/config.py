@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.errors import ConfigError
-from rsm_serve.local import Backend
 from rsm_serve.registry import Selection
+from rsm_serve.sessions.choice import Backend
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 
@@ -27,9 +27,13 @@ class ServerConfig:
     policies: tuple[Selection, ...] = ()
     """What to load; empty: the newest version of every policy."""
     backend: Backend = field(
-        default="auto", metadata={"help": "Inference runtime; auto takes the fastest installed."}
+        default="auto", metadata={"help": "Inference runtime; auto takes the best that is present."}
     )
     threads: int = field(default=1, metadata={"help": "CPU threads of one inference."})
+    engine_cache: Path | None = field(
+        default=None,
+        metadata={"help": "Directory where TensorRT keeps the engines that it builds between starts."},
+    )
     max_batch_size: int = field(default=64, metadata={"help": "Most rows of one inference and of one request."})
     max_queue_rows: int = field(
         default=1024,

@@ -6,59 +6,58 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsm_serve.bundle import Bundle, load_bundle
-from rsm_serve.commandline import require_extra
-from rsm_serve.errors import BackendError, BundleError, UsageError
+from rsm_serve.errors import BackendError, BundleError
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, Timing, act_rows
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions import Session
+from rsm_serve.sessions.choice import open_session, probe_tolerance
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["auto", "onnxruntime"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 
 BOUND_TOLERANCE = 1e-5
 """How far, as a fraction of the action range, rounding may carry an action over its bounds; it is clipped
 back. More than that is a fault of the graph or the backend."""
 
 
-def open_session(bundle: Bundle, backend: str = "auto", *, threads: int = 1) -> Session:
-    """Open the bundle's graph.
-
-    Args:
-        bundle: a verified bundle.
-        backend: one of BACKENDS; "auto" takes the fastest that is installed.
-        threads: CPU threads of one inference.
-
-    Raises:
-        UsageError: no such backend.
-        MissingExtraError: the backend is not installed.
-        BundleError: the graph does not load or is not what the specification says.
-    """
-    if backend not in BACKENDS:
-        raise UsageError(f"wanted a backend of {', '.join(BACKENDS)}, got {backend!r}")
-    require_extra("running a bundle", "serve", ["onnxruntime"])
-    from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(bundle.model, bundle.spec, threads=threads)
-
-
-def open_policy(path: str | Path, backend: str = "auto", *, threads: int = 1) -> LocalPolicy:
+def open_policy(
+    path: str | Path, backend: str = "auto", *, threads: int = 1, cache_dir: Path | None = None
+) -> LocalPolicy:
     """Load, verify, warm up and probe a bundle: a version directory, or a policy directory (its newest).
 
     A bare model.onnx of rsm-export runs too, unverified, with a warning.
 
     Raises:
-        BundleError: see `load_bundle`, `open_session` and `LocalPolicy`.
+        UsageError, MissingExtraError, BundleError: see `load_bundle`, `open_session` and `LocalPolicy`.
     """
-    bundle = load_bundle(path)
-    return LocalPolicy(bundle, open_session(bundle, backend, threads=threads))
+    return run_bundle(load_bundle(path), backend, threads=threads, cache_dir=cache_dir)
+
+
+def run_bundle(
+    bundle: Bundle,
+    backend: str = "auto",
+    *,
+    threads: int = 1,
+    max_batch_size: int = 64,
+    cache_dir: Path | None = None,
+    warm_up_rows: Sequence[int] = (1,),
+) -> LocalPolicy:
+    """Open a session for a verified bundle, warm it up and probe it.
+
+    Raises:
+        UsageError, MissingExtraError, BundleError: see `open_session` and `LocalPolicy`.
+    """
+    session = open_session(bundle, backend, threads=threads, max_batch_size=max_batch_size, cache_dir=cache_dir)
+    tolerance = probe_tolerance(backend, bundle.spec)
+    try:
+        return LocalPolicy(bundle, session, warm_up_rows=warm_up_rows, tolerance=tolerance)
+    except BaseException:
+        session.close()
+        raise
 
 
 class LocalPolicy:
@@ -67,15 +66,30 @@ class LocalPolicy:
     Construction runs the graph once per batch size in `warm_up_rows` and replays the bundle's probe.
     `act` and `act_batch` may be called from one thread at a time.
 
+    Args:
+        bundle: what runs.
+        session: runs it; closed by `close`.
+        warm_up_rows: batch sizes to run once.
+        tolerance: how far probe actions may be off, as a fraction of the action range; None: as far as the
+            specification says.
+
     Raises:
-        BundleError: the graph fails, or its probe actions are off by more than the specification's
-            tolerance.
+        BundleError: the graph fails, or its probe actions are off by more than the tolerance.
     """
 
-    def __init__(self, bundle: Bundle, session: Session, *, warm_up_rows: Sequence[int] = (1,)) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session,
+        *,
+        warm_up_rows: Sequence[int] = (1,),
+        tolerance: float | None = None,
+    ) -> None:
         self._bundle = bundle
         self._spec = bundle.spec
         self._session = session
+        self._closed = False
+        self._tolerance = self._spec.tolerance if tolerance is None else tolerance
         self._low = self._spec.action_low
         self._high = self._spec.action_high
         self._slack = BOUND_TOLERANCE * (self._high - self._low)
@@ -86,6 +100,17 @@ class LocalPolicy:
     def spec(self) -> PolicySpec:
         """What the policy takes and gives."""
         return self._spec
+
+    @property
+    def runtime(self) -> str:
+        """What computes the actions: "onnxruntime 1.31.1, CPU"."""
+        return self._session.runtime
+
+    def close(self) -> None:
+        """Release the session, when no call is under way; later calls raise BackendError. May be repeated."""
+        if not self._closed:
+            self._closed = True
+            self._session.close()
 
     def act(
         self,
@@ -145,6 +170,8 @@ class LocalPolicy:
         started = time.perf_counter()
         obs_BO, noise_BTNA = self._stack(requests)
         stacked = time.perf_counter()
+        if self._closed:
+            raise BackendError(f"policy {self._spec.name!r} was closed; open it again")
         try:
             action_BA, q_B = self._session.run(obs_BO, noise_BTNA)
         except Exception as error:
@@ -194,10 +221,10 @@ class LocalPolicy:
         action_PA = self._run_or_reject([ActRows(probe.obs, None, probe.noise, single=False)])
         error_PA = np.abs(action_PA - probe.action) / (self._high - self._low)
         worst = float(error_PA.max())
-        if not worst <= self._spec.tolerance:  # also true for NaN
+        if not worst <= self._tolerance:  # also true for NaN
             raise BundleError(
                 f"bundle {self._bundle.path}: wanted the recorded probe actions to within "
-                f"{self._spec.tolerance:g} of the action range, got an error of {worst:.3g}; "
+                f"{self._tolerance:g} of the action range, got an error of {worst:.3g} from {self.runtime}; "
                 "export the policy again"
             )
         logger.debug("probe of %s replayed, largest error %.3g", self._bundle.path, worst)

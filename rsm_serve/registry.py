@@ -10,7 +10,7 @@ from pathlib import Path
 from rsm_serve.batcher import Answered, Batcher, BatchLimits
 from rsm_serve.bundle import check_policy_name, list_policies, list_versions, load_bundle
 from rsm_serve.errors import BundleError, PolicyNotFoundError
-from rsm_serve.local import LocalPolicy, open_session
+from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
 
 
@@ -42,7 +42,9 @@ class Lane:
 
     def __init__(self, policy: LocalPolicy, limits: BatchLimits) -> None:
         self.spec: PolicySpec = policy.spec
+        self.runtime = policy.runtime
         self.spec_json = policy.spec.to_json()
+        self._policy = policy
         self.limits = limits
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
             policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
@@ -51,6 +53,10 @@ class Lane:
     def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
         """Queue a validated request; see `Batcher.submit`."""
         return self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+
+    def close(self) -> None:
+        """Release the policy's session, once the batcher is drained."""
+        self._policy.close()
 
 
 class Registry:
@@ -119,11 +125,18 @@ def select_all(repository: Path) -> list[Selection]:
 
 
 def load_lane(
-    repository: Path, selection: Selection, *, backend: str, threads: int, limits: BatchLimits
+    repository: Path,
+    selection: Selection,
+    *,
+    limits: BatchLimits,
+    backend: str = "auto",
+    threads: int = 1,
+    cache_dir: Path | None = None,
 ) -> Lane:
     """Load, verify, warm up and probe one policy.
 
     Raises:
+        MissingExtraError: the backend is not installed.
         BundleError: missing, damaged, or a bundle that belongs at another place of the repository.
     """
     name = selection.name
@@ -144,6 +157,20 @@ def load_lane(
             f"{bundle.spec.name!r} version {bundle.spec.version}; "
             "move the bundle to its own place or export it again"
         )
-    session = open_session(bundle, backend, threads=threads)
-    policy = LocalPolicy(bundle, session, warm_up_rows=(1, limits.max_batch_size))
+    policy = run_bundle(
+        bundle,
+        backend,
+        threads=threads,
+        max_batch_size=limits.max_batch_size,
+        cache_dir=cache_dir,
+        warm_up_rows=warm_up_sizes(limits.max_batch_size),
+    )
     return Lane(policy, limits)
+
+
+def warm_up_sizes(max_batch_size: int) -> list[int]:
+    """The powers of two below a batch size, and itself.
+
+    A runtime with graphs for fixed batch sizes then has made them all before the first request.
+    """
+    return [*(1 << power for power in range((max_batch_size - 1).bit_length())), max_batch_size]

@@ -228,6 +228,9 @@ class PolicyServer:
             finished = False
         # The answers have been computed; what is open after the flush is watchers and idle streams.
         await self._server.stop(FLUSH_S)
+        if finished:  # otherwise a worker may still be in the midst of a run
+            for lane in self.registry.lanes:
+                lane.close()
         return finished
 
     async def close(self) -> None:
@@ -290,11 +293,20 @@ def _load_lanes(config: ServerConfig) -> list[Lane]:
     for selection in dict.fromkeys(selections):
         started = time.perf_counter()
         lane = load_lane(
-            config.repo, selection, backend=config.backend, threads=config.threads, limits=config.limits
+            config.repo,
+            selection,
+            limits=config.limits,
+            backend=config.backend,
+            threads=config.threads,
+            cache_dir=config.engine_cache,
         )
         lanes.append(lane)
         logger.info(
-            "loaded %s version %s in %.2f s", lane.spec.name, lane.spec.version, time.perf_counter() - started
+            "loaded %s version %s in %.2f s: %s",
+            lane.spec.name,
+            lane.spec.version,
+            time.perf_counter() - started,
+            lane.runtime,
         )
     return lanes
 

@@ -60,10 +60,12 @@ def reference_action(
 
 
 def make_model(spec: PolicySpec, *, work: int = 0) -> bytes:
-    """The graph of a specification; `work` adds that many useless 256x256 products, to make it slow."""
+    """The graph of a specification; `work` adds that many useless 256x256 products, to make it slow.
+
+    The product with the observation is of the specification's precision.
+    """
     o, a = spec.observation.size, spec.action.size
     constants: dict[str, NDArray[Any]] = {
-        "W": weights(spec),
         "center": (spec.action_high + spec.action_low) / 2,
         "scale": (spec.action_high - spec.action_low) / 2,
         "low": spec.action_low,
@@ -75,8 +77,10 @@ def make_model(spec: PolicySpec, *, work: int = 0) -> bytes:
         "widen": np.zeros((a, 256), np.float32),
         "narrow": np.zeros((256, a), np.float32),
     }
+    product, typed = _product(spec)
+    constants |= typed
     nodes = [
-        helper.make_node("MatMul", ["obs", "W"], ["obs_W"]),
+        *product,
         helper.make_node("ReduceMean", ["noise", "axes_tn"], ["noise_mean"], keepdims=0),
         helper.make_node("Add", ["obs_W", "noise_mean"], ["latent"]),
         helper.make_node("MatMul", ["latent", "widen"], ["h0"]),
@@ -107,6 +111,33 @@ def make_model(spec: PolicySpec, *, work: int = 0) -> bytes:
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
     return content
+
+
+def _product(spec: PolicySpec) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+    """Nodes and constants of obs_W = obs @ W, as an exporter types them for the precision."""
+    node, W = helper.make_node, weights(spec)
+    if spec.precision == "fp32":
+        return [node("MatMul", ["obs", "W"], ["obs_W"])], {"W": W}
+    if spec.precision == "int8":
+        nodes = [
+            node("DynamicQuantizeLinear", ["obs"], ["obs_q", "obs_scale", "obs_zero"]),
+            node("MatMulInteger", ["obs_q", "W", "obs_zero"], ["product"]),
+            node("Cast", ["product"], ["product_f"], to=TensorProto.FLOAT),
+            node("Mul", ["obs_scale", "W_scale"], ["scales"]),
+            node("Mul", ["product_f", "scales"], ["obs_W"]),
+        ]
+        scale = np.abs(W).max(0) / 127
+        return nodes, {"W": np.round(W / scale).astype(np.int8), "W_scale": scale}
+    onnx_type = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[spec.precision]
+    dtype = helper.tensor_dtype_to_np_dtype(onnx_type)
+    nodes = [
+        node("Cast", ["obs"], ["obs_t"], to=onnx_type),
+        node("Gemm", ["obs_t", "W", "bias"], ["product"]),
+        # An activation that changes nothing, as chains have them in their own precision.
+        node("Max", ["product", "lowest"], ["active"]),
+        node("Cast", ["active"], ["obs_W"], to=TensorProto.FLOAT),
+    ]
+    return nodes, {"W": W.astype(dtype), "bias": np.zeros(W.shape[1], dtype), "lowest": np.array([-1e4], dtype)}
 
 
 def make_probe(spec: PolicySpec, rows: int = 4) -> Probe:

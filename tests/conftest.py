@@ -12,6 +12,8 @@ from tests.bundles import make_spec, write_bundle
 
 # Two workers share two cores: a second thread of torch would wait for a core at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests that use onnxruntime without our session tell its vendor nothing either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Started by nohup, or in the background by a shell, signals arrive ignored, and so they would in every process
 # that a test starts and then tells to stop.

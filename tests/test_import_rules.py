@@ -37,6 +37,7 @@ NO_GRPC = (
     "seeds",
     "commandline",
     "local",
+    "sessions",
     "registry",
     "addresses",
     "config",
@@ -124,7 +125,7 @@ def test_every_module_keeps_the_table(package, name, path):
     if below(name, tuple(f"rsm_train.{part}" for part in PURE_TRAINING)):
         assert not outside(names, ("torch", *(f"rsm_train.{part}" for part in PURE_TRAINING))) - {"rsm_train"}
     if package in ("rsm_train", "rsm_eval"):
-        assert not forbidden(names, ("onnx", "onnxruntime", "tensorrt", "rsm_export"))
+        assert not forbidden(names, ("onnx", *RUNTIMES, "rsm_export"))
     if package == "rsm_eval":
         assert not forbidden(imports(path, name, top_level=True), ("rsm_train",))
     if package == "rsm_export":
@@ -160,6 +161,7 @@ def test_the_clients_closure_needs_only_the_base_install():
         ("rsm_serve.policy", {"numpy", "rsm_serve"}),
         ("rsm_serve.errors", {"rsm_serve"}),
         ("rsm_serve.local", {"numpy", "rsm_serve", "click"}),
+        ("rsm_serve.sessions.choice", {"numpy", "rsm_serve", "click"}),
     ],
 )
 def test_what_a_module_really_loads(module, allowed):

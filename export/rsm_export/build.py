@@ -20,11 +20,12 @@ from rsm_export.metadata import embed_spec
 from rsm_export.onnx_graph import build_graph
 from rsm_serve.bundle import Bundle, Probe
 from rsm_serve.errors import CheckpointError, ConfigError
-from rsm_serve.local import LocalPolicy, open_session
+from rsm_serve.local import LocalPolicy
 from rsm_serve.policy import DEFAULT_TOLERANCE, Policy
 from rsm_serve.provenance import provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions import Session
+from rsm_serve.sessions.choice import RUNTIMES, open_session
 from rsm_train.checkpoint import Checkpoint
 from rsm_train.diffusion import SamplerSettings, timesteps
 from rsm_train.policy import PolicyWeights, TorchPolicy
@@ -51,10 +52,15 @@ class Built:
     model: onnx.ModelProto
     bundle: Bundle
     """Its path is a name for messages."""
+    backend: str
+
+    def open_session(self) -> Session:
+        """Load the graph in the runtime that checks it."""
+        return open_session(self.bundle, self.backend)
 
     def open(self) -> Opened:
         """Load it as a server would."""
-        session = open_session(self.bundle)
+        session = self.open_session()
         return Opened(LocalPolicy(self.bundle, session), session, graph_cost(self.model))
 
 
@@ -74,7 +80,10 @@ def build(checkpoint: Checkpoint, config: ExportConfig) -> Built:
     embed_spec(model, spec)
     content = model.SerializeToString(deterministic=True)
     probe = make_probe(policy, observations_of(checkpoint))
-    return Built(policy, model, Bundle(Path(spec.name), spec, content, probe))
+    # onnxruntime needs no time to compile, and every installation of the exporter has it.
+    default = "onnxruntime" if config.precision in RUNTIMES["onnxruntime"].precisions else "auto"
+    bundle = Bundle(Path(spec.name), spec, content, probe)
+    return Built(policy, model, bundle, config.backend or default)
 
 
 def diffusion_sampler(checkpoint: Checkpoint) -> SamplerSettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rsm_serve.errors import ConfigError
+from rsm_serve.sessions.choice import Backend
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 SamplerName = Literal["ddpm", "ddim"]
@@ -44,6 +45,13 @@ class ExportConfig:
     precision: Precision = field(
         default="fp32",
         metadata={"help": "Of the hidden layers; int8 stores weights only. What leaves the graph is float32."},
+    )
+    backend: Backend | None = field(
+        default=None,
+        metadata={
+            "help": "Runtime in which the graph is checked and timed.  [default: onnxruntime, or one that can run "
+            "the precision]"
+        },
     )
     verify: bool = field(
         default=True, metadata={"help": "Check the graph against the checkpoint before anything is written."}

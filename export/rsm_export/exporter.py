@@ -13,7 +13,6 @@ from rsm_export.bundle_writer import next_version, write_bundle
 from rsm_export.config import ExportConfig, SearchConfig
 from rsm_export.cost import GraphCost, graph_cost
 from rsm_export.verification import Verification, verify
-from rsm_serve.local import open_session
 from rsm_serve.policy import PolicySpec
 from rsm_train.checkpoint import Checkpoint, load_checkpoint
 
@@ -83,9 +82,7 @@ def export_checkpoint(
     spec, verification = built.bundle.spec, None
     if config.verify:
         pool = observations_of(checkpoint)
-        verification = verify(
-            built.model, built.policy, lambda: open_session(built.bundle), pool, config.precision
-        )
+        verification = verify(built.model, built.policy, built.open_session, pool, config.precision)
         spec = dataclasses.replace(spec, accuracy=verification.accuracy.to_dict())
         if closed_loop.env and not auto:
             progress(f"acting in {closed_loop.episodes} episodes of {closed_loop.env}")

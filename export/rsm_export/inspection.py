@@ -22,7 +22,7 @@ from rsm_serve.bundle import (
 )
 from rsm_serve.commandline import aligned
 from rsm_serve.errors import BundleError
-from rsm_serve.onnx_metadata import POLICY_KEY, read_metadata
+from rsm_serve.onnx_file import POLICY_KEY, read_metadata
 from rsm_serve.policy import PolicySpec
 
 _SHOWN_ONE_BY_ONE = 8

@@ -12,7 +12,7 @@ import json
 
 import onnx
 
-from rsm_serve.onnx_metadata import POLICY_KEY
+from rsm_serve.onnx_file import POLICY_KEY
 from rsm_serve.policy import PolicySpec
 
 NOT_A_VERSION = "0"

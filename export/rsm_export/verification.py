@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rsm_export.accuracy import Accuracy, allowed, compare
 from rsm_export.config import Precision
 from rsm_export.static_rules import check_model, check_static_rules
+from rsm_export.tensorrt_rules import check_tensorrt
 from rsm_serve.errors import BackendError, BundleError, ParityError
 from rsm_serve.policy import BoxSpec
 from rsm_serve.seeds import draw_noise, expand_seed
@@ -112,7 +113,8 @@ def _valid(model: onnx.ModelProto) -> str:
 
 def _static(model: onnx.ModelProto) -> str:
     check_static_rules(model)
-    return "no control flow, no randomness, only the batch dynamic"
+    check_tensorrt(model)
+    return "no control flow, no randomness, only the batch dynamic, operators and types that TensorRT takes"
 
 
 class _Comparison:
@@ -130,7 +132,7 @@ class _Comparison:
         value = "" if a.max_q_error is None else f", of q {a.max_q_error:.1e} ({a.tolerance.value:.1g})"
         return (
             f"max error {a.max_error:.1e} of the action range ({a.tolerance.action:.1g} allowed){value}, "
-            f"another particle in {a.other_particle_rate:.1%} of {a.rows} rows"
+            f"another particle in {a.other_particle_rate:.1%} of {a.rows} rows, {self._session.runtime}"
         )
 
     def batches(self) -> str:

@@ -114,6 +114,7 @@ def test_the_report_says_what_was_measured(outcome):
     assert f"{summary['mean']:.2f} ± {summary['std']:.2f}" in text
     assert "8 episodes per policy from evaluation seeds 0, 7" in text
     assert "[-3, 1]" in text
+    assert data["policies"][0]["runtime"] in text
     assert data["command"] in text
     assert "gymnasium" in text
 
@@ -135,6 +136,8 @@ def test_json_holds_every_episode(outcome, bundle_repo):
     assert {"python", "gymnasium", "numpy"} <= set(data["versions"])
     assert data["machine"]["cores"] >= 1
     assert bundle["spec"]["name"] == "tiny"
+    assert re.fullmatch(r"(onnxruntime|openvino) [\d.]+, \w+", bundle["runtime"])
+    assert server["runtime"] is None
 
 
 def test_nothing_but_the_outputs_is_left_behind(outcome):
@@ -221,7 +224,16 @@ def test_help_names_every_setting():
     done = subprocess.run(
         [sys.executable, "-m", "rsm_eval.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for flag in ("--policy", "--env", "--episodes", "--seeds", "--deterministic", "--latency-calls", "--run"):
+    for flag in (
+        "--policy",
+        "--env",
+        "--backend",
+        "--episodes",
+        "--seeds",
+        "--deterministic",
+        "--latency-calls",
+        "--run",
+    ):
         assert flag in done.stdout
 
 

@@ -7,7 +7,14 @@ import pytest
 
 from rsm_eval.sources import open_policy, run_dir_of
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import BundleError, CheckpointError, NotReadyError, PolicyNotFoundError, UsageError
+from rsm_serve.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    NotReadyError,
+    PolicyNotFoundError,
+    UsageError,
+)
 from rsm_serve.server import background_server
 
 OBS = np.array([0.1, -0.2, 0.3, 0.4], np.float32)
@@ -43,6 +50,16 @@ def test_a_unix_socket(bundle_repo, tmp_path):
 def test_a_version_directory_is_a_bundle(bundle_repo):
     with open_policy(str(bundle_repo / "tiny" / "1")) as opened:
         assert opened.policy.spec.version == "1"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_bundle_runs_where_it_was_told_to(bundle_repo, backend):
+    pytest.importorskip(backend)
+    with open_policy(str(bundle_repo / "tiny"), backend) as opened:
+        assert (opened.runtime or "").startswith(f"{backend} ")
+        opened.policy.act(OBS)
+    with pytest.raises(BackendError, match="closed"):
+        opened.policy.act(OBS)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rsm_eval.cli import main as evaluate
 from rsm_eval.sources import open_policy as open_source
 from rsm_serve.errors import BundleError
 from rsm_serve.local import open_policy
-from rsm_serve.onnx_metadata import POLICY_KEY, read_metadata
+from rsm_serve.onnx_file import POLICY_KEY, read_metadata
 from tests.bundles import make_model, make_spec, reference_action
 from tests.rsm_eval.tiny_env import ENV_ID
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from rsm_export.chain import UnrolledPolicy
+from rsm_export.chain import fold
+from rsm_export.config import Precision
 from rsm_export.onnx_graph import build_graph
 from rsm_export.tensorrt_rules import OPSETS, SUPPORTED_TYPES, check_tensorrt
 
 from rsm_serve.errors import BundleError
+from rsm_serve.policy import PolicySpec
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions.onnx_structure import read_structure
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_serve.sessions.tensorrt import TensorRTSession
-from rsm_train.critic import init_critics
-from rsm_train.diffusion import SamplerSettings
-from rsm_train.networks import init_denoiser
-from rsm_train.policy import PolicyWeights
 from tests.bundles import make_model, make_spec
+from tests.rsm_export.policies import random_policy, weights_of
 from tests.tensorrt_fake import FakeGpu
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
@@ -181,29 +179,25 @@ def test_graphs_of_the_contract_pass():
     check_tensorrt(onnx.load_from_string(make_model(make_spec(has_q=False))))
 
 
-def exported(spec: Any, seed: int) -> bytes:
+def exported(seed: int, precision: Precision = "fp32") -> tuple[bytes, PolicySpec]:
     """The exporter's graph of a policy whose parameters are all random, as after training."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = spec.observation.size, spec.action.size
-    denoiser = init_denoiser(*sizes, [16], generator)
-    critics = init_critics(*sizes, [16], generator)
-    for params in (denoiser, critics):
-        for name, value in params.items():
-            params[name] = value + 0.1 * torch.randn(value.shape, generator=generator)
-    sampler = SamplerSettings("linear", spec.steps, spec.particles, 1.0)
-    return build_graph(
-        UnrolledPolicy(PolicyWeights.prepare(denoiser, critics, sampler, spec)), spec.noise_shape
-    )
+    # One action: its bias is a single number.
+    policy = random_policy(action_size=1, steps=2, particles=3, hidden=(16, 12), seed=seed)
+    return build_graph(fold(weights_of(policy)), precision).SerializeToString(deterministic=True), policy.spec
 
 
 def contents(model: bytes) -> dict[str, bytes]:
     return {tensor.name: tensor.raw_data for tensor in onnx.load_from_string(model).graph.initializer}
 
 
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_every_precision_of_the_exporter_passes(precision):
+    check_tensorrt(onnx.load_from_string(exported(1, precision)[0]))
+
+
 def test_exported_policies_pass_and_differ_in_weights_only(tmp_path, monkeypatch):
     """A policy that was trained further is refitted: its graph differs in nothing that would need a build."""
-    spec = make_spec(action_size=1, steps=2, particles=3)  # one action: its bias is a single number
-    first, second = exported(spec, 1), exported(spec, 2)
+    (first, spec), (second, _) = exported(1), exported(2)
     check_tensorrt(onnx.load_from_string(first))
     structure = read_structure(first)
     assert read_structure(second) == structure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -82,6 +83,27 @@ def test_serving_a_repository_until_sigterm(own_repo):
     assert "Traceback" not in log
     # Every step was answered rightly until the server refused, in its own words or by being gone.
     assert [type(error) for error in refused] == [NotReadyError]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_backend_is_chosen_and_named_in_the_log(bundle_repo, backend):
+    pytest.importorskip(backend)
+    arguments = ["--repo", str(bundle_repo), "--address", "127.0.0.1:0", "--backend", backend]
+    with serving(arguments) as (process, address, _), PolicyClient(address) as client:
+        assert client.act(np.zeros(4)).action.shape == (2,)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert re.search(rf"loaded tiny version 1 in .* s: {backend} [\d.]+, CPU\n", log)
+    assert process.returncode == 0, log
+
+
+def test_a_missing_backend_names_its_extra(monkeypatch, capsys, bundle_repo):
+    find_spec = importlib.util.find_spec
+    gone = ("openvino", "onnxruntime", "tensorrt")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in gone else find_spec(name))
+    for backend, extra in (("auto", "serve"), ("openvino-bf16", "serve-openvino"), ("tensorrt", "serve-gpu")):
+        assert cli.main(["--repo", str(bundle_repo), "--backend", backend]) == 2
+        assert capsys.readouterr().err.startswith(f'rsm-serve needs: pip install "rsm-toolkit[{extra}]"')
 
 
 def test_a_second_server_on_the_port_fails_and_the_first_goes_on(bundle_repo):

@@ -10,9 +10,10 @@ from onnx import TensorProto, helper
 
 from rsm_serve.bundle import Bundle
 from rsm_serve.errors import BackendError, BundleError, InvalidRequestError, UsageError
-from rsm_serve.local import LocalPolicy, open_policy, open_session
+from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.policy import BoxSpec, act_rows
 from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
+from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_probe, make_spec, reference_action, write_bundle
 
 SPEC = make_spec()
@@ -80,6 +81,14 @@ class FakeSession:
         self.spec = spec
         self.change = lambda action, q: (action, q)
         self.batches: list[int] = []
+        self.closed = False
+
+    @property
+    def runtime(self):
+        return "numpy"
+
+    def close(self):
+        self.closed = True
 
     def run(self, obs_BO, noise_BTNA):
         self.batches.append(len(obs_BO))
@@ -142,6 +151,20 @@ def test_one_unsound_row_fails_its_own_request_only():
         assert answer.timing.batch_rows == 6
 
 
+def test_a_closed_policy_closes_its_session_once_and_says_so():
+    policy, session = fake()
+    assert policy.runtime == "numpy"
+    assert not session.closed
+    policy.close()
+    assert session.closed
+    session.close = lambda: pytest.fail("closed twice")
+    policy.close()
+    batches = len(session.batches)
+    with pytest.raises(BackendError, match="was closed"):
+        policy.act(np.zeros(4))
+    assert len(session.batches) == batches
+
+
 def test_wrong_shapes_and_exceptions_of_a_session_are_backend_errors():
     policy, session = fake()
     session.change = lambda action, q: (action[:, :1], q)
@@ -166,9 +189,12 @@ def test_the_probe_decides_whether_a_bundle_is_ready(own_repo, error, accepted):
 
 
 def graph_with(inputs, outputs):
-    """A graph with the given signature; its values do not matter."""
-    (first, _, (*_, width)), *_ = inputs
-    nodes = [helper.make_node("Cast", [first], ["x"], to=TensorProto.FLOAT)]
+    """A graph with the given signature, of which every input is used; its values do not matter."""
+    (*_, width) = inputs[0][2]
+    nodes = [helper.make_node("Cast", [name], [f"{name}_x"], to=TensorProto.FLOAT) for name, *_ in inputs]
+    nodes += [helper.make_node("ReduceSum", [f"{name}_x"], [f"{name}_sum"], keepdims=0) for name, *_ in inputs]
+    nodes.append(helper.make_node("Sum", [f"{name}_sum" for name, *_ in inputs], ["sum"]))
+    nodes.append(helper.make_node("Add", [f"{inputs[0][0]}_x", "sum"], ["x"]))
     constants = [helper.make_tensor("axis", TensorProto.INT64, [1], [1])]
     for name, _, shape in outputs:
         if name == "q":

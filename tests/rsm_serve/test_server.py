@@ -29,12 +29,13 @@ from rsm_serve.errors import (
     QueueFullError,
     RequestError,
 )
-from rsm_serve.local import LocalPolicy, open_policy, open_session
+from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.registry import Lane, Selection
 from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
 from rsm_serve.server import PolicyServer, background_server
+from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
 
 ANY_PORT = ("127.0.0.1:0",)
@@ -204,6 +205,14 @@ class Gated:
         self.entered = threading.Semaphore(0)
         self.batches: list[int] = []
         self.failure: Exception | None = None
+        self.closed = False
+
+    @property
+    def runtime(self) -> str:
+        return str(self.session.runtime)
+
+    def close(self) -> None:
+        self.closed = True
 
     def run(self, obs_BO, noise_BTNA):
         self.batches.append(len(obs_BO))
@@ -445,6 +454,7 @@ class TestDrain:
             assert second.result(30).action.shape == (2, 2)
             assert third.result(30).action.shape == (2,)
             assert drained.result(30) is True
+            assert rig.session.closed
             with pytest.raises(NotReadyError):
                 stream.act(np.zeros(4))
 
@@ -453,6 +463,7 @@ class TestDrain:
         started = time.monotonic()
         drained = asyncio.run_coroutine_threadsafe(rig.server.drain(0.1), rig.lane.batcher._loop)
         assert drained.result(30) is False
+        assert not rig.session.closed, "its worker is in the midst of a run"
         assert time.monotonic() - started < 10
         with pytest.raises(RequestError):
             first.result(30)
