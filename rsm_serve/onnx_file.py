@@ -1,7 +1,7 @@
 """What is in an ONNX file, read without onnx or a runtime: any backend, and a robot, can do it.
 
-An ONNX file is one protobuf message, ModelProto of onnx.proto, whose field numbers stand below. Only what is asked
-for is decoded.
+An ONNX file is one protobuf message, ModelProto of onnx.proto, whose field numbers stand below. Only what is
+asked for is decoded.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_another_action_dimension_with_right_hashes(version_dir, bundle_refused)
     spec = make_spec("tiny", "1", action_size=3)
     rewrite(version_dir, SPEC_FILE, spec.to_json().encode())
     rewrite(version_dir, PROBE_FILE, make_probe(spec).to_bytes())
-    bundle_refused("wanted noise of the graph as tensor(float) ['B', 3, 2, 3]")
+    bundle_refused("wanted noise of the graph as float32 ['B', 3, 2, 3]")
 
 
 def test_the_graph_of_another_policy_of_the_same_shape(version_dir, bundle_refused):

@@ -49,8 +49,8 @@ class ExportConfig:
     backend: Backend | None = field(
         default=None,
         metadata={
-            "help": "Runtime in which the graph is checked and timed.  [default: onnxruntime, or one that can run "
-            "the precision]"
+            "help": "Runtime in which the graph is checked and timed.  [default: onnxruntime, or what runs "
+            "bf16]"
         },
     )
     verify: bool = field(

@@ -28,7 +28,7 @@ _QUANTIZED = frozenset({TensorProto.INT8, TensorProto.INT4, _FP8})
 SUPPORTED_TYPES: dict[str, frozenset[int]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Neg", "Min", "Max", "Abs", "Pow"), _NUMBERS),
     **dict.fromkeys(
-        ("Sigmoid", "Tanh", "Softplus", "Exp", "Log", "Sqrt", "Clip", "Erf", "Reciprocal"), _FLOATS
+        ("Sigmoid", "Tanh", "Softplus", "Softsign", "Exp", "Log", "Sqrt", "Clip", "Erf", "Reciprocal"), _FLOATS
     ),
     **dict.fromkeys(("Gemm", "MatMul", "LayerNormalization", "Softmax"), _FLOATS),
     **dict.fromkeys(

@@ -12,7 +12,21 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from rsm_serve import onnx_file
+from rsm_serve.onnx_file import (
+    ATTRIBUTE_GRAPHS,
+    GRAPH_INITIALIZER,
+    GRAPH_NODE,
+    GRAPH_OUTPUT,
+    MODEL_GRAPH,
+    NODE_ATTRIBUTE,
+    NODE_INPUT,
+    NODE_OP_TYPE,
+    TENSOR_DIMS,
+    TENSOR_NAME,
+    TENSOR_RAW,
+    TENSOR_TYPE,
+    fields,
+)
 
 # Element types that a policy's weights have.
 _FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
@@ -42,17 +56,17 @@ def read_structure(model: bytes) -> OnnxStructure:
     Raises:
         ValueError: the bytes are no protobuf message, or end too early.
     """
-    graphs = [value for number, value in onnx_file.fields(model) if number == onnx_file.MODEL_GRAPH]
-    graph = list(onnx_file.fields(graphs[-1])) if graphs else []
+    graphs = [value for number, value in fields(model) if number == MODEL_GRAPH]
+    graph = list(fields(graphs[-1])) if graphs else []
     weights = _weight_names(graph)
     digest = hashlib.sha256()
-    for number, value in onnx_file.fields(model):
-        if number == onnx_file.MODEL_GRAPH:
-            for part, content in onnx_file.fields(value):
+    for number, value in fields(model):
+        if number == MODEL_GRAPH:
+            for part, content in fields(value):
                 _update(
                     digest,
                     part,
-                    _without_content(content, weights) if part == onnx_file.GRAPH_INITIALIZER else content,
+                    _without_content(content, weights) if part == GRAPH_INITIALIZER else content,
                 )
         else:
             _update(digest, number, value)
@@ -62,47 +76,43 @@ def read_structure(model: bytes) -> OnnxStructure:
 def _weight_names(graph: list[tuple[int, Any]]) -> dict[bytes, None]:
     consumers: defaultdict[bytes, set[bytes]] = defaultdict(set)
     for number, content in graph:
-        if number == onnx_file.GRAPH_NODE:
-            fields = list(onnx_file.fields(content))
-            op_type = next((value for key, value in fields if key == onnx_file.NODE_OP_TYPE), b"")
-            for key, value in fields:
-                if key == onnx_file.NODE_INPUT:
+        if number == GRAPH_NODE:
+            parts = list(fields(content))
+            op_type = next((value for key, value in parts if key == NODE_OP_TYPE), b"")
+            for key, value in parts:
+                if key == NODE_INPUT:
                     consumers[value].add(op_type)
-                elif key == onnx_file.NODE_ATTRIBUTE and any(
-                    part in onnx_file.ATTRIBUTE_GRAPHS for part, _ in onnx_file.fields(value)
-                ):
+                elif key == NODE_ATTRIBUTE and any(part in ATTRIBUTE_GRAPHS for part, _ in fields(value)):
                     # A subgraph sees all names of the outer graph; none of our graphs has one.
                     return {}
-        elif number == onnx_file.GRAPH_OUTPUT:
-            names = [value for key, value in onnx_file.fields(content) if key == _VALUE_NAME]
+        elif number == GRAPH_OUTPUT:
+            names = [value for key, value in fields(content) if key == _VALUE_NAME]
             consumers[names[-1] if names else b""].add(b"output")
-    initializers = [
-        list(onnx_file.fields(content)) for number, content in graph if number == onnx_file.GRAPH_INITIALIZER
-    ]
+    initializers = [list(fields(content)) for number, content in graph if number == GRAPH_INITIALIZER]
     names = [_name(tensor) for tensor in initializers if _is_weight_like(tensor)]
     return {name: None for name in names if consumers[name] and consumers[name] <= REFITTABLE_OPS}
 
 
 def _is_weight_like(tensor: list[tuple[int, Any]]) -> bool:
     """Floats with at least one dimension, stored as raw bytes in one field."""
-    kinds = [value for key, value in tensor if key == onnx_file.TENSOR_TYPE]
-    raw = [value for key, value in tensor if key == onnx_file.TENSOR_RAW]
-    has_dims = any(key == onnx_file.TENSOR_DIMS for key, _ in tensor)
+    kinds = [value for key, value in tensor if key == TENSOR_TYPE]
+    raw = [value for key, value in tensor if key == TENSOR_RAW]
+    has_dims = any(key == TENSOR_DIMS for key, _ in tensor)
     return has_dims and len(raw) == 1 and kinds in ([_FLOAT], [_FLOAT16], [_BFLOAT16])
 
 
 def _without_content(content: bytes, weights: dict[bytes, None]) -> bytes:
-    tensor = list(onnx_file.fields(content))
+    tensor = list(fields(content))
     if _name(tensor) not in weights:
         return content
     kept = hashlib.sha256()
     for number, value in tensor:
-        _update(kept, number, b"" if number == onnx_file.TENSOR_RAW else value)
+        _update(kept, number, b"" if number == TENSOR_RAW else value)
     return kept.digest()
 
 
 def _name(tensor: list[tuple[int, Any]]) -> bytes:
-    name: bytes = next((value for key, value in tensor if key == onnx_file.TENSOR_NAME), b"")
+    name: bytes = next((value for key, value in tensor if key == TENSOR_NAME), b"")
     return name
 
 

@@ -239,7 +239,7 @@ def test_a_graph_of_another_signature_is_refused(own_repo, inputs, outputs, mess
 @pytest.mark.parametrize("model", [b"", b"not a graph", make_model(SPEC)[:200]])
 def test_what_is_no_graph_is_refused(own_repo, model):
     write_bundle(own_repo, make_spec("broken"), model=model)
-    with pytest.raises(BundleError, match="cannot load the graph"):
+    with pytest.raises(BundleError, match="cannot load the graph|wanted an ONNX file"):
         open_policy(own_repo / "broken")
 
 

@@ -101,7 +101,8 @@ def test_scalars_are_structure():
     """Coefficients of the sampler: the builder may fold them."""
 
     def with_scalar(proto):
-        proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array(2, np.float32), "center"))
+        (tensor,) = (tensor for tensor in proto.graph.initializer if tensor.name == "center")
+        tensor.CopyFrom(numpy_helper.from_array(np.array(2, np.float32), "center"))
 
     assert "center" not in read_structure(edited(with_scalar)).weights
 
