@@ -1,7 +1,8 @@
 """Dynamic batching: a pure queue that decides, and a thin driver that has the clock and the thread.
 
 Work-conserving: an idle worker takes what is there at once, and what arrives meanwhile is the next batch.
-Requests are never split; their order is first in, first out.
+Requests are never split. Each is queued as if it had come `PRIORITY_STEP_S` earlier per step of its priority; so
+their order is priority, then first in, first out, and still everyone's turn comes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,7 +24,9 @@ from rsm_serve.errors import (
     NotReadyError,
     QueueFullError,
     RequestError,
+    SupersededError,
 )
+from rsm_serve.scheduling import PRIORITY_STEP_S, check_priority
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class BatchLimits:
     max_queue_delay_s: float = 0.0
     """How long an idle worker waits for a fuller batch. Measured: any delay costs a single client that
     delay and gains nothing, because the queue fills by itself while the worker is busy."""
+    latest_wins: bool = False
+    """Whether a request takes the place of the one of the same client that still waits."""
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1 or self.max_queue_rows < self.max_batch_size or self.max_queue_delay_s < 0:
@@ -60,6 +65,19 @@ class Entry(Generic[Item]):
     rows: int
     arrived_s: float
     deadline_s: float | None
+    priority: int = 0
+    client_id: str = ""
+    since_s: float = 0.0
+    """When its place in the queue was taken: `arrived_s`, or that of the request whose place it has."""
+    place: int = 0
+    """Number of its place, ascending."""
+    replaced: Entry[Item] | None = None
+    """The waiting request of the same client whose place this one has."""
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """What leaves first is the least."""
+        return self.since_s - PRIORITY_STEP_S * self.priority, self.place
 
 
 @dataclass(frozen=True)
@@ -85,21 +103,34 @@ class BatchQueue(Generic[Item]):
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._waiting: OrderedDict[Entry[Item], None] = OrderedDict()
+        # By priority, then by place; a level is there while it has entries.
+        self._levels: dict[int, dict[int, Entry[Item]]] = {}
+        self._latest: dict[str, Entry[Item]] = {}
+        self._places = 0
         self._rows = 0
         self._closed = False
+        self._rate = _Rate()
 
     @property
     def rows(self) -> int:
         """Rows that wait."""
         return self._rows
 
-    def put(self, item: Item, rows: int, now: float, deadline_s: float | None = None) -> Entry[Item]:
-        """Append a request.
+    def put(
+        self,
+        item: Item,
+        rows: int,
+        now: float,
+        deadline_s: float | None = None,
+        *,
+        priority: int = 0,
+        client_id: str = "",
+    ) -> Entry[Item]:
+        """Append a request; with `latest_wins`, it may take another's place, which is then `Entry.replaced`.
 
         Raises:
             NotReadyError: the queue was closed.
-            InvalidRequestError: more rows than one batch holds, or none.
+            InvalidRequestError: more rows than one batch holds, or none, or no such priority.
             DeadlineExpiredError: the deadline has passed already.
             QueueFullError: no room.
         """
@@ -111,43 +142,41 @@ class BatchQueue(Generic[Item]):
                 f"wanted 1 to {limits.max_batch_size} rows in one request, got {rows}; "
                 "split it, or raise --max-batch-size of the server"
             )
+        check_priority(priority)
         if deadline_s is not None and deadline_s <= now:
             raise _expired()
-        if self._rows + rows > limits.max_queue_rows:
-            raise QueueFullError(
-                f"wanted room for {rows} rows, but {self._rows} of at most {limits.max_queue_rows} "
-                "wait already; send less, or slow down"
-            )
-        entry = Entry(item, rows, now, deadline_s)
-        self._waiting[entry] = None
-        self._rows += rows
+        replaced = self._latest.get(client_id)
+        if self._rows + rows - (replaced.rows if replaced else 0) > limits.max_queue_rows:
+            raise self._full(rows)
+        entry = Entry(item, rows, now, deadline_s, priority, client_id, replaced=replaced)
+        self._place(entry)
         return entry
 
     def cancel(self, entry: Entry[Item]) -> bool:
         """Remove a request; False if it has left the queue already."""
-        if entry not in self._waiting:
+        if self._levels.get(entry.priority, {}).get(entry.place) is not entry:
             return False
         self._remove(entry)
         return True
 
     def ready_at(self) -> float | None:
         """When `take` will give something, None while nothing waits; may lie in the past."""
-        if not self._waiting:
+        if not self._levels:
             return None
-        oldest = next(iter(self._waiting))
+        oldest_s = min(_first(level).since_s for level in self._levels.values())
         if self._closed or self._rows >= self._limits.max_batch_size:
-            return oldest.arrived_s
-        return oldest.arrived_s + self._limits.max_queue_delay_s
+            return oldest_s
+        return oldest_s + self._limits.max_queue_delay_s
 
     def take(self, now: float) -> Batch[Item]:
-        """Form a batch: the longest run of oldest unexpired requests that fits; empty before `ready_at`."""
+        """Form a batch: the longest run of first unexpired requests that fits; empty before `ready_at`."""
         ready_at = self.ready_at()
         batch: Batch[Item] = Batch([], [])
         if ready_at is None or now < ready_at:
             return batch
         room = self._limits.max_batch_size
-        while self._waiting:
-            entry = next(iter(self._waiting))
+        while self._levels:
+            entry = min(map(_first, self._levels.values()), key=lambda first: first.order)
             if entry.deadline_s is not None and entry.deadline_s <= now:
                 batch.expired.append(entry)
             elif entry.rows <= room:
@@ -158,6 +187,10 @@ class BatchQueue(Generic[Item]):
             self._remove(entry)
         return batch
 
+    def computed(self, rows: int, seconds: float) -> None:
+        """Note how long a batch took, for the hint when to try again."""
+        self._rate.add(rows, seconds)
+
     def close(self) -> None:
         """Refuse further requests; what waits can still be taken, without delay."""
         self._closed = True
@@ -165,11 +198,66 @@ class BatchQueue(Generic[Item]):
     @property
     def finished(self) -> bool:
         """Closed and empty."""
-        return self._closed and not self._waiting
+        return self._closed and not self._levels
+
+    def _place(self, entry: Entry[Item]) -> None:
+        replaced = entry.replaced
+        if replaced is not None:
+            replaced.replaced = None  # a chain of them would keep them all
+            if replaced.priority == entry.priority:
+                # Its place too: at the end again and again, the fastest client would never be served.
+                entry.since_s, entry.place = replaced.since_s, replaced.place
+                self._levels[entry.priority][entry.place] = entry
+                self._rows -= replaced.rows
+            else:
+                self._remove(replaced)
+        if not entry.place:
+            self._places += 1
+            entry.since_s, entry.place = entry.arrived_s, self._places
+            self._levels.setdefault(entry.priority, {})[entry.place] = entry
+        self._rows += entry.rows
+        if entry.client_id and self._limits.latest_wins:
+            self._latest[entry.client_id] = entry
 
     def _remove(self, entry: Entry[Item]) -> None:
-        del self._waiting[entry]
+        level = self._levels[entry.priority]
+        del level[entry.place]
+        if not level:
+            del self._levels[entry.priority]
         self._rows -= entry.rows
+        if self._latest.get(entry.client_id) is entry:
+            del self._latest[entry.client_id]
+
+    def _full(self, rows: int) -> QueueFullError:
+        retry_after_s = self._rate.seconds_for(self._rows)
+        advice = "" if retry_after_s is None else f"try again in about {max(1, round(1e3 * retry_after_s))} ms, "
+        return QueueFullError(
+            f"wanted room for {rows} rows, but {self._rows} of at most {self._limits.max_queue_rows} "
+            f"wait already; {advice}send less, or slow down",
+            retry_after_s,
+        )
+
+
+def _first(level: dict[int, Entry[Item]]) -> Entry[Item]:
+    return next(iter(level.values()))
+
+
+class _Rate:
+    """Rows per second of the recent batches."""
+
+    _MEMORY = 0.9  # what a batch is worth after the next: about ten batches count
+
+    def __init__(self) -> None:
+        self._rows = 0.0
+        self._seconds = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        self._rows = self._MEMORY * self._rows + rows
+        self._seconds = self._MEMORY * self._seconds + seconds
+
+    def seconds_for(self, rows: int) -> float | None:
+        """How long so many rows will take; None before anything was computed."""
+        return self._seconds * rows / self._rows if self._rows and self._seconds else None
 
 
 @dataclass(frozen=True)
@@ -196,9 +284,10 @@ class Batcher(Generic[Request, Answer]):
     Args:
         compute: runs in the worker thread. If it raises, the requests of that batch fail and the worker
             goes on.
-        limits: sizes and delay.
+        limits: sizes, delay and rules.
         name: of the thread, and in the log.
         clock: seconds, monotonic.
+        turns: entered around every batch; bounds how many batchers compute at once.
     """
 
     def __init__(
@@ -208,8 +297,10 @@ class Batcher(Generic[Request, Answer]):
         *,
         name: str = "batcher",
         clock: Callable[[], float] = time.monotonic,
+        turns: AbstractContextManager[object] | None = None,
     ) -> None:
         self.limits = limits
+        self._turns = turns or nullcontext()
         self._compute = compute
         self._name = name
         self._clock = clock
@@ -232,17 +323,25 @@ class Batcher(Generic[Request, Answer]):
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def submit(
-        self, request: Request, rows: int, timeout_s: float | None = None
+        self,
+        request: Request,
+        rows: int,
+        timeout_s: float | None = None,
+        *,
+        priority: int = 0,
+        client_id: str = "",
     ) -> asyncio.Future[Answered[Answer]]:
         """Queue a request; cancelling the future takes it out again, if it still waits.
 
-        The future raises DeadlineExpiredError if the time is up before the request is computed, and
-        BackendError if the computation fails.
+        The future raises DeadlineExpiredError if the time is up before the request is computed, SupersededError
+        if a newer request of the client took its place, and BackendError if the computation fails.
 
         Args:
             request: for `compute`.
             rows: how many rows of a batch it takes.
             timeout_s: how long the answer is of use.
+            priority: higher goes first; see `rsm_serve.scheduling`.
+            client_id: who asks; of use with `BatchLimits.latest_wins`.
 
         Raises:
             RequestError: see `BatchQueue.put`.
@@ -252,8 +351,13 @@ class Batcher(Generic[Request, Answer]):
         now = self._clock()
         deadline_s = None if timeout_s is None else now + timeout_s
         with self._changed:
-            entry = self._queue.put(_Job(request, future), rows, now, deadline_s)
+            entry = self._queue.put(
+                _Job(request, future), rows, now, deadline_s, priority=priority, client_id=client_id
+            )
             self._changed.notify()
+        if entry.replaced is not None:
+            self._settle([(entry.replaced.item.future, _superseded())])
+            entry.replaced = None
 
         def forget(done: asyncio.Future[Answered[Answer]]) -> None:
             if done.cancelled():
@@ -276,15 +380,22 @@ class Batcher(Generic[Request, Answer]):
         await self._stopped.wait()
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            outcomes = self._answer(batch)
-            if not self._deliver(self._settle, outcomes):
+        while self._wait():
+            waited_from_s = self._clock()
+            with self._turns:
+                # Taken only now: what came, expired or was cancelled while another lane computed counts.
+                batch = self._take()
+                outcomes = self._answer(batch)
+            if batch.entries:
+                with self._changed:
+                    self._queue.computed(batch.rows, self._clock() - waited_from_s)
+            if outcomes and not self._deliver(self._settle, outcomes):
                 return
         assert self._stopped is not None
         self._deliver(self._stopped.set)
 
-    def _next_batch(self) -> Batch[_Job[Request, Answer]] | None:
-        """Block until there is work; None when closed and empty."""
+    def _wait(self) -> bool:
+        """Block until there is work; False when closed and empty."""
         with self._changed:
             while not self._queue.finished:
                 ready_at = self._queue.ready_at()
@@ -294,8 +405,12 @@ class Batcher(Generic[Request, Answer]):
                 elif ready_at > now:
                     self._changed.wait(ready_at - now)
                 else:
-                    return self._queue.take(now)
-            return None
+                    return True
+            return False
+
+    def _take(self) -> Batch[_Job[Request, Answer]]:
+        with self._changed:
+            return self._queue.take(self._clock())
 
     def _answer(
         self, batch: Batch[_Job[Request, Answer]]
@@ -346,4 +461,10 @@ class Batcher(Generic[Request, Answer]):
 def _expired() -> DeadlineExpiredError:
     return DeadlineExpiredError(
         "the deadline passed before the request could be computed; allow more time or send less"
+    )
+
+
+def _superseded() -> SupersededError:
+    return SupersededError(
+        "a newer request of this client_id took the place of this one in the queue; use the newer one's answer"
     )

@@ -23,7 +23,7 @@ import grpc
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.codec import ERROR_MARK, MAX_MESSAGE_BYTES, decode_response, encode_request
+from rsm_serve.codec import ERROR_MARK, MAX_MESSAGE_BYTES, RETRY_AFTER, decode_response, encode_request
 from rsm_serve.errors import (
     DeadlineExpiredError,
     InvalidRequestError,
@@ -33,6 +33,7 @@ from rsm_serve.errors import (
 )
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, act_rows, check_env
+from rsm_serve.scheduling import check_client_id, check_priority
 
 SERVICE = "rsm.v1.PolicyService"
 SCHEME = "grpc://"
@@ -60,7 +61,7 @@ class Target:
     policy: str
     """May be empty if the server has exactly one."""
     version: str
-    """Empty for the newest that is loaded."""
+    """Empty for the current one."""
 
     @classmethod
     def parse(cls, address: str, policy: str | None = None, version: int | str | None = None) -> Target:
@@ -96,11 +97,14 @@ class PolicyClient:
     Args:
         address: 'host:port', 'unix:/path', or 'grpc://host:port/NAME[:VERSION]'.
         policy: its name; may be left out if the server has exactly one.
-        version: a number; None for the newest that is loaded.
+        version: a number; None for the current one.
         timeout_s: deadline of every call.
         connect_timeout_s: deadline of the first call, which fetches the specification.
+        client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version.
+        priority: from -10 to 10; requests of higher priority go first.
 
     Raises:
+        InvalidRequestError: an argument is out of range.
         NotReadyError: no server answers at the address, or it is shutting down.
         PolicyNotFoundError: no such policy or version.
     """
@@ -113,9 +117,13 @@ class PolicyClient:
         *,
         timeout_s: float = 1.0,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        client_id: str = "",
+        priority: int = 0,
     ) -> None:
         self.target = Target.parse(address, policy, version)
         self.timeout_s = _positive(timeout_s)
+        self.client_id = check_client_id(client_id)
+        self.priority = check_priority(priority)
         self._connected: _Call | None = None
         self._channel = grpc.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
         self._act = self._channel.unary_unary(
@@ -133,7 +141,9 @@ class PolicyClient:
         except grpc.RpcError as error:
             self.close()
             raise _translate(error, self.target, connect_timeout_s) from None
-        self._call = self._connected = _Call(self.target, PolicySpec.from_json(info.spec_json))
+        self._call = self._connected = _Call(
+            self.target, PolicySpec.from_json(info.spec_json), self.client_id, self.priority
+        )
         self.max_batch_size: int = info.max_batch_size
         """Most rows that one call may carry."""
         self.server_version: str = info.server_version
@@ -157,7 +167,8 @@ class PolicyClient:
             InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
             DeadlineExpiredError: no answer within `timeout_s`.
             NotReadyError: no server answers, or it is shutting down.
-            QueueFullError: the server sheds load.
+            QueueFullError: the server sheds load; its `retry_after_s` says when to try again.
+            SupersededError: the server has --latest-wins, and a newer request of this `client_id` came.
             BackendError: the policy failed.
         """
         started = time.perf_counter()
@@ -351,9 +362,13 @@ class AsyncPolicyClient:
         *,
         timeout_s: float = 1.0,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        client_id: str = "",
+        priority: int = 0,
     ) -> None:
         self.target = Target.parse(address, policy, version)
         self.timeout_s = _positive(timeout_s)
+        self.client_id = check_client_id(client_id)
+        self.priority = check_priority(priority)
         self._connect_timeout_s = connect_timeout_s
         self._channel: Any = None
         self._connected: _Call | None = None
@@ -385,7 +400,9 @@ class AsyncPolicyClient:
         except grpc.RpcError as error:
             await self.close()
             raise _translate(error, self.target, self._connect_timeout_s) from None
-        self._connected = _Call(self.target, PolicySpec.from_json(info.spec_json))
+        self._connected = _Call(
+            self.target, PolicySpec.from_json(info.spec_json), self.client_id, self.priority
+        )
         self.max_batch_size = info.max_batch_size
         self.server_version = info.server_version
         return self
@@ -558,9 +575,11 @@ async def _within(timeout_s: float, step: Coroutine[Any, Any, pb.ActResponse]) -
 class _Call:
     """What the four kinds of call share: arguments to message, message to answer."""
 
-    def __init__(self, target: Target, spec: PolicySpec) -> None:
+    def __init__(self, target: Target, spec: PolicySpec, client_id: str, priority: int) -> None:
         self.target = target
         self.spec = spec
+        self._client_id = client_id
+        self._priority = priority
         self.closed = False
         """The client was closed: nothing goes out any more, on no stream of it either."""
         self._last_id = 0
@@ -579,6 +598,8 @@ class _Call:
             request_id=self._last_id,
             draw=seed is None,
             deterministic=deterministic,
+            client_id=self._client_id,
+            priority=self._priority,
         )
         return rows, message
 
@@ -609,8 +630,10 @@ def _too_late(target: Target, timeout_s: float) -> DeadlineExpiredError:
 def _translate(error: Any, target: Target, timeout_s: float) -> RequestError:
     """The typed error for a failed call: the server's own, or a sentence about the connection."""
     code, details = error.code().name, error.details() or ""
-    if ERROR_MARK in [tuple(pair) for pair in error.trailing_metadata() or ()]:
-        return error_from_status(code, details)
+    metadata = [tuple(pair) for pair in error.trailing_metadata() or ()]
+    if ERROR_MARK in metadata:
+        hint = str(dict(metadata).get(RETRY_AFTER, ""))
+        return error_from_status(code, details, int(hint) if hint.isdecimal() else None)
     if code == "UNAVAILABLE":
         return NotReadyError(
             f"no policy server answers at {target} ({details}); start one with rsm-serve, or check the address"

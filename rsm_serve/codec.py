@@ -10,13 +10,22 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_serve.errors import InvalidRequestError, RequestError, error_from_status, wire_status
+from rsm_serve.errors import (
+    InvalidRequestError,
+    RequestError,
+    error_from_status,
+    retry_after_ms,
+    wire_status,
+)
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ERROR_MARK = ("rsm-error", "1")
 """Trailing metadata of every status that is ours, so that a client can tell it from gRPC's own."""
+
+RETRY_AFTER = "retry-after-ms"
+"""Trailing metadata of RESOURCE_EXHAUSTED: when to try again, whole milliseconds."""
 
 WIRE_FLOAT = np.dtype("<f4")
 
@@ -41,7 +50,15 @@ def decode_request(spec: PolicySpec, request: pb.ActRequest) -> ActRows:
 
 
 def encode_request(
-    rows: ActRows, *, policy: str, version: str, request_id: int, draw: bool, deterministic: bool
+    rows: ActRows,
+    *,
+    policy: str,
+    version: str,
+    request_id: int,
+    draw: bool,
+    deterministic: bool,
+    client_id: str = "",
+    priority: int = 0,
 ) -> pb.ActRequest:
     """The message for a validated call; `draw` leaves the seeds to the server."""
     request = pb.ActRequest(
@@ -51,6 +68,8 @@ def encode_request(
         rows=len(rows.obs_BO),
         obs=_to_bytes(rows.obs_BO),
         deterministic=deterministic,
+        client_id=client_id,
+        priority=priority,
     )
     if rows.noise_BTNA is not None:
         request.noise = _to_bytes(rows.noise_BTNA)
@@ -85,7 +104,10 @@ def encode_response(request_id: int, result: ActResult, queue_us: float) -> pb.A
 def encode_error(request_id: int, error: BaseException) -> pb.ActResponse:
     """The message for a request that failed inside a stream."""
     code, message = wire_status(error)
-    return pb.ActResponse(request_id=request_id, error=pb.Error(code=code, message=message))
+    retry_ms = retry_after_ms(error)
+    return pb.ActResponse(
+        request_id=request_id, error=pb.Error(code=code, message=message, retry_after_ms=retry_ms or 0)
+    )
 
 
 def decode_response(spec: PolicySpec, rows: ActRows, response: pb.ActResponse, *, total_us: float) -> ActResult:
@@ -95,7 +117,8 @@ def decode_response(spec: PolicySpec, rows: ActRows, response: pb.ActResponse, *
         RequestError: the answer carries an error (its own type), or is not what the specification says.
     """
     if response.HasField("error"):
-        raise error_from_status(response.error.code, response.error.message)
+        error = response.error
+        raise error_from_status(error.code, error.message, error.retry_after_ms or None)
     count = len(rows.obs_BO)
     try:
         # Copies: the caller owns the answer, and bytes are read-only.

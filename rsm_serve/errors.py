@@ -16,6 +16,8 @@ RsmError
     ├── NotReadyError           loading, draining, or no server at that address
     ├── QueueFullError          load was shed
     ├── DeadlineExpiredError    too late to be worth computing
+    ├── SupersededError         a newer request of the same client took its place
+    ├── LoadError               a version was asked for and does not load
     ├── RequestCancelledError   the caller went away
     └── BackendError            the inference backend failed
 
@@ -84,11 +86,28 @@ class NotReadyError(RequestError):
 
 
 class QueueFullError(RequestError):
-    """The policy's queue is full: the request was shed."""
+    """The policy's queue is full: the request was shed.
+
+    Args:
+        message: the sentence.
+        retry_after_s: when the server expects to have worked off what waits now; None if it does not know.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExpiredError(RequestError):
     """The deadline passed before an action could be computed."""
+
+
+class SupersededError(RequestError):
+    """A newer request of the same client took the place of this one in the queue."""
+
+
+class LoadError(RequestError):
+    """A version of a policy was asked for and does not load; what was loaded goes on."""
 
 
 class RequestCancelledError(RequestError):
@@ -119,6 +138,8 @@ WIRE_STATUS: dict[type[RequestError], WireStatus] = {
     NotReadyError: WireStatus("UNAVAILABLE"),
     QueueFullError: WireStatus("RESOURCE_EXHAUSTED"),
     DeadlineExpiredError: WireStatus("DEADLINE_EXCEEDED"),
+    SupersededError: WireStatus("ABORTED"),
+    LoadError: WireStatus("FAILED_PRECONDITION"),
     RequestCancelledError: WireStatus("CANCELLED"),
     BackendError: WireStatus("INTERNAL", "The policy could not be evaluated; the server's log says why."),
 }
@@ -134,8 +155,23 @@ def wire_status(error: BaseException) -> tuple[str, str]:
     return status.code, status.public or str(error)
 
 
-def error_from_status(code: str, message: str) -> RequestError:
-    """The exception that a client raises for a gRPC status name; the inverse of `wire_status`."""
+def retry_after_ms(error: BaseException) -> int | None:
+    """The hint that travels with an error: when to try again, whole milliseconds from 1."""
+    if not isinstance(error, QueueFullError) or error.retry_after_s is None:
+        return None
+    return max(1, round(1e3 * error.retry_after_s))
+
+
+def error_from_status(code: str, message: str, retry_ms: int | None = None) -> RequestError:
+    """The exception that a client raises for a gRPC status name; the inverse of `wire_status`.
+
+    Args:
+        code: name of the status.
+        message: the server's sentence.
+        retry_ms: see `retry_after_ms`.
+    """
+    if code == WIRE_STATUS[QueueFullError].code:
+        return QueueFullError(message, None if retry_ms is None else retry_ms / 1e3)
     for kind, status in WIRE_STATUS.items():
         if status.code == code:
             return kind(message)

@@ -24,7 +24,7 @@ class GetSpecResponse(_message.Message):
     def __init__(self, spec_json: _Optional[str] = ..., max_batch_size: _Optional[int] = ..., server_version: _Optional[str] = ...) -> None: ...
 
 class ActRequest(_message.Message):
-    __slots__ = ("policy", "version", "request_id", "rows", "obs", "seeds", "deterministic", "noise")
+    __slots__ = ("policy", "version", "request_id", "rows", "obs", "seeds", "deterministic", "noise", "client_id", "priority")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,8 @@ class ActRequest(_message.Message):
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     policy: str
     version: str
     request_id: int
@@ -41,7 +43,9 @@ class ActRequest(_message.Message):
     seeds: _containers.RepeatedScalarFieldContainer[int]
     deterministic: bool
     noise: bytes
-    def __init__(self, policy: _Optional[str] = ..., version: _Optional[str] = ..., request_id: _Optional[int] = ..., rows: _Optional[int] = ..., obs: _Optional[bytes] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: bool = ..., noise: _Optional[bytes] = ...) -> None: ...
+    client_id: str
+    priority: int
+    def __init__(self, policy: _Optional[str] = ..., version: _Optional[str] = ..., request_id: _Optional[int] = ..., rows: _Optional[int] = ..., obs: _Optional[bytes] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: bool = ..., noise: _Optional[bytes] = ..., client_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ActResponse(_message.Message):
     __slots__ = ("request_id", "version", "rows", "action", "q", "seeds", "timing", "error")
@@ -76,9 +80,11 @@ class Timing(_message.Message):
     def __init__(self, queue_us: _Optional[float] = ..., batch_us: _Optional[float] = ..., compute_us: _Optional[float] = ..., batch_rows: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "message")
+    __slots__ = ("code", "message", "retry_after_ms")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: str
     message: str
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...

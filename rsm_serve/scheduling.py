@@ -1,0 +1,40 @@
+"""What a request may say about itself to the scheduler; the same limits on both sides of the wire."""
+
+from __future__ import annotations
+
+from rsm_serve.errors import InvalidRequestError
+
+MAX_PRIORITY = 10
+"""Priorities go from -MAX_PRIORITY to MAX_PRIORITY; 0 is usual, higher goes first."""
+PRIORITY_STEP_S = 0.1
+"""A request is queued as if it had come this much earlier for each step of its priority. So nobody starves: at
+most 2 * MAX_PRIORITY * PRIORITY_STEP_S = 2 s after it came, a request goes before everything that comes new."""
+MAX_CLIENT_ID_BYTES = 128
+
+
+def check_priority(priority: int) -> int:
+    """Return the priority.
+
+    Raises:
+        InvalidRequestError: out of range.
+    """
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"wanted a priority from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}; 0 is usual"
+        )
+    return priority
+
+
+def check_client_id(client_id: str) -> str:
+    """Return the name by which a client wants to be known; empty for none.
+
+    Raises:
+        InvalidRequestError: too long.
+    """
+    # A character has one byte at least: most names need not be encoded to be judged.
+    if len(client_id) > MAX_CLIENT_ID_BYTES or len(client_id.encode()) > MAX_CLIENT_ID_BYTES:
+        raise InvalidRequestError(
+            f"wanted a client_id of at most {MAX_CLIENT_ID_BYTES} bytes, got one of {len(client_id)} "
+            "characters; use a short name or a UUID"
+        )
+    return client_id
