@@ -1,7 +1,7 @@
 """Dynamic batching: a pure queue that decides, and a thin driver that has the clock and the thread.
 
 Work-conserving: an idle worker takes what is there at once, and what arrives meanwhile is the next batch.
-Requests are never split. Each is queued as if it had come `PRIORITY_STEP_S` earlier per step of its priority; so
+Requests are never split. Each is queued as if it had come `PRIORITY_STEP_S` earlier per step of its priority:
 their order is priority, then first in, first out, and still everyone's turn comes.
 """
 
@@ -230,7 +230,9 @@ class BatchQueue(Generic[Item]):
 
     def _full(self, rows: int) -> QueueFullError:
         retry_after_s = self._rate.seconds_for(self._rows)
-        advice = "" if retry_after_s is None else f"try again in about {max(1, round(1e3 * retry_after_s))} ms, "
+        advice = (
+            "" if retry_after_s is None else f"try again in about {max(1, round(1e3 * retry_after_s))} ms, "
+        )
         return QueueFullError(
             f"wanted room for {rows} rows, but {self._rows} of at most {self._limits.max_queue_rows} "
             f"wait already; {advice}send less, or slow down",

@@ -2,6 +2,7 @@
 
     <repository>/<policy name>/
         config.pbtxt        for Triton and KServe; not read here
+        CURRENT             may be absent: the number of the version to serve, as text; see `repository`
         <version>/          1, 2, ...
             model.onnx      the unrolled chain
             policy.json     PolicySpec
@@ -45,6 +46,7 @@ SPEC_FILE = "policy.json"
 PROBE_FILE = "probe.npz"
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
+CURRENT_FILE = "CURRENT"
 PAYLOAD_FILES = (MODEL_FILE, SPEC_FILE, PROBE_FILE)
 MANIFEST_SCHEMA_VERSION = 1
 MODEL_SUFFIX = ".onnx"
@@ -184,6 +186,11 @@ def check_policy_name(name: str) -> str:
             f"has no '..', got {name!r:.80}; choose one, for example with rsm-export --name"
         )
     return name
+
+
+def parse_version(text: str) -> int | None:
+    """The number of a version's directory; None if the text is not one."""
+    return int(text) if _VERSION.fullmatch(text) else None
 
 
 def list_versions(policy_dir: Path) -> list[int]:

@@ -64,8 +64,9 @@ def check_shares(canaries: Iterable[Canary]) -> None:
 def lot(name: str, client_id: str, seed: int | None) -> float:
     """Which part of [0, 1) a request falls into.
 
-    A function of the policy's name and the client's, the same in every process. Without a client it is a function of
-    the request's seed, so that a request that is sent again meets the same version; without either, chance.
+    A function of the policy's name and the client's, the same in every process. Without a client it is a
+    function of the request's seed, so that a request that is sent again meets the same version; without either,
+    chance.
     """
     if client_id:
         key = f"{name}\0client\0{client_id}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rsm_serve.canary import Canary
 from rsm_serve.commandline import EXIT_OK, dataclass_options, require_extra, run_command
 from rsm_serve.config import DEFAULT_ADDRESS, ServerConfig
 from rsm_serve.registry import Selection
@@ -33,7 +34,14 @@ EXTRA_MODULES = ("grpc_health", "grpc_reflection")
     "policies",
     multiple=True,
     metavar="NAME[:VERSION]",
-    help="What to load; may be repeated.  [default: the newest version of every policy]",
+    help="What to load; may be repeated.  [default: the current version of every policy]",
+)
+@click.option(
+    "--canary",
+    "canaries",
+    multiple=True,
+    metavar="NAME:VERSION=PERCENT%",
+    help="Send that share of a policy's clients to another version; may be repeated.",
 )
 @click.option(
     "--address",
@@ -46,7 +54,7 @@ EXTRA_MODULES = ("grpc_health", "grpc_reflection")
 )
 @click.option("--verbose", is_flag=True, help="Log more.")
 @click.version_option(package_name="rsm-toolkit")
-def command(policies: tuple[str, ...], verbose: bool, **settings: Any) -> int:
+def command(policies: tuple[str, ...], canaries: tuple[str, ...], verbose: bool, **settings: Any) -> int:
     """Serve the policies of a repository over gRPC.
 
     Prints one line on stdout when it serves: "rsm-serve ready: address=HOST:PORT policies=NAME:VERSION".
@@ -62,7 +70,11 @@ def command(policies: tuple[str, ...], verbose: bool, **settings: Any) -> int:
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    config = ServerConfig(policies=tuple(Selection.parse(text) for text in policies), **settings)
+    config = ServerConfig(
+        policies=tuple(Selection.parse(text) for text in policies),
+        canaries=tuple(Canary.parse(text) for text in canaries),
+        **settings,
+    )
     status: int = run_loop(lambda: serve(config))
     return status
 

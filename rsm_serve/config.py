@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsm_serve.batcher import BatchLimits
+from rsm_serve.canary import Canary, check_shares
 from rsm_serve.errors import ConfigError
 from rsm_serve.registry import Selection
 from rsm_serve.sessions.choice import Backend
@@ -25,7 +26,20 @@ class ServerConfig:
     addresses: tuple[str, ...] = (DEFAULT_ADDRESS,)
     """host:port (port 0: any free one) or unix:/path."""
     policies: tuple[Selection, ...] = ()
-    """What to load; empty: the newest version of every policy."""
+    """What to load; empty: the current version of every policy."""
+    canaries: tuple[Canary, ...] = ()
+    """Versions that get a share of their policy's requests."""
+    poll: float | None = field(
+        default=None,
+        metadata={
+            "help": "Look for new, changed and vanished policies and versions every so many seconds.  "
+            "[default: never]"
+        },
+    )
+    keep_versions: int = field(
+        default=0,
+        metadata={"help": "Replaced versions of each policy that stay loaded for requests that name them."},
+    )
     backend: Backend = field(
         default="auto", metadata={"help": "Inference runtime; auto takes the best that is present."}
     )
@@ -42,6 +56,14 @@ class ServerConfig:
     max_queue_delay_us: int = field(
         default=0, metadata={"help": "Microseconds that an idle worker waits for a fuller batch."}
     )
+    latest_wins: bool = field(
+        default=False,
+        metadata={"help": "Whether a request takes the place of the waiting one of the same client_id."},
+    )
+    workers: int | None = field(
+        default=None,
+        metadata={"help": "Most policies that compute at the same moment, in turn.  [default: all]"},
+    )
     drain_seconds: float = field(
         default=10.0, metadata={"help": "Seconds that SIGTERM leaves for queued requests to finish."}
     )
@@ -51,6 +73,13 @@ class ServerConfig:
             raise ConfigError(
                 f"wanted threads >= 1 and drain_seconds >= 0, got {self.threads} and {self.drain_seconds}"
             )
+        if (self.poll is not None and not self.poll > 0) or self.keep_versions < 0:
+            raise ConfigError(
+                f"wanted poll > 0 and keep_versions >= 0, got {self.poll} s and {self.keep_versions}"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
+        self._check_canaries()
         if not self.addresses:
             raise ConfigError("wanted at least one address such as 127.0.0.1:8001, got none")
         _ = self.limits
@@ -58,4 +87,16 @@ class ServerConfig:
     @property
     def limits(self) -> BatchLimits:
         """The same limits for every policy."""
-        return BatchLimits(self.max_batch_size, self.max_queue_rows, 1e-6 * self.max_queue_delay_us)
+        return BatchLimits(
+            self.max_batch_size, self.max_queue_rows, 1e-6 * self.max_queue_delay_us, self.latest_wins
+        )
+
+    def _check_canaries(self) -> None:
+        check_shares(self.canaries)
+        served = {selection.name for selection in self.policies}
+        strange = [canary for canary in self.canaries if served and canary.name not in served]
+        if strange:
+            raise ConfigError(
+                f"wanted --canary of a policy that is served, got {strange[0]}; "
+                f"add --policy {strange[0].name} or leave it out"
+            )

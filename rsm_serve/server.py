@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from importlib import metadata
@@ -19,13 +18,22 @@ from grpc_reflection.v1alpha import reflection
 
 from rsm_serve.addresses import check_free
 from rsm_serve.batcher import Answered
-from rsm_serve.codec import ERROR_MARK, MAX_MESSAGE_BYTES, decode_request, encode_error, encode_response
+from rsm_serve.codec import (
+    ERROR_MARK,
+    MAX_MESSAGE_BYTES,
+    RETRY_AFTER,
+    decode_request,
+    encode_error,
+    encode_response,
+)
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import AddressError, NotReadyError, RequestError, wire_status
+from rsm_serve.errors import AddressError, NotReadyError, RequestError, retry_after_ms, wire_status
+from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.policy import ActResult
-from rsm_serve.registry import Lane, Registry, Selection, load_lane, select_all
+from rsm_serve.registry import Lane, Registry
+from rsm_serve.scheduling import check_client_id
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +117,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             stream.end()
 
     def _submit(self, request: pb.ActRequest, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
-        lane = self._registry.find(request.policy, request.version)
-        return lane.submit(decode_request(lane.spec, request), timeout_s)
+        client_id = check_client_id(request.client_id)
+        lane = self._registry.find(
+            request.policy,
+            request.version,
+            client_id=client_id,
+            seed=request.seeds[0] if request.seeds else None,
+            fixed=request.deterministic or bool(request.noise),
+        )
+        rows = decode_request(lane.spec, request)
+        return lane.submit(rows, timeout_s, priority=request.priority, client_id=client_id)
 
 
 class _Stream:
@@ -183,7 +199,15 @@ class PolicyServer:
 
     def __init__(self, config: ServerConfig, lanes: Sequence[Lane] | None = None) -> None:
         self.config = config
-        self.registry = Registry(_load_lanes(config) if lanes is None else lanes)
+        load = make_loader(config)
+        if lanes is None:
+            self.registry, wishes = load_repository(config, load)
+        else:
+            self.registry, wishes = Registry(lanes, config.canaries), wishes_of(config)
+        self.lifecycle = LifeCycle(
+            self.registry, config.repo, load, wishes, poll_s=config.poll, keep_versions=config.keep_versions
+        )
+        """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
         self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"))
@@ -202,12 +226,11 @@ class PolicyServer:
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         self.addresses = tuple([_bind(server, address) for address in self.config.addresses])
-        for lane in self.registry.lanes:
-            lane.batcher.start()
+        self.lifecycle.start(self._set_health)
         await server.start()
         self._server = server
         for name in ("", SERVICE, *self.registry.names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._set_health(name, True)
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Stop: refuse new requests, finish what is queued for at most `seconds`, then close.
@@ -217,10 +240,11 @@ class PolicyServer:
         """
         limit_s = self.config.drain_seconds if seconds is None else seconds
         await self._health.enter_graceful_shutdown()
-        for lane in self.registry.lanes:
+        lanes = await self.lifecycle.stop()
+        for lane in lanes:
             lane.batcher.close()
         self._service.drain()
-        waits = asyncio.gather(*(lane.batcher.drained() for lane in self.registry.lanes))
+        waits = asyncio.gather(*(lane.batcher.drained() for lane in lanes))
         finished = True
         try:
             await asyncio.wait_for(waits, limit_s)
@@ -229,15 +253,19 @@ class PolicyServer:
         # The answers have been computed; what is open after the flush is watchers and idle streams.
         await self._server.stop(FLUSH_S)
         if finished:  # otherwise a worker may still be in the midst of a run
-            for lane in self.registry.lanes:
+            for lane in lanes:
                 lane.close()
         return finished
 
     async def close(self) -> None:
         """Stop at once; open calls are cancelled."""
-        for lane in self.registry.lanes:
+        for lane in await self.lifecycle.stop():
             lane.batcher.close()
         await self._server.stop(None)
+
+    async def _set_health(self, name: str, ready: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        await self._health.set(name, states.SERVING if ready else states.NOT_SERVING)
 
 
 @contextlib.contextmanager
@@ -287,30 +315,6 @@ def run_loop(main: Callable[[], Any]) -> Any:
         loop.close()
 
 
-def _load_lanes(config: ServerConfig) -> list[Lane]:
-    selections: Sequence[Selection] = config.policies or select_all(config.repo)
-    lanes = []
-    for selection in dict.fromkeys(selections):
-        started = time.perf_counter()
-        lane = load_lane(
-            config.repo,
-            selection,
-            limits=config.limits,
-            backend=config.backend,
-            threads=config.threads,
-            cache_dir=config.engine_cache,
-        )
-        lanes.append(lane)
-        logger.info(
-            "loaded %s version %s in %.2f s: %s",
-            lane.spec.name,
-            lane.spec.version,
-            time.perf_counter() - started,
-            lane.runtime,
-        )
-    return lanes
-
-
 def _bind(server: Any, address: str) -> str:
     """Listen on the address; returns it with the port filled in."""
     check_free(address)
@@ -337,5 +341,7 @@ def _log_fault(error: BaseException) -> None:
 async def _abort(context: _Context, error: Exception) -> NoReturn:
     _log_fault(error)
     code, message = wire_status(error)
-    await context.abort(grpc.StatusCode[code], message, (ERROR_MARK,))
+    retry_ms = retry_after_ms(error)
+    hint = () if retry_ms is None else ((RETRY_AFTER, str(retry_ms)),)
+    await context.abort(grpc.StatusCode[code], message, (ERROR_MARK, *hint))
     raise AssertionError("abort raises")

@@ -39,6 +39,11 @@ NO_GRPC = (
     "local",
     "sessions",
     "registry",
+    "repository",
+    "lifecycle",
+    "canary",
+    "scheduling",
+    "turns",
     "addresses",
     "config",
 )
