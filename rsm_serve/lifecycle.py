@@ -130,6 +130,8 @@ class LifeCycle:
         self._one_at_a_time = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """To which it belongs; None before `start`."""
         self._failed_stamps: dict[tuple[str, int], Stamp] = {}
         self._replaced: dict[str, list[int]] = {}
         self._found: dict[str, Found] = {}
@@ -137,6 +139,7 @@ class LifeCycle:
 
     def start(self, changed: Changed) -> None:
         """Start the lanes, and the watch."""
+        self.loop = asyncio.get_running_loop()
         self._changed = changed
         for lane in self._registry.lanes:
             lane.batcher.start()

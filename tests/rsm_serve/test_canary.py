@@ -21,7 +21,8 @@ def test_parsing():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "a:1", "a:1=10", "a:0=10%", "a=10%", "a:1=0%", "a:1=101%", "a:1=-1%", "../a:1=1%", "a:x=1%"]
+    "text",
+    ["", "a", "a:1", "a:1=10", "a:0=10%", "a=10%", "a:1=0%", "a:1=101%", "a:1=-1%", "../a:1=1%", "a:x=1%"],
 )
 def test_what_is_not_a_canary_is_refused(text):
     with pytest.raises(ConfigError, match="NAME:VERSION=PERCENT%"):
@@ -48,7 +49,9 @@ def test_shares_are_kept():
     chosen = [choose(canaries, lot("p", client, None)) for client in clients]
     for version, share in ((2, 0.1), (3, 0.25), (None, 0.65)):
         # Five standard deviations of a binomial share.
-        assert abs(chosen.count(version) / len(clients) - share) < 5 * (share * (1 - share) / len(clients)) ** 0.5
+        assert (
+            abs(chosen.count(version) / len(clients) - share) < 5 * (share * (1 - share) / len(clients)) ** 0.5
+        )
 
 
 def test_a_larger_share_moves_clients_only_to_the_canary():
