@@ -40,7 +40,7 @@ Loader = Callable[[str, int], Lane]
 """Loads, verifies, warms up and probes one version; slow, and called in a thread of its own."""
 
 Changed = Callable[[str, bool], Awaitable[None]]
-"""Told that a policy's versions have changed, and whether one of them is ready."""
+"""Told the name of a policy when it becomes ready (True), or no version of it is any more (False)."""
 
 INDEX_STATES = {
     State.READY: "READY",
@@ -66,13 +66,12 @@ class RepositoryControl(Protocol):
     """Loading and unloading while the server runs, for whoever has the right to."""
 
     async def load(self, name: str, version: int | None = None) -> None:
-        """Load a version, or load it anew; returns when it takes requests.
+        """Load a version, or load it anew; returns when it takes requests. Cancelling only stops the waiting.
 
         Args:
             name: of the policy.
             version: None for the one that the repository says is current. A number keeps that version loaded
-                for requests that name it, until `unload`; it does not make it current, unless CURRENT names it,
-                or no CURRENT and no policy that follows the repository says otherwise.
+                for requests that name it, until `unload`; which one is current is the repository's to say.
 
         Raises:
             InvalidRequestError: not a policy name.
@@ -136,6 +135,8 @@ class LifeCycle:
         self._replaced: dict[str, list[int]] = {}
         self._found: dict[str, Found] = {}
         self._told: dict[str, str] = {}
+        self._missed: set[str] = set()
+        self._told_ready: dict[str, bool] = {}
 
     def start(self, changed: Changed) -> None:
         """Start the lanes, and the watch."""
@@ -143,6 +144,7 @@ class LifeCycle:
         self._changed = changed
         for lane in self._registry.lanes:
             lane.batcher.start()
+            self._told_ready[lane.spec.name] = True
         if self._poll_s is not None:
             self._spawn(self._watch(self._poll_s))
 
@@ -160,6 +162,18 @@ class LifeCycle:
             check_policy_name(name)
         except BundleError as error:
             raise InvalidRequestError(str(error)) from None
+        # A task of its own: a caller that gives up would leave a thread at work, and a second load beside it.
+        loading = asyncio.ensure_future(self._load_one(name, version))
+        self._tasks.add(loading)
+        loading.add_done_callback(self._loaded)
+        try:
+            await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            if loading.cancelled():
+                self._refuse_when_stopping()
+            raise
+
+    async def _load_one(self, name: str, version: int | None) -> None:
         async with self._one_at_a_time:
             self._refuse_when_stopping()
             found = await in_thread(lambda: look_at(self._repository / name))
@@ -230,12 +244,9 @@ class LifeCycle:
         found, wishes = survey.policies.get(name), self._wishes
         self._forget_failures(name, found)
         if found is None:
-            if wishes.follows(name) and name not in wishes.names():
-                self._told.pop(name, None)
-                await self._drop(name, "it is no longer in the repository")
-            elif self._registry.ready(name):
-                self._tell_once(name, f"policy {name!r} is no longer in the repository; what is loaded goes on")
+            await self._follow_vanished(name)
             return
+        self._missed.discard(name)
         if found.problem:
             self._tell_once(name, f"policy {name!r} stays as it is: {found.problem}")
             return
@@ -249,6 +260,17 @@ class LifeCycle:
             if self._worth_trying(name, version, survey):
                 await self._bring(name, version, make_current=version == current)
         await self._settle(name, current)
+
+    async def _follow_vanished(self, name: str) -> None:
+        if not self._wishes.follows(name) or name in self._wishes.names():
+            if self._registry.ready(name):
+                self._tell_once(name, f"policy {name!r} is no longer in the repository; what is loaded goes on")
+        elif name not in self._missed:  # a directory that is being moved or remounted will be back
+            self._missed.add(name)
+        else:
+            self._missed.discard(name)
+            self._told.pop(name, None)
+            await self._drop(name, "it is no longer in the repository")
 
     def _worth_trying(self, name: str, version: int, survey: Survey) -> bool:
         """A version that failed is tried again when its files have changed, not before."""
@@ -326,7 +348,7 @@ class LifeCycle:
         surplus = ready - {registry.current(name)} - self._wishes.fixed(name) - set(kept)
         for version in sorted(surplus):
             self._spawn(self._close(registry.withdraw(name, version)))
-        await self._changed(name, bool(registry.ready(name)))
+        await self._tell_change(name)
 
     async def _drop(self, name: str, why: str) -> None:
         """Unload every version of a policy."""
@@ -338,7 +360,7 @@ class LifeCycle:
             self._spawn(self._close(self._registry.withdraw(name, version)))
         self._replaced.pop(name, None)
         logger.info("policy %r is unloaded: %s", name, why)
-        await self._changed(name, False)
+        await self._tell_change(name)
 
     async def _close(self, lane: Lane) -> None:
         """Answer what a withdrawn lane has, then release its session."""
@@ -365,6 +387,12 @@ class LifeCycle:
             del self._failed_stamps[key]
             self._registry.forget(*key)
 
+    async def _tell_change(self, name: str) -> None:
+        ready = bool(self._registry.ready(name))
+        if self._told_ready.get(name) != ready:
+            self._told_ready[name] = ready
+            await self._changed(name, ready)
+
     def _tell_failure(self, name: str, version: int, error: Exception) -> None:
         current = self._registry.current(name)
         rest = "none is ready" if current is None else f"version {current} goes on"
@@ -386,10 +414,15 @@ class LifeCycle:
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
+    def _loaded(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits hears of it, and the log has it already
+
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            logger.error("a version could not be closed", exc_info=task.exception())
+            logger.error("following the repository failed", exc_info=task.exception())
 
 
 def load_repository(config: ServerConfig, load: Loader) -> tuple[Registry, Wishes]:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_spec, write_bundle
 from tests.rsm_serve.test_cli import serving
 from tests.rsm_serve.test_server import ANY_PORT, Gated, wait_until
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of processes")
 
 
 def add_version(repo: Path, version: int, name: str = "tiny") -> Path:
@@ -331,6 +334,20 @@ class TestPolling:
             assert acting_version(server) == "3"
             assert settled(server) == [("tiny", "3", "READY", "")]
 
+    def test_a_policy_is_missed_twice_before_it_is_unloaded(self, own_repo):
+        add_version(own_repo, 1, "other")
+        with serve(own_repo) as server:
+            away = own_repo / ".other"
+            (own_repo / "other").rename(away)
+            run(server, server.lifecycle.refresh())
+            away.rename(own_repo / "other")
+            run(server, server.lifecycle.refresh())
+            (own_repo / "other").rename(away)
+            run(server, server.lifecycle.refresh())
+            assert acting_version(server, "other") == "1"
+            run(server, server.lifecycle.refresh())
+            assert server.registry.names == ["tiny"]
+
     def test_a_selection_is_kept_to(self, own_repo):
         add_version(own_repo, 1, "other")
         selection = (Selection("tiny", 1), Selection("other"))
@@ -485,6 +502,28 @@ class TestControl:
             pool.shutdown()
             assert acting_version(server, "other") == "1"
 
+    def test_a_caller_that_gives_up_leaves_the_load_to_its_end(self, own_repo, monkeypatch):
+        with serve(own_repo) as server:
+            load, gate, entered = server.lifecycle._load, threading.Event(), threading.Event()
+
+            def slow(name: str, version: int) -> Lane:
+                entered.set()
+                assert gate.wait(30)
+                return load(name, version)
+
+            async def impatient() -> None:
+                task = asyncio.create_task(server.lifecycle.load("tiny"))
+                await asyncio.to_thread(entered.wait, 30)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+            monkeypatch.setattr(server.lifecycle, "_load", slow)
+            add_version(own_repo, 2)
+            run(server, impatient())
+            gate.set()
+            wait_for_version(server, "2")
+
     def test_a_load_that_outlives_the_server_is_closed(self, own_repo, monkeypatch):
         gate, entered = threading.Event(), threading.Event()
         closed: list[str] = []
@@ -510,6 +549,7 @@ class TestControl:
             wait_until(lambda: closed == ["2"], "the late lane to be closed")
 
 
+@ON_LINUX
 def test_memory_returns_to_its_baseline_after_50_reloads(own_repo, monkeypatch):
     """A session of this graph takes 1 MB and more: fifty that leak would be seen."""
     shutil.rmtree(own_repo / "tiny")
@@ -708,6 +748,7 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) makes it
 
 
+@ON_LINUX
 @pytest.mark.parametrize("more", [[], ["--poll", "1", "--workers", "1"]])
 def test_an_idle_server_costs_less_than_one_percent_of_a_core(own_repo, more):
     arguments = ["--repo", str(own_repo), "--address", "127.0.0.1:0", "--backend", "onnxruntime"]
