@@ -57,7 +57,7 @@ class BatchLimits:
             )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry(Generic[Item]):
     """One waiting request; compared by identity."""
 
@@ -142,10 +142,11 @@ class BatchQueue(Generic[Item]):
                 f"wanted 1 to {limits.max_batch_size} rows in one request, got {rows}; "
                 "split it, or raise --max-batch-size of the server"
             )
-        check_priority(priority)
+        if priority:
+            check_priority(priority)
         if deadline_s is not None and deadline_s <= now:
             raise _expired()
-        replaced = self._latest.get(client_id)
+        replaced = self._latest.get(client_id) if client_id else None
         if self._rows + rows - (replaced.rows if replaced else 0) > limits.max_queue_rows:
             raise self._full(rows)
         entry = Entry(item, rows, now, deadline_s, priority, client_id, replaced=replaced)
@@ -163,7 +164,7 @@ class BatchQueue(Generic[Item]):
         """When `take` will give something, None while nothing waits; may lie in the past."""
         if not self._levels:
             return None
-        oldest_s = min(_first(level).since_s for level in self._levels.values())
+        oldest_s = min([next(iter(level.values())).since_s for level in self._levels.values()])
         if self._closed or self._rows >= self._limits.max_batch_size:
             return oldest_s
         return oldest_s + self._limits.max_queue_delay_s
@@ -176,7 +177,8 @@ class BatchQueue(Generic[Item]):
             return batch
         room = self._limits.max_batch_size
         while self._levels:
-            entry = min(map(_first, self._levels.values()), key=lambda first: first.order)
+            heads = [next(iter(level.values())) for level in self._levels.values()]
+            entry = heads[0] if len(heads) == 1 else min(heads, key=lambda head: head.order)
             if entry.deadline_s is not None and entry.deadline_s <= now:
                 batch.expired.append(entry)
             elif entry.rows <= room:
@@ -238,10 +240,6 @@ class BatchQueue(Generic[Item]):
             f"wait already; {advice}send less, or slow down",
             retry_after_s,
         )
-
-
-def _first(level: dict[int, Entry[Item]]) -> Entry[Item]:
-    return next(iter(level.values()))
 
 
 class _Rate:

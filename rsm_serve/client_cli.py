@@ -27,7 +27,7 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every subcommand shares."""
     for option in (
         click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds per call."),
-        click.option("--version", default=None, help="Version of the policy.  [default: the newest]"),
+        click.option("--version", default=None, help="Version of the policy.  [default: the current]"),
         click.option("--policy", default=None, help="Name; may be left out if the server has exactly one."),
         click.option(
             "--address",
