@@ -32,9 +32,10 @@ Backend = Literal[
 ]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-AUTO_ORDER = ("tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime")
-"""What `auto` prefers, best first: GPU runtimes, then OpenVINO, which is ahead of onnxruntime at every batch
-size of benchmarks/runtimes.py. None of them computes in less than float32 what was exported in float32."""
+AUTO_ORDER = ("tensorrt", "onnxruntime-cuda", "onnxruntime", "openvino")
+"""What `auto` prefers, best first: GPU runtimes, then onnxruntime, which is as fast as OpenVINO for one row
+(benchmarks/runtimes.py) and loads in a tenth of the time and the memory. None of them computes in less than
+float32 what was exported in float32."""
 
 BF16_TOLERANCE = 0.1
 """How far bf16 arithmetic may be off a bundle's recorded actions, as a fraction of the action range. It has 8
