@@ -202,10 +202,9 @@ def _open_best(bundle: Bundle, candidates: Sequence[str], settings: SessionSetti
     """The first candidate that is present; a GPU runtime that fails gives way to the next, with a warning."""
     present = [name for name in candidates if _present(name)]
     if not present:
-        last = candidates[-1]
-        require_extra(
-            f"running a bundle of precision {bundle.spec.precision}", extra_of(last), [RUNTIMES[last].module]
-        )
+        smallest = "onnxruntime" if "onnxruntime" in candidates else candidates[-1]
+        needed = RUNTIMES[smallest]
+        require_extra(f"running a bundle of precision {bundle.spec.precision}", needed.extra, [needed.module])
     *others, last = present
     for name in others:
         try:
