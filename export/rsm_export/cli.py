@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_export.config import ExportConfig, SearchConfig
+from rsm_serve import atomic
 from rsm_serve.bundle import MODEL_SUFFIX
 from rsm_serve.commandline import EXIT_OK, EXIT_USER_ERROR, dataclass_options, require_extra, run_command
 from rsm_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from rsm_export.exporter import Export
+    from rsm_export.search import SearchResult
 
 DEFAULT_COMMAND = "export"
 
@@ -98,18 +100,17 @@ def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: boo
     require_extra("rsm-export", "export", ["torch", "onnx", "onnxruntime", "safetensors"])
     if auto or closed_loop.env:
         require_extra("comparing returns", "eval", ["gymnasium", "scipy", "matplotlib"])
-    elif closed_loop.plot:
-        raise ConfigError("wanted --auto with --plot, got --plot alone; there is nothing to draw")
+    if not auto and (closed_loop.plot or closed_loop.json):
+        raise ConfigError(
+            "wanted --plot and --json with --auto, got them alone; nothing is searched, so nothing to show"
+        )
     from rsm_export.exporter import export_checkpoint
 
     progress = partial(click.echo, err=True)
     made = export_checkpoint(source, repo, name, config, closed_loop, auto=auto, progress=progress)
     _show(made)
-    if made.search is not None and closed_loop.plot is not None:
-        from rsm_export.search_plot import draw
-
-        draw(made.search, closed_loop.plot)
-        click.echo(f"{'plot:':<14}{closed_loop.plot}")
+    if made.search is not None:
+        _write_search(made.search, closed_loop)
 
 
 def _show(made: Export) -> None:
@@ -133,6 +134,17 @@ def _show(made: Export) -> None:
         f"{cost.weight_bytes / 1e6:.3g} MB of weights read"
     )
     click.echo(f"{'bundle:':<14}{made.path}")
+
+
+def _write_search(result: SearchResult, config: SearchConfig) -> None:
+    if config.json is not None:
+        atomic.write_file(config.json, (json.dumps(result.to_dict(), indent=1, default=str) + "\n").encode())
+        click.echo(f"{'figures:':<14}{config.json}")
+    if config.plot is not None:
+        from rsm_export.search_plot import draw
+
+        draw(result, config.plot)
+        click.echo(f"{'plot:':<14}{config.plot}")
 
 
 def _plural(count: int, noun: str) -> str:
