@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rsm_serve.batcher import Answered, Batcher, BatchLimits
 from rsm_serve.bundle import check_policy_name, list_policies, list_versions, load_bundle
-from rsm_serve.errors import BundleError, PolicyNotFoundError
+from rsm_serve.errors import BundleError, PolicyNotFoundError, RequestError
 from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
+from rsm_serve.statistics import LaneStatistics
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,20 @@ class Lane:
         self.spec_json = policy.spec.to_json()
         self._policy = policy
         self.limits = limits
+        self.statistics = LaneStatistics()
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
             policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
         )
 
     def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
         """Queue a validated request; see `Batcher.submit`."""
-        return self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+        try:
+            future = self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+        except RequestError:
+            self.statistics.refused()
+            raise
+        self.statistics.follow(future)
+        return future
 
     def close(self) -> None:
         """Release the policy's session, once the batcher is drained."""
