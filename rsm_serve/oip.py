@@ -252,10 +252,9 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def refuse(self, method: str, context: _Context) -> NoReturn:
         """Answer a method of the protocol that is not offered."""
-        offered = ", ".join(sorted(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name))
-        await self._abort(
-            context, NotOfferedError(f"wanted one of {offered}, got {method:.60}; use one of them")
-        )
+        offered = ", ".join(_DESCRIPTOR.methods_by_name)
+        error = NotOfferedError(f"wanted one of {offered}, got {method:.60}, which this server does not offer")
+        await self._abort(context, error)
 
     def _submit(
         self, request: pb.ModelInferRequest, context: _Context
