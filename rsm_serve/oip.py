@@ -61,7 +61,10 @@ _Answer = Answered[ActResult]
 
 
 class RepositoryControl(Protocol):
-    """Loads and unloads policies while the server runs."""
+    """Loads and unloads policies while the server runs.
+
+    A caller that leaves cancels the call; whether what it began then goes on is the control's decision.
+    """
 
     async def load(self, name: str, version: int | None) -> None:
         """Load a version, None for the newest; returns when it takes requests.

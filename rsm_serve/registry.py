@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,13 @@ class Lane:
 
     def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
         """Queue a validated request; see `Batcher.submit`."""
+        arrived_s = time.perf_counter()
         try:
             future = self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
         except RequestError:
             self.statistics.refused()
             raise
-        self.statistics.follow(future)
+        self.statistics.follow(future, arrived_s)
         return future
 
     def close(self) -> None:

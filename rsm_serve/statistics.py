@@ -63,15 +63,19 @@ class LaneStatistics:
         """Batches that were computed."""
         return sum(batches.network.count for batches in self.by_batch_rows.values())
 
-    def follow(self, future: asyncio.Future[Answered[ActResult]]) -> None:
-        """Count a request that was queued, once it is answered or has failed."""
+    def follow(self, future: asyncio.Future[Answered[ActResult]], arrived_s: float) -> None:
+        """Count a request that was queued, once it is answered or has failed.
+
+        Args:
+            future: its answer.
+            arrived_s: when it came, of `time.perf_counter`.
+        """
         self.last_request_ms = time.time_ns() // 1_000_000
-        started = time.perf_counter()
 
         def count(done: asyncio.Future[Answered[ActResult]]) -> None:
             if done.cancelled():
                 return
-            us = 1e6 * (time.perf_counter() - started)
+            us = 1e6 * (time.perf_counter() - arrived_s)
             if done.exception() is None:
                 self._succeeded(done.result(), us)
             else:

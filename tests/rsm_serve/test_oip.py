@@ -8,6 +8,7 @@ import json
 import queue
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -841,12 +842,10 @@ class TestQueue:
 
     def test_requests_of_both_protocols_share_batches(self, rig):
         rig.hold_worker()
-        with PolicyClient(rig.address, timeout_s=TIMEOUT_S) as own:
+        with PolicyClient(rig.address, timeout_s=TIMEOUT_S) as own, ThreadPoolExecutor(1) as pool:
             rig.ask(2)
             rig.wait_queued(2)
-            other = asyncio.run_coroutine_threadsafe(
-                asyncio.to_thread(own.act, OBS[:2]), rig.lane.batcher._loop
-            )
+            other = pool.submit(own.act, OBS[:2])
             rig.wait_queued(4)
             rig.session.open.set()
             assert other.result(TIMEOUT_S).timing.batch_rows == 4
