@@ -865,11 +865,14 @@ class TestQueue:
         assert (entry.state, "shutting down" in entry.reason) == ("UNAVAILABLE", True)
         with pytest.raises(InferenceServerException, match="UNAVAILABLE.*shutting down"):
             rig.client.infer("tiny", [tensor(triton, "obs", OBS[:1])])
+        with raw_stub(rig.address) as stub, pytest.raises(grpc.RpcError) as caught:
+            list(stub.ModelStreamInfer(iter([]), timeout=TIMEOUT_S))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         rig.session.open.set()
         assert streamed.get(timeout=TIMEOUT_S).get_response().id == "queued"
         assert rig.outcome().as_numpy("action").shape == (1, 2)
         end = streamed.get(timeout=TIMEOUT_S)
-        assert "UNAVAILABLE" in end.status()
+        assert ("UNAVAILABLE" in end.status(), "shutting down" in end.message()) == (True, True)
         assert drained.result(TIMEOUT_S) is True
 
 
