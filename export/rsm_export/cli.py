@@ -73,9 +73,18 @@ def commands() -> None:
     help="Search for the fastest chain (--steps, --sampler and --particles, where not given) whose return is "
     "within --tolerance of the full policy's.",
 )
+@click.option(
+    "--tensorrt",
+    is_flag=True,
+    help="Build the TensorRT engine, check the graph in it and keep it for rsm-serve: --backend tensorrt.",
+)
 @dataclass_options(ExportConfig, SearchConfig)
-def export(source: Path, repo: Path, name: str | None, auto: bool, **settings: Any) -> None:
+def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: bool, **settings: Any) -> None:
     """Make a bundle from a run, a checkpoint or a bare model.onnx."""
+    if tensorrt:
+        if settings["backend"] not in (None, "tensorrt"):
+            raise ConfigError(f"wanted one runtime, got --tensorrt and --backend {settings['backend']}")
+        settings["backend"] = "tensorrt"
     config = ExportConfig(**{item.name: settings[item.name] for item in dataclasses.fields(ExportConfig)})
     closed_loop = SearchConfig(**{item.name: settings[item.name] for item in dataclasses.fields(SearchConfig)})
     if source.suffix == MODEL_SUFFIX and source.is_file():
