@@ -17,6 +17,8 @@ RsmError
     ├── QueueFullError          load was shed
     ├── DeadlineExpiredError    too late to be worth computing
     ├── RequestCancelledError   the caller went away
+    ├── NotOfferedError         this server does not have, or has switched off, what was asked for
+    ├── RepositoryError         a policy could not be loaded or unloaded; what was loaded stays
     └── BackendError            the inference backend failed
 
 A message says what was wanted, what came and what to do, in one sentence.
@@ -95,6 +97,14 @@ class RequestCancelledError(RequestError):
     """The caller cancelled the request."""
 
 
+class NotOfferedError(RequestError):
+    """The server does not have what was asked for, or has it switched off."""
+
+
+class RepositoryError(RequestError):
+    """A policy could not be loaded or unloaded; what was loaded stays."""
+
+
 class BackendError(RequestError):
     """The inference backend failed; details are in the server's log."""
 
@@ -120,6 +130,8 @@ WIRE_STATUS: dict[type[RequestError], WireStatus] = {
     QueueFullError: WireStatus("RESOURCE_EXHAUSTED"),
     DeadlineExpiredError: WireStatus("DEADLINE_EXCEEDED"),
     RequestCancelledError: WireStatus("CANCELLED"),
+    NotOfferedError: WireStatus("UNIMPLEMENTED"),
+    RepositoryError: WireStatus("FAILED_PRECONDITION"),
     BackendError: WireStatus("INTERNAL", "The policy could not be evaluated; the server's log says why."),
 }
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rsm_serve.batcher import Answered, Batcher, BatchLimits
 from rsm_serve.bundle import check_policy_name, list_policies, list_versions, load_bundle
-from rsm_serve.errors import BundleError, PolicyNotFoundError
+from rsm_serve.errors import BundleError, PolicyNotFoundError, RequestError
 from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
+from rsm_serve.statistics import LaneStatistics
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,21 @@ class Lane:
         self.spec_json = policy.spec.to_json()
         self._policy = policy
         self.limits = limits
+        self.statistics = LaneStatistics()
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
             policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
         )
 
     def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
         """Queue a validated request; see `Batcher.submit`."""
-        return self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+        arrived_s = time.perf_counter()
+        try:
+            future = self.batcher.submit(rows, len(rows.obs_BO), timeout_s)
+        except RequestError:
+            self.statistics.refused()
+            raise
+        self.statistics.follow(future, arrived_s)
+        return future
 
     def close(self) -> None:
         """Release the policy's session, once the batcher is drained."""

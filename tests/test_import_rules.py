@@ -40,6 +40,8 @@ NO_GRPC = (
     "sessions",
     "registry",
     "addresses",
+    "statistics",
+    "streams",
     "config",
 )
 PURE_TRAINING = (
