@@ -22,7 +22,7 @@ export ORT_DISABLE_TELEMETRY := 1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## learn, export, serve, query and evaluate a policy (about 3.5 minutes after installation)
+demo: $(READY) ## learn, export, serve, query and evaluate a policy (1 to 4 minutes after installation)
 	$(BIN)/python examples/demo.py
 
 # Two at a time: mypy has a core to itself while the longest test, the README's, keeps one worker busy.

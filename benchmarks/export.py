@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -230,11 +229,17 @@ def report_memory(path: str, size: str, particles: int, runtime: str) -> None:
     inputs = feeds(size, particles, BATCHES[-1])
     content = Path(path).read_bytes()
     open_runtime(runtime, _identity())  # what the runtime takes for itself
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     run = open_runtime(runtime, content)
     for _ in range(2):
         run(inputs)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_memory_mb("VmHWM") - before)
+
+
+def _memory_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def _identity() -> bytes:

@@ -77,7 +77,7 @@ def any_batch(bundle: Bundle) -> Run:
 
     def run(obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]) -> object:
         request.infer({"obs": obs_BO, "noise": noise_BTNA}, share_inputs=True)
-        return [request.get_tensor(name).data.copy() for name in ("action", "q")]
+        return [tensor.data.copy() for tensor in request.output_tensors]
 
     return run
 

@@ -17,8 +17,9 @@ RsmError
     ├── QueueFullError          load was shed
     ├── DeadlineExpiredError    too late to be worth computing
     ├── SupersededError         a newer request of the same client took its place
-    ├── LoadError               a version was asked for and does not load
     ├── RequestCancelledError   the caller went away
+    ├── NotOfferedError         this server does not have, or has switched off, what was asked for
+    ├── RepositoryError         a policy could not be loaded or unloaded; what was loaded stays
     └── BackendError            the inference backend failed
 
 A message says what was wanted, what came and what to do, in one sentence.
@@ -106,12 +107,16 @@ class SupersededError(RequestError):
     """A newer request of the same client took the place of this one in the queue."""
 
 
-class LoadError(RequestError):
-    """A version of a policy was asked for and does not load; what was loaded goes on."""
-
-
 class RequestCancelledError(RequestError):
     """The caller cancelled the request."""
+
+
+class NotOfferedError(RequestError):
+    """The server does not have what was asked for, or has it switched off."""
+
+
+class RepositoryError(RequestError):
+    """A policy could not be loaded or unloaded; what was loaded stays."""
 
 
 class BackendError(RequestError):
@@ -139,8 +144,9 @@ WIRE_STATUS: dict[type[RequestError], WireStatus] = {
     QueueFullError: WireStatus("RESOURCE_EXHAUSTED"),
     DeadlineExpiredError: WireStatus("DEADLINE_EXCEEDED"),
     SupersededError: WireStatus("ABORTED"),
-    LoadError: WireStatus("FAILED_PRECONDITION"),
     RequestCancelledError: WireStatus("CANCELLED"),
+    NotOfferedError: WireStatus("UNIMPLEMENTED"),
+    RepositoryError: WireStatus("FAILED_PRECONDITION"),
     BackendError: WireStatus("INTERNAL", "The policy could not be evaluated; the server's log says why."),
 }
 

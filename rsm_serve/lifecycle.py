@@ -23,9 +23,9 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.errors import (
     BundleError,
     InvalidRequestError,
-    LoadError,
     NotReadyError,
     PolicyNotFoundError,
+    RepositoryError,
     RsmError,
 )
 from rsm_serve.registry import Lane, Registry, Selection, State, load_lane
@@ -65,7 +65,7 @@ class IndexEntry(NamedTuple):
 class RepositoryControl(Protocol):
     """Loading and unloading while the server runs, for whoever has the right to."""
 
-    async def load(self, name: str, version: int | None = None) -> None:
+    async def load(self, name: str, version: int | None) -> None:
         """Load a version, or load it anew; returns when it takes requests. Cancelling only stops the waiting.
 
         Args:
@@ -76,7 +76,7 @@ class RepositoryControl(Protocol):
         Raises:
             InvalidRequestError: not a policy name.
             PolicyNotFoundError: the repository has no such policy or version.
-            LoadError: it does not load; what was loaded goes on.
+            RepositoryError: it does not load; what was loaded goes on.
             NotReadyError: the server is shutting down.
         """
         ...
@@ -92,8 +92,8 @@ class RepositoryControl(Protocol):
         """
         ...
 
-    def index(self) -> Sequence[IndexEntry]:
-        """What is loaded, loading, draining, has failed, or lies in the repository; by name and version."""
+    def index(self) -> Sequence[tuple[str, str, str, str]]:
+        """What is loaded, loading, draining, has failed, or lies in the repository; see `IndexEntry`."""
         ...
 
 
@@ -182,12 +182,14 @@ class LifeCycle:
             if found is None or (version is not None and version not in found.versions):
                 raise _not_there(name, version, found)
             if number is None:
-                raise LoadError(found.problem or f"policy {name!r} has no complete version; export it again")
+                raise RepositoryError(
+                    found.problem or f"policy {name!r} has no complete version; export it again"
+                )
             current = wanted.current(name, found)
             failure = await self._bring(name, number, make_current=number == current)
             self._refuse_when_stopping()
             if failure:
-                raise LoadError(failure)
+                raise RepositoryError(failure)
             self._wishes = wanted
             self._found[name] = found
             await self._settle(name, current)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rsm_serve.canary import Canary, choose, lot
 from rsm_serve.errors import BundleError, NotReadyError, PolicyNotFoundError, RequestError
 from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
+from rsm_serve.statistics import LaneStatistics
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Lane:
         self.spec_json = policy.spec.to_json()
         self._policy = policy
         self.limits = limits
+        self.statistics = LaneStatistics()
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
             policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}", turns=turns
         )
@@ -59,7 +62,16 @@ class Lane:
         self, rows: ActRows, timeout_s: float | None, *, priority: int = 0, client_id: str = ""
     ) -> asyncio.Future[Answered[ActResult]]:
         """Queue a validated request; see `Batcher.submit`."""
-        return self.batcher.submit(rows, len(rows.obs_BO), timeout_s, priority=priority, client_id=client_id)
+        arrived_s = time.perf_counter()
+        try:
+            future = self.batcher.submit(
+                rows, len(rows.obs_BO), timeout_s, priority=priority, client_id=client_id
+            )
+        except RequestError:
+            self.statistics.refused()
+            raise
+        self.statistics.follow(future, arrived_s)
+        return future
 
     def close(self) -> None:
         """Release the policy's session, once the batcher is drained."""

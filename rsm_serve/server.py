@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from rsm_serve import oip
 from rsm_serve.addresses import check_free
 from rsm_serve.batcher import Answered
 from rsm_serve.codec import (
@@ -29,8 +30,8 @@ from rsm_serve.codec import (
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, NotReadyError, RequestError, retry_after_ms, wire_status
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
+from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.policy import ActResult
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import check_client_id
@@ -211,6 +212,9 @@ class PolicyServer:
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
         self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"))
+        self._inference = oip.InferenceService(
+            self.registry, metadata.version("rsm-toolkit"), abort=_abort, log_fault=_log_fault
+        )
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -223,13 +227,13 @@ class PolicyServer:
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
         add_policy_service(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        oip.add_to_server(self._inference, server)
+        _describe(server)
         self.addresses = tuple([_bind(server, address) for address in self.config.addresses])
         self.lifecycle.start(self._set_health)
         await server.start()
         self._server = server
-        for name in ("", SERVICE, *self.registry.names):
+        for name in ("", SERVICE, oip.SERVICE, *self.registry.names):
             await self._set_health(name, True)
 
     async def drain(self, seconds: float | None = None) -> bool:
@@ -244,6 +248,7 @@ class PolicyServer:
         for lane in lanes:
             lane.batcher.close()
         self._service.drain()
+        self._inference.drain()
         waits = asyncio.gather(*(lane.batcher.drained() for lane in lanes))
         finished = True
         try:
@@ -325,6 +330,13 @@ def _bind(server: Any, address: str) -> str:
     if address.startswith("unix:"):
         return address
     return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _describe(server: Any) -> None:
+    """Server reflection for every service."""
+    files = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
+    names = [service.full_name for file in files for service in file.services_by_name.values()]
+    reflection.enable_server_reflection(names, server, oip.reflection_pool(files))
 
 
 def _shutting_down() -> NotReadyError:

@@ -45,6 +45,8 @@ NO_GRPC = (
     "scheduling",
     "turns",
     "addresses",
+    "statistics",
+    "streams",
     "config",
 )
 PURE_TRAINING = (

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_export.config import ExportConfig, SearchConfig
+from rsm_serve import atomic
 from rsm_serve.bundle import MODEL_SUFFIX
 from rsm_serve.commandline import EXIT_OK, EXIT_USER_ERROR, dataclass_options, require_extra, run_command
 from rsm_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from rsm_export.exporter import Export
+    from rsm_export.search import SearchResult
 
 DEFAULT_COMMAND = "export"
 
@@ -73,9 +75,18 @@ def commands() -> None:
     help="Search for the fastest chain (--steps, --sampler and --particles, where not given) whose return is "
     "within --tolerance of the full policy's.",
 )
+@click.option(
+    "--tensorrt",
+    is_flag=True,
+    help="Build the TensorRT engine, check the graph in it and keep it for rsm-serve: --backend tensorrt.",
+)
 @dataclass_options(ExportConfig, SearchConfig)
-def export(source: Path, repo: Path, name: str | None, auto: bool, **settings: Any) -> None:
+def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: bool, **settings: Any) -> None:
     """Make a bundle from a run, a checkpoint or a bare model.onnx."""
+    if tensorrt:
+        if settings["backend"] not in (None, "tensorrt"):
+            raise ConfigError(f"wanted one runtime, got --tensorrt and --backend {settings['backend']}")
+        settings["backend"] = "tensorrt"
     config = ExportConfig(**{item.name: settings[item.name] for item in dataclasses.fields(ExportConfig)})
     closed_loop = SearchConfig(**{item.name: settings[item.name] for item in dataclasses.fields(SearchConfig)})
     if source.suffix == MODEL_SUFFIX and source.is_file():
@@ -89,18 +100,17 @@ def export(source: Path, repo: Path, name: str | None, auto: bool, **settings: A
     require_extra("rsm-export", "export", ["torch", "onnx", "onnxruntime", "safetensors"])
     if auto or closed_loop.env:
         require_extra("comparing returns", "eval", ["gymnasium", "scipy", "matplotlib"])
-    elif closed_loop.plot:
-        raise ConfigError("wanted --auto with --plot, got --plot alone; there is nothing to draw")
+    if not auto and (closed_loop.plot or closed_loop.json):
+        raise ConfigError(
+            "wanted --plot and --json with --auto, got them alone; nothing is searched, so nothing to show"
+        )
     from rsm_export.exporter import export_checkpoint
 
     progress = partial(click.echo, err=True)
     made = export_checkpoint(source, repo, name, config, closed_loop, auto=auto, progress=progress)
     _show(made)
-    if made.search is not None and closed_loop.plot is not None:
-        from rsm_export.search_plot import draw
-
-        draw(made.search, closed_loop.plot)
-        click.echo(f"{'plot:':<14}{closed_loop.plot}")
+    if made.search is not None:
+        _write_search(made.search, closed_loop)
 
 
 def _show(made: Export) -> None:
@@ -124,6 +134,17 @@ def _show(made: Export) -> None:
         f"{cost.weight_bytes / 1e6:.3g} MB of weights read"
     )
     click.echo(f"{'bundle:':<14}{made.path}")
+
+
+def _write_search(result: SearchResult, config: SearchConfig) -> None:
+    if config.json is not None:
+        atomic.write_file(config.json, (json.dumps(result.to_dict(), indent=1, default=str) + "\n").encode())
+        click.echo(f"{'figures:':<14}{config.json}")
+    if config.plot is not None:
+        from rsm_export.search_plot import draw
+
+        draw(result, config.plot)
+        click.echo(f"{'plot:':<14}{config.plot}")
 
 
 def _plural(count: int, noun: str) -> str:

@@ -93,6 +93,9 @@ class SearchConfig:
     plot: Path | None = field(
         default=None, metadata={"help": "With --auto: draw latency against return to this .svg, .png or .pdf."}
     )
+    json: Path | None = field(
+        default=None, metadata={"help": "With --auto: write all that was measured to this file."}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < 1:

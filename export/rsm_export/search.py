@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from rsm_export.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, Loss
 from rsm_export.config import ExportConfig, SamplerName, SearchConfig
 from rsm_export.cost import GraphCost
 from rsm_serve.commandline import aligned
+from rsm_serve.provenance import machine_facts, provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_train.diffusion import SamplerSettings
 
@@ -55,6 +57,10 @@ class SearchResult:
     def chosen(self) -> Measured:
         """The fastest that was confirmed."""
         return self.candidates[self.chosen_index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a JSON file: every candidate, and what is needed to judge the figures."""
+        return {"machine": machine_facts(), "versions": provenance(), **dataclasses.asdict(self)}
 
 
 def candidates(trained: SamplerSettings, base: ExportConfig) -> list[ExportConfig]:

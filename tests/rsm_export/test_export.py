@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import numpy as np
 import onnx
@@ -162,6 +163,27 @@ def test_command_line(run_dir, tmp_path, capsys):
     assert re.search(r"^graph: +ddpm, 5 steps, 4 particles, fp32; \d+ nodes, \d+ kB$", out, re.M)
     assert re.search(r"^per action: +[\d.]+ MFLOP, [\d.]+ MB written, [\d.]+ MB of weights read$", out, re.M)
     assert str(tmp_path / "tiny" / "1") in out
+
+
+@pytest.mark.parametrize("option", [["--tensorrt"], ["--backend", "tensorrt"]])
+def test_an_engine_that_cannot_be_built_is_one_sentence(run_dir, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # as if not installed
+    assert main([str(run_dir), "--repo", str(tmp_path / "r"), *option]) == 2
+    error = capsys.readouterr().err
+    assert 'pip install "rsm-toolkit[serve-gpu]"' in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_two_runtimes_at_once_are_refused(run_dir, tmp_path, capsys):
+    arguments = ["--repo", str(tmp_path / "r"), "--tensorrt", "--backend", "openvino"]
+    assert main([str(run_dir), *arguments]) == 2
+    assert "wanted one runtime, got --tensorrt and --backend openvino" in capsys.readouterr().err
+
+
+def test_a_graph_is_checked_in_the_runtime_that_was_named(run_dir, tmp_path, capsys):
+    assert main([str(run_dir), "--repo", str(tmp_path), "--backend", "openvino"]) == 0
+    assert re.search(r"^parity: .*, openvino [\d.]+, CPU$", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".hidden", "-x", "a" * 200])

@@ -109,8 +109,10 @@ def test_policies_act_in_the_same_episodes_once_each(run_dir):
 
 
 def test_the_fastest_confirmed_candidate_is_chosen_and_exported(run_dir, tmp_path, capsys):
-    plot = tmp_path / "auto.svg"
-    arguments = f"--repo {tmp_path} --name tiny --auto --tolerance 0.5 --episodes 8 --plot {plot}"
+    plot, figures = tmp_path / "auto.svg", tmp_path / "auto.json"
+    arguments = (
+        f"--repo {tmp_path} --name tiny --auto --tolerance 0.5 --episodes 8 --plot {plot} --json {figures}"
+    )
     assert main([str(run_dir), *arguments.split()]) == 0
     output = capsys.readouterr()
     lines = output.out.splitlines()
@@ -127,6 +129,10 @@ def test_the_fastest_confirmed_candidate_is_chosen_and_exported(run_dir, tmp_pat
     assert spec.evaluation["difference_low"] >= -0.5 * spec.evaluation["full_policy_mean"]
     assert "screening 15 of 15" in output.err
     assert "<svg" in plot.read_text()
+    measured = json.loads(figures.read_text())
+    assert len(measured["candidates"]) == len(rows)
+    assert measured["candidates"][measured["chosen_index"]]["config"]["steps"] == spec.steps
+    assert measured["versions"]["onnxruntime"]
     assert json.loads((tmp_path / "tiny" / "1" / "policy.json").read_text())["accuracy"]["rows"] == 256
 
 
@@ -161,6 +167,6 @@ def test_search_settings_out_of_range(settings, words):
 
 def test_a_plot_without_a_search_is_refused(run_dir, tmp_path, capsys):
     assert main([str(run_dir), "--repo", str(tmp_path / "r"), "--plot", "x.png"]) == 2
-    assert "there is nothing to draw" in capsys.readouterr().err
+    assert "nothing is searched" in capsys.readouterr().err
     assert main([str(run_dir), "--repo", str(tmp_path / "r"), "--auto", "--plot", "x.txt"]) == 2
     assert "suffix .svg, .png or .pdf" in capsys.readouterr().err

@@ -28,9 +28,9 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.errors import (
     BundleError,
     InvalidRequestError,
-    LoadError,
     NotReadyError,
     PolicyNotFoundError,
+    RepositoryError,
 )
 from rsm_serve.lifecycle import IndexEntry, in_thread
 from rsm_serve.local import LocalPolicy, open_policy
@@ -260,7 +260,7 @@ class TestFailures:
     def test_a_failed_reload_of_what_is_ready_says_so_and_goes_on(self, own_repo):
         with serve(own_repo) as server:
             damage(own_repo / "tiny" / "1")
-            with pytest.raises(LoadError, match="sha256"):
+            with pytest.raises(RepositoryError, match="sha256"):
                 run(server, server.lifecycle.load("tiny"))
             (entry,) = server.lifecycle.index()
             assert entry[:3] == ("tiny", "1", "READY")
@@ -296,7 +296,7 @@ class TestFailures:
     def test_an_unexpected_fault_of_a_backend_is_a_failure_like_any_other(self, own_repo, monkeypatch, caplog):
         with serve(own_repo) as server:
             monkeypatch.setattr(server.lifecycle, "_load", lambda name, version: 1 / 0)
-            with pytest.raises(LoadError, match="ZeroDivisionError"):
+            with pytest.raises(RepositoryError, match="ZeroDivisionError"):
                 run(server, server.lifecycle.load("tiny"))
             assert acting_version(server) == "1"
             assert "Traceback" in caplog.text  # a fault of ours
@@ -453,9 +453,9 @@ class TestControl:
             ("nope", None, PolicyNotFoundError, "'nope', the repository has none"),
             ("tiny", 9, PolicyNotFoundError, "version 9 of policy 'tiny', the repository has 1"),
             ("../tiny", None, InvalidRequestError, "policy name"),
-            ("half", None, LoadError, "no complete version"),
-            ("broken", None, LoadError, "sha256"),
-            ("pointed", None, LoadError, "number of a version"),
+            ("half", None, RepositoryError, "no complete version"),
+            ("broken", None, RepositoryError, "sha256"),
+            ("pointed", None, RepositoryError, "number of a version"),
         ],
     )
     def test_what_cannot_be_loaded_is_refused_in_one_sentence(self, own_repo, name, version, kind, message):

@@ -430,6 +430,7 @@ class TestHealthAndReflection:
         names = {service.name for service in answer.list_services_response.service}
         assert names == {
             "rsm.v1.PolicyService",
+            "inference.GRPCInferenceService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
         }

@@ -454,16 +454,16 @@ class TestAuto:
         ("modules", "gpus", "precision", "taken"),
         [
             (["onnxruntime"], 0, "fp32", "onnxruntime"),
-            (["onnxruntime", "openvino"], 0, "fp32", "openvino"),
+            (["onnxruntime", "openvino"], 0, "fp32", "onnxruntime"),
             (["openvino"], 0, "fp32", "openvino"),
-            (ALL_MODULES, 0, "fp32", "openvino"),
+            (ALL_MODULES, 0, "fp32", "onnxruntime"),
             (ALL_MODULES, 1, "fp32", "tensorrt"),
             (["onnxruntime", "openvino"], 1, "fp32", "onnxruntime-cuda"),
             (["openvino"], 1, "fp32", "openvino"),
             (["onnxruntime", "openvino"], 0, "bf16", "openvino"),
             (["onnxruntime"], 0, "fp16", "onnxruntime"),
             (["onnxruntime"], 0, "int8", "onnxruntime"),
-            (ALL_MODULES, 1, "int8", "openvino"),
+            (ALL_MODULES, 1, "int8", "onnxruntime"),
             (ALL_MODULES, 1, "bf16", "tensorrt"),
         ],
     )
@@ -480,24 +480,24 @@ class TestAuto:
         machine = FakeRuntimes(monkeypatch, ALL_MODULES, 1, failures)
         with caplog.at_level(logging.WARNING):
             open_session(bundle_of())
-        assert machine.opened == ["tensorrt", "onnxruntime-cuda", "openvino"]
+        assert machine.opened == ["tensorrt", "onnxruntime-cuda", "onnxruntime"]
         assert "tensorrt is passed over: no memory" in caplog.text
         assert "onnxruntime-cuda is passed over: no cuDNN" in caplog.text
 
     def test_a_runtime_that_cannot_be_imported_gives_way_or_is_one_sentence(self, monkeypatch, caplog):
         broken = ImportError("libtbb.so.12: cannot open shared object file")
-        machine = FakeRuntimes(monkeypatch, ["openvino", "onnxruntime"], 0, {"openvino": broken})
+        machine = FakeRuntimes(monkeypatch, ["openvino", "onnxruntime"], 0, {"onnxruntime": broken})
         open_session(bundle_of())
-        assert machine.opened == ["openvino", "onnxruntime"]
-        assert "openvino is passed over: wanted to load openvino" in caplog.text
-        with pytest.raises(MissingExtraError, match=r"libtbb.so.12.*rsm-toolkit\[serve-openvino\]"):
-            open_session(bundle_of(), "openvino")
+        assert machine.opened == ["onnxruntime", "openvino"]
+        assert "onnxruntime is passed over: wanted to load onnxruntime" in caplog.text
+        with pytest.raises(MissingExtraError, match=r"libtbb.so.12.*rsm-toolkit\[serve\]"):
+            open_session(bundle_of(), "onnxruntime")
 
     def test_a_graph_that_the_cpu_cannot_run_is_the_bundles_fault(self, monkeypatch):
-        machine = FakeRuntimes(monkeypatch, ALL_MODULES, 0, {"openvino": BundleError("damaged")})
+        machine = FakeRuntimes(monkeypatch, ALL_MODULES, 0, {"onnxruntime": BundleError("damaged")})
         with pytest.raises(BundleError, match="damaged"):
             open_session(bundle_of())
-        assert machine.opened == ["openvino"]
+        assert machine.opened == ["onnxruntime"]
 
     def test_an_explicit_backend_never_gives_way(self, monkeypatch):
         machine = FakeRuntimes(monkeypatch, ALL_MODULES, 1, {"tensorrt": BundleError("no memory")})
