@@ -86,11 +86,10 @@ def export(source: Path, repo: Path, name: str | None, auto: bool, **settings: A
             )
         _adopt(source, repo, name)
         return
+    _check_together(config, closed_loop, auto)
     require_extra("rsm-export", "export", ["torch", "onnx", "onnxruntime", "safetensors"])
     if auto or closed_loop.env:
         require_extra("comparing returns", "eval", ["gymnasium", "scipy", "matplotlib"])
-    elif closed_loop.plot:
-        raise ConfigError("wanted --auto with --plot, got --plot alone; there is nothing to draw")
     from rsm_export.exporter import export_checkpoint
 
     progress = partial(click.echo, err=True)
@@ -99,8 +98,29 @@ def export(source: Path, repo: Path, name: str | None, auto: bool, **settings: A
     if made.search is not None and closed_loop.plot is not None:
         from rsm_export.search_plot import draw
 
-        draw(made.search, closed_loop.plot)
+        try:
+            draw(made.search, closed_loop.plot)
+        except OSError as error:
+            raise ConfigError(
+                f"wanted to draw to {str(closed_loop.plot)!r}, got {error.strerror}; the bundle is complete"
+            ) from None
         click.echo(f"{'plot:':<14}{closed_loop.plot}")
+
+
+def _check_together(config: ExportConfig, closed_loop: SearchConfig, auto: bool) -> None:
+    """Refuse, before anything takes long, options that would be passed over.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if closed_loop.plot and not auto:
+        raise ConfigError("wanted --auto with --plot, got --plot alone; there is nothing to draw")
+    if closed_loop.plot and not closed_loop.plot.parent.is_dir():
+        raise ConfigError(f"wanted --plot in a directory that exists, got {str(closed_loop.plot)!r}")
+    if not auto and not closed_loop.env and closed_loop != SearchConfig():
+        raise ConfigError("wanted --auto or --env with --tolerance or --episodes, got neither; nothing acts")
+    if not auto and closed_loop.env and not config.verify:
+        raise ConfigError("wanted --env as one of the checks, got --no-verify; leave one of them out")
 
 
 def _show(made: Export) -> None:
