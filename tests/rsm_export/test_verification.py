@@ -333,6 +333,10 @@ def test_observations_are_met_random_and_corners(pool):
     assert (found == 0).all(axis=1).sum() == 1
     assert [0, -7, 0, 0, 0] in found.tolist()
     assert [9, 0, 0, 0, 0] in found.tolist()
+    near = (found[128:192] - pool.mean(0)) / pool.std(0)
+    np.testing.assert_allclose(near.std(), 2, rtol=0.15)
+    constant = observations(np.ones_like(pool), box)
+    assert (constant[-61:] != 1).all(), "an element that never moved is moved too"
     corners = np.abs((found[-61:] - pool.mean(0)) / pool.std(0))
     np.testing.assert_allclose(corners, 5, rtol=1e-3)
     assert (
