@@ -41,6 +41,11 @@ NO_GRPC = (
     "registry",
     "addresses",
     "config",
+    "observer",
+    "telemetry",
+    "http_server",
+    "monitor",
+    "logs",
 )
 PURE_TRAINING = (
     "diffusion",
@@ -163,6 +168,8 @@ def test_the_clients_closure_needs_only_the_base_install():
         ("rsm_serve.bundle", {"numpy", "rsm_serve"}),
         ("rsm_serve.policy", {"numpy", "rsm_serve"}),
         ("rsm_serve.errors", {"rsm_serve"}),
+        ("rsm_serve.observer", {"rsm_serve"}),
+        ("rsm_serve.logs", {"rsm_serve"}),
         ("rsm_serve.local", {"numpy", "rsm_serve", "click"}),
         ("rsm_serve.sessions.choice", {"numpy", "rsm_serve", "click"}),
     ],
