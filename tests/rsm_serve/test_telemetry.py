@@ -380,9 +380,9 @@ class TestPort:
         idle = [socket.create_connection((host, int(port)), timeout=30) for _ in range(32)]
         try:
             time.sleep(0.2)
-            with socket.create_connection((host, int(port)), timeout=30) as another:
-                with contextlib.suppress(ConnectionResetError):
-                    assert another.recv(1) == b""
+            another = socket.create_connection((host, int(port)), timeout=30)
+            with another, contextlib.suppress(ConnectionResetError):
+                assert another.recv(1) == b""
             with PolicyClient(server.addresses[0], timeout_s=30) as client:
                 assert client.act(np.zeros(4)).action.shape == (2,)
         finally:
