@@ -14,6 +14,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 
+import grpc
 import numpy as np
 import pytest
 
@@ -122,6 +123,22 @@ def test_the_http_port_ends_the_ready_line_and_the_log_is_json(own_repo):
     assert (loaded["level"], loaded["policy"], loaded["version"]) == ("INFO", "tiny", "1")
     assert lines[-1]["message"] == "drained"
     assert "123.4" not in log
+
+
+def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
+    """gRPC itself logs a traceback for each."""
+    arguments = ["--repo", str(bundle_repo), "--address", "127.0.0.1:0"]
+    with serving(arguments) as (process, address, _), grpc.insecure_channel(address) as channel:
+        act = channel.unary_unary("/rsm.v1.PolicyService/Act")
+        for _ in range(200):
+            with pytest.raises(grpc.RpcError):
+                act(b"\xff\xff", timeout=30)
+        with PolicyClient(address, timeout_s=30) as client:
+            assert client.act(np.zeros(4)).action.shape == (2,)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert 1 <= log.count("Traceback") <= 20
+    assert len(log) < 100_000
 
 
 def test_a_policy_that_does_not_load_ends_an_observed_server_with_a_sentence(own_repo):
