@@ -31,6 +31,10 @@ class ServerConfig:
             "status page.  [default: none, and nothing is observed]"
         },
     )
+    otel: bool = field(
+        default=False,
+        metadata={"help": "Send OpenTelemetry traces to where OTEL_EXPORTER_OTLP_ENDPOINT says."},
+    )
     policies: tuple[Selection, ...] = ()
     """What to load; empty: the newest version of every policy."""
     backend: Backend = field(

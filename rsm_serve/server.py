@@ -27,6 +27,7 @@ from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.policy import ActResult
 from rsm_serve.registry import Lane, Registry, Selection, load_lane, select_all
+from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
     from rsm_serve.monitor import Monitor
@@ -57,9 +58,16 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     """`rsm.v1.PolicyService` over a registry."""
 
-    def __init__(self, registry: Registry, server_version: str, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        server_version: str,
+        observer: Observer | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._registry = registry
         self._observer = observer
+        self._tracer = tracer
         self._server_version = server_version
         self._streams: set[_Stream] = set()
         self._draining = False
@@ -83,7 +91,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         try:
             # Cancelling this handler (the caller left, or its deadline passed) cancels the future, which
             # takes the request out of the queue.
-            answered = await self._submit("Act", request, context.time_remaining())
+            answered = await self._submit("Act", request, context)
         except Exception as error:
             await _abort(context, error, request_id=request.request_id)
         return encode_response(request.request_id, answered.answer, answered.queue_us)
@@ -92,7 +100,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self, requests: AsyncIterator[pb.ActRequest], context: _Context
     ) -> AsyncIterator[pb.ActResponse]:
         """Sample actions at every control step, in order, several in flight."""
-        stream = _Stream(lambda request: self._submit("ActStream", request, context.time_remaining()))
+        stream = _Stream(lambda request: self._submit("ActStream", request, context))
         if self._draining:
             stream.end()
         self._streams.add(stream)
@@ -118,9 +126,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             stream.end()
 
     def _submit(
-        self, method: str, request: pb.ActRequest, timeout_s: float | None
+        self, method: str, request: pb.ActRequest, context: _Context
     ) -> asyncio.Future[Answered[ActResult]]:
         started_s = time.perf_counter()
+        timeout_s: float | None = context.time_remaining()
         lane: Lane | None = None
         try:
             lane = self._registry.find(request.policy, request.version)
@@ -130,6 +139,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             refuse(self._observer, refused, method, error, started_s=started_s)
             raise
         watch(future, lane.observer, method, rows=request.rows, started_s=started_s, timeout_s=timeout_s)
+        if self._tracer is not None:
+            metadata, name = context.invocation_metadata(), f"{SERVICE}/{method}"
+            self._tracer.follow(future, name, lane.spec, metadata, started_s=started_s)
         return future
 
 
@@ -197,6 +209,7 @@ class PolicyServer:
         lanes: what to serve instead of the repository's policies.
         monitor: observes the server and has its HTTP port, open already; None: made here if the
             configuration has an HTTP address.
+        tracer: records requests; None: made here if the configuration says so.
 
     Raises:
         BundleError: a policy does not load.
@@ -204,15 +217,20 @@ class PolicyServer:
     """
 
     def __init__(
-        self, config: ServerConfig, lanes: Sequence[Lane] | None = None, monitor: Monitor | None = None
+        self,
+        config: ServerConfig,
+        lanes: Sequence[Lane] | None = None,
+        monitor: Monitor | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.config = config
         self.monitor = monitor or (None if config.http is None else _new_monitor())
         observer = None if self.monitor is None else self.monitor.telemetry
+        tracer = tracer or (Tracer() if config.otel else None)
         self.registry = Registry(_load_lanes(config, observer) if lanes is None else lanes, observer)
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"), observer)
+        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"), observer, tracer)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -277,13 +295,15 @@ class PolicyServer:
 
 
 @contextlib.contextmanager
-def background_server(config: ServerConfig, lanes: Sequence[Lane] | None = None) -> Iterator[PolicyServer]:
+def background_server(
+    config: ServerConfig, lanes: Sequence[Lane] | None = None, *, tracer: Tracer | None = None
+) -> Iterator[PolicyServer]:
     """A server in a thread of this process, for tests and notebooks; drains at exit.
 
     Raises:
         BundleError, AddressError, MissingExtraError: as `PolicyServer`.
     """
-    server = PolicyServer(config, lanes)
+    server = PolicyServer(config, lanes, tracer=tracer)
     ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:

@@ -43,6 +43,7 @@ NO_GRPC = (
     "config",
     "observer",
     "telemetry",
+    "tracing",
     "http_server",
     "monitor",
     "logs",
