@@ -68,8 +68,6 @@ def command(policies: tuple[str, ...], log_format: LogFormat, verbose: bool, **s
     """
     require_extra("rsm-serve", extra_of(settings["backend"]), EXTRA_MODULES)
     require_backend("rsm-serve", settings["backend"])
-    if settings["otel"]:
-        require_extra("rsm-serve --otel", "otel", ("opentelemetry",))
     from rsm_serve.server import run_loop
 
     set_up_logging(log_format, verbose=verbose)

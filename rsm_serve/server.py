@@ -226,11 +226,11 @@ class PolicyServer:
         self.config = config
         self.monitor = monitor or (None if config.http is None else _new_monitor())
         observer = None if self.monitor is None else self.monitor.telemetry
-        tracer = tracer or (Tracer() if config.otel else None)
+        self._tracer = tracer or (Tracer() if config.otel else None)
         self.registry = Registry(_load_lanes(config, observer) if lanes is None else lanes, observer)
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"), observer, tracer)
+        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"), observer, self._tracer)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -283,6 +283,8 @@ class PolicyServer:
                 lane.close()
         if self.monitor is not None:
             self.monitor.close()
+        if self._tracer is not None:
+            self._tracer.close()
         return finished
 
     async def close(self) -> None:

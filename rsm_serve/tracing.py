@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from rsm_serve.batcher import Answered
-from rsm_serve.errors import wire_status
+from rsm_serve.errors import MissingExtraError, wire_status
 from rsm_serve.policy import ActResult, PolicySpec
 
+CLOSE_S = 2.0
 _HEADERS = ("traceparent", "tracestate")
 
 
@@ -25,15 +27,24 @@ class Tracer:
 
     Args:
         provider: an OpenTelemetry TracerProvider; None: one that exports by OTLP over gRPC.
+
+    Raises:
+        MissingExtraError: OpenTelemetry, or a part of it, is not installed.
     """
 
     def __init__(self, provider: Any = None) -> None:
-        from opentelemetry import trace
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        try:
+            from opentelemetry import trace
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+            provider = provider or _exporting_provider()
+        except ImportError as error:
+            needed = 'rsm-serve --otel needs: pip install "rsm-toolkit[otel]"'
+            raise MissingExtraError(f"{needed} ({error})") from None
+        self._provider: Any = provider
         self._api: Any = trace
         self._extract: Any = TraceContextTextMapPropagator().extract
-        self._tracer: Any = (provider or _exporting_provider()).get_tracer("rsm_serve")
+        self._tracer: Any = provider.get_tracer("rsm_serve")
 
     def follow(
         self,
@@ -56,6 +67,12 @@ class Tracer:
         )
         future.add_done_callback(lambda done: self._settle(span, start_ns, done))
 
+    def close(self) -> None:
+        """Send what is left, for at most `CLOSE_S`: a collector that is gone must not hold up an exit."""
+        thread = threading.Thread(target=self._provider.shutdown, name="otel", daemon=True)
+        thread.start()
+        thread.join(CLOSE_S)
+
     def _settle(self, span: Any, start_ns: int, done: asyncio.Future[Answered[ActResult]]) -> None:
         error = None if done.cancelled() else done.exception()
         if done.cancelled() or error is not None:
@@ -77,12 +94,12 @@ class Tracer:
 
 
 def _exporting_provider() -> Any:
-    """Exports in batches, from a thread of its own; what is left is sent when the process exits."""
+    """Exports in batches, from a thread of its own."""
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     os.environ.setdefault("OTEL_SERVICE_NAME", "rsm-serve")
-    provider = TracerProvider()
+    provider = TracerProvider(shutdown_on_exit=False)  # that would retry for half a minute; see Tracer.close
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider

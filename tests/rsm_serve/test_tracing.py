@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
+import time
 
 import grpc
 import numpy as np
@@ -24,10 +25,20 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 def test_off_by_default_and_a_missing_extra_is_named(bundle_repo, capsys, monkeypatch):
     assert PolicyServer(ServerConfig(repo=bundle_repo))._service._tracer is None
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "opentelemetry" else find(n))
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)  # as if it were not installed
     assert cli.main(["--repo", str(bundle_repo), "--otel"]) == 2
     assert capsys.readouterr().err.startswith('rsm-serve --otel needs: pip install "rsm-toolkit[otel]"')
+
+
+def test_a_collector_that_is_gone_does_not_hold_up_the_exit(bundle_repo, monkeypatch):
+    pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel, which the lock leaves out")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",), otel=True)
+    with background_server(config) as server, grpc.insecure_channel(server.addresses[0]) as channel:
+        stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        assert len(stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30).action) == 8
+        started = time.monotonic()
+    assert time.monotonic() - started < 8
 
 
 def test_a_request_is_a_span_with_queue_and_compute_under_the_callers(bundle_repo):
