@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from http import HTTPStatus
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -153,7 +153,7 @@ class Monitor:
         metrics = {(lane.policy, lane.version): lane for lane in self.telemetry.lanes()}
         return {
             "state": self.state,
-            "toolkit": metadata.version("rsm-toolkit"),
+            "toolkit": self.telemetry.toolkit,
             "uptime_s": round(self.telemetry.uptime_s, 3),
             "addresses": self._addresses,
             "streams": self.telemetry.open_streams,

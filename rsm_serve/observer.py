@@ -33,6 +33,9 @@ REASONS: dict[type[BaseException], str] = {
 }
 """A short name per error type; a fixed set, because it becomes a label. "fault" is whatever is not listed."""
 
+LATE_SLACK_S = 0.01
+"""A caller that gives up at its deadline does so by its own clock, a little before the deadline by ours."""
+
 
 class LaneObserver(Protocol):
     """Hears of one version of one policy."""
@@ -43,7 +46,7 @@ class LaneObserver(Protocol):
         """A request was answered, refused or given up; in the event loop.
 
         Args:
-            method: "Act", "ActStream", ...
+            method: "Act" or "ActStream".
             code: name of the gRPC status.
             reason: of `REASONS`, "late" (the caller's deadline) or, for OK, "".
             rows: as asked for; 0 where the request was refused.
@@ -116,7 +119,7 @@ def watch(
     def settled(done: asyncio.Future[Any]) -> None:
         seconds = time.perf_counter() - started_s
         if done.cancelled():
-            late = timeout_s is not None and seconds >= timeout_s
+            late = timeout_s is not None and seconds > timeout_s - LATE_SLACK_S
             code, reason = ("DEADLINE_EXCEEDED", "late") if late else ("CANCELLED", "cancelled")
             observer.request(method, code, reason, rows, seconds, None)
             return

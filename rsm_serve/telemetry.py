@@ -121,6 +121,7 @@ class Telemetry:
     def __init__(self) -> None:
         self._lanes: dict[tuple[str, str], LaneMetrics] = {}
         self._started_s = time.monotonic()
+        self.toolkit = metadata.version("rsm-toolkit")
         self._load_lock = threading.Lock()
         self.refusals: dict[tuple[str, str, str], int] = {}
         """Requests for no policy that is here, by (method, code, reason)."""
@@ -195,7 +196,7 @@ class Telemetry:
 
     def _of_server(self) -> Iterator[Metric]:
         build = GaugeMetricFamily("rsm_build_info", "What runs.", labels=("version", "python"))
-        build.add_metric((metadata.version("rsm-toolkit"), platform.python_version()), 1)
+        build.add_metric((self.toolkit, platform.python_version()), 1)
         yield build
         yield GaugeMetricFamily("rsm_streams_open", "Streams that are open.", value=self.open_streams)
         loads = CounterMetricFamily("rsm_loads", "Bundles loaded.", labels=("policy", "result"))
