@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rsm_serve.batcher import Answered, Batcher, BatchLimits
 from rsm_serve.bundle import check_policy_name, list_policies, list_versions, load_bundle
-from rsm_serve.errors import BundleError, PolicyNotFoundError, RequestError
+from rsm_serve.errors import BackendError, BundleError, PolicyNotFoundError, RequestError
 from rsm_serve.local import LocalPolicy, run_bundle
+from rsm_serve.observer import LaneObserver, Observer
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
 from rsm_serve.statistics import LaneStatistics
 
@@ -49,8 +53,9 @@ class Lane:
         self._policy = policy
         self.limits = limits
         self.statistics = LaneStatistics()
+        self.observer: LaneObserver | None = None
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
-            policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
+            self._act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}"
         )
 
     def submit(self, rows: ActRows, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
@@ -64,17 +69,47 @@ class Lane:
         self.statistics.follow(future, arrived_s)
         return future
 
+    @property
+    def probe_obs(self) -> NDArray[np.float32]:
+        """[P, O]: the bundle's recorded observations; none for a bare graph."""
+        return self._policy.probe_obs
+
+    def observe(self, observer: Observer) -> None:
+        """Tell an observer of this lane from now on; to be called before the batcher starts."""
+        self.observer = observer.lane(
+            self.spec.name, self.spec.version, self.runtime, lambda: self.batcher.queued_rows
+        )
+
     def close(self) -> None:
         """Release the policy's session, once the batcher is drained."""
         self._policy.close()
+        if self.observer is not None:
+            self.observer.closed()
+
+    def _act_batch(self, requests: Sequence[ActRows]) -> Sequence[ActResult | BackendError]:
+        observer = self.observer
+        if observer is None:
+            return self._policy.act_batch(requests)
+        started_s = time.perf_counter()
+        try:
+            answers = self._policy.act_batch(requests)
+        except Exception:
+            observer.execution_failed()
+            raise
+        seconds = time.perf_counter() - started_s
+        unsound = sum(isinstance(answer, BackendError) for answer in answers)
+        observer.executed(sum(len(request.obs_BO) for request in requests), seconds, unsound)
+        return answers
 
 
 class Registry:
     """Finds lanes by name and version."""
 
-    def __init__(self, lanes: Iterable[Lane]) -> None:
+    def __init__(self, lanes: Iterable[Lane], observer: Observer | None = None) -> None:
         self._lanes: dict[str, dict[str, Lane]] = {}
         for lane in lanes:
+            if observer is not None:
+                lane.observe(observer)
             self._lanes.setdefault(lane.spec.name, {})[lane.spec.version] = lane
 
     @property
