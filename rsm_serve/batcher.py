@@ -427,7 +427,8 @@ class Batcher(Generic[Request, Answer]):
             answers = self._compute(requests)
             assert len(answers) == len(requests), "compute answers every request"
         except Exception as error:
-            logger.exception("%s: a batch of %d rows failed", self._name, batch.rows)
+            fields = {"lane": self._name}
+            logger.exception("%s: a batch of %d rows failed", self._name, batch.rows, extra=fields)
             # One exception object per request: each is raised, and given a traceback, on its own.
             answers = [BackendError(f"{self._name}: {error}") for _ in requests]
         for entry, answer in zip(batch.entries, answers, strict=True):

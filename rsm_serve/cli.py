@@ -7,14 +7,17 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from rsm_serve.canary import Canary
 from rsm_serve.commandline import EXIT_OK, dataclass_options, require_extra, run_command
 from rsm_serve.config import DEFAULT_ADDRESS, ServerConfig
+from rsm_serve.logs import LogFormat, set_up_logging
 from rsm_serve.registry import Selection
 from rsm_serve.sessions.choice import extra_of, require_backend
 
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rsm_serve")
 
+Loaded = TypeVar("Loaded")
+
 EXIT_NOT_DRAINED = 1
-EXTRA_MODULES = ("grpc_health", "grpc_reflection")
+EXTRA_MODULES = ("grpc_health", "grpc_reflection", "prometheus_client")
 
 
 @click.command("rsm-serve", context_settings={"max_content_width": 110})
@@ -52,12 +57,26 @@ EXTRA_MODULES = ("grpc_health", "grpc_reflection")
     metavar="ADDRESS",
     help="host:port (port 0: any free one) or unix:/path; may be repeated.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(get_args(LogFormat)),
+    default="text",
+    show_default=True,
+    help="Of the log on stderr; json: one object per line.",
+)
 @click.option("--verbose", is_flag=True, help="Log more.")
 @click.version_option(package_name="rsm-toolkit")
-def command(policies: tuple[str, ...], canaries: tuple[str, ...], verbose: bool, **settings: Any) -> int:
+def command(
+    policies: tuple[str, ...],
+    canaries: tuple[str, ...],
+    log_format: LogFormat,
+    verbose: bool,
+    **settings: Any,
+) -> int:
     """Serve the policies of a repository over gRPC.
 
-    Prints one line on stdout when it serves: "rsm-serve ready: address=HOST:PORT policies=NAME:VERSION".
+    Prints one line on stdout when it serves: "rsm-serve ready: address=HOST:PORT policies=NAME:VERSION", with
+    " http=HOST:PORT" at its end if --http is given.
     SIGTERM and SIGINT drain: new requests are refused, queued ones are answered; a second signal ends the
     server at once.
     """
@@ -65,11 +84,7 @@ def command(policies: tuple[str, ...], canaries: tuple[str, ...], verbose: bool,
     require_backend("rsm-serve", settings["backend"])
     from rsm_serve.server import run_loop
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    set_up_logging(log_format, verbose=verbose)
     config = ServerConfig(
         policies=tuple(Selection.parse(text) for text in policies),
         canaries=tuple(Canary.parse(text) for text in canaries),
@@ -83,7 +98,7 @@ async def serve(config: ServerConfig) -> int:
     """Load, announce, serve until a signal; returns the exit status."""
     from rsm_serve.server import PolicyServer
 
-    server = PolicyServer(config)
+    server = await load_monitored(config) if config.http is not None else PolicyServer(config)
     await server.start()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -110,10 +125,36 @@ async def serve(config: ServerConfig) -> int:
     return EXIT_NOT_DRAINED
 
 
+async def load_monitored(config: ServerConfig) -> PolicyServer:
+    """Load while the HTTP port says that the server is loading."""
+    from rsm_serve.monitor import Monitor
+    from rsm_serve.server import PolicyServer
+
+    assert config.http is not None
+    monitor = Monitor()
+    await monitor.open(config.http)
+    return await in_daemon(lambda: PolicyServer(config, monitor=monitor))
+
+
+async def in_daemon(load: Callable[[], Loaded]) -> Loaded:
+    """Run a function in a thread that, unlike asyncio's, does not keep an interrupted process from exiting."""
+    future: Future[Loaded] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(load())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
 def announce(server: PolicyServer) -> None:
     """The one machine-readable line on stdout."""
     policies = ",".join(f"{lane.spec.name}:{lane.spec.version}" for lane in server.registry.lanes)
-    print(f"rsm-serve ready: address={','.join(server.addresses)} policies={policies}", flush=True)
+    http = f" http={server.monitor.address}" if server.monitor is not None else ""
+    print(f"rsm-serve ready: address={','.join(server.addresses)} policies={policies}{http}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

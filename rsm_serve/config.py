@@ -25,6 +25,17 @@ class ServerConfig:
     repo: Path = field(metadata={"help": "Repository of bundles, as rsm-export writes it."})
     addresses: tuple[str, ...] = (DEFAULT_ADDRESS,)
     """host:port (port 0: any free one) or unix:/path."""
+    http: str | None = field(
+        default=None,
+        metadata={
+            "help": "host:port (port 0: any free one) of /metrics, /healthz and, on a loopback address, the "
+            "status page.  [default: none, and nothing is observed]"
+        },
+    )
+    otel: bool = field(
+        default=False,
+        metadata={"help": "Send OpenTelemetry traces to where OTEL_EXPORTER_OTLP_ENDPOINT says."},
+    )
     policies: tuple[Selection, ...] = ()
     """What to load; empty: the current version of every policy."""
     canaries: tuple[Canary, ...] = ()

@@ -28,6 +28,7 @@ from rsm_serve.errors import (
     RepositoryError,
     RsmError,
 )
+from rsm_serve.observer import Observer, loading
 from rsm_serve.registry import Lane, Registry, Selection, State, load_lane
 from rsm_serve.repository import Found, Stamp, Survey, Wishes, look_at, stamp, survey
 from rsm_serve.turns import Turns
@@ -314,8 +315,8 @@ class LifeCycle:
         """One step of the event loop: a request before it meets the old lane, one after it the new."""
         name, version = lane.spec.name, int(lane.spec.version)
         before = self._registry.current_lane(name)
-        lane.batcher.start()
         same = self._registry.publish(lane)
+        lane.batcher.start()
         if make_current:
             self._make_current(name, version)
         if same is not None:
@@ -367,7 +368,8 @@ class LifeCycle:
     async def _close(self, lane: Lane) -> None:
         """Answer what a withdrawn lane has, then release its session."""
         await lane.batcher.drained()
-        await in_thread(lane.close)
+        await in_thread(lane.release)
+        lane.leave()
         self._registry.drained(lane)
         logger.info("unloaded %s version %s", lane.spec.name, lane.spec.version)
 
@@ -400,7 +402,16 @@ class LifeCycle:
         rest = "none is ready" if current is None else f"version {current} goes on"
         # What is not one of ours is a fault whose place somebody will want to know.
         trace = None if isinstance(error, RsmError) else error
-        logger.error("policy %r version %d did not load, %s: %s", name, version, rest, error, exc_info=trace)
+        fields = {"policy": name, "version": str(version)}
+        logger.error(
+            "policy %r version %d did not load, %s: %s",
+            name,
+            version,
+            rest,
+            error,
+            exc_info=trace,
+            extra=fields,
+        )
 
     def _tell_once(self, about: str, sentence: str) -> None:
         if self._told.get(about) != sentence:
@@ -427,7 +438,9 @@ class LifeCycle:
             logger.error("following the repository failed", exc_info=task.exception())
 
 
-def load_repository(config: ServerConfig, load: Loader) -> tuple[Registry, Wishes]:
+def load_repository(
+    config: ServerConfig, load: Loader, observer: Observer | None = None
+) -> tuple[Registry, Wishes]:
     """Load what the configuration asks for; how a server begins, before it has an event loop.
 
     Raises:
@@ -454,7 +467,7 @@ def load_repository(config: ServerConfig, load: Loader) -> tuple[Registry, Wishe
             currents[name] = int(str(wanted))
     if not lanes:
         raise problem or _nothing_to_serve(config.repo)
-    registry = Registry(lanes, config.canaries)
+    registry = Registry(lanes, observer, config.canaries)
     for name, current in currents.items():
         registry.set_current(name, current)
     return registry, wishes
@@ -503,23 +516,30 @@ def wishes_of(config: ServerConfig) -> Wishes:
     return wishes
 
 
-def make_loader(config: ServerConfig) -> Loader:
-    """Loads what a server with this configuration loads."""
+def make_loader(config: ServerConfig, observer: Observer | None = None) -> Loader:
+    """Loads what a server with this configuration loads, and tells an observer how long it took."""
     turns = None if config.workers is None else Turns(config.workers)
 
     def load(name: str, version: int) -> Lane:
         started = time.perf_counter()
-        lane = load_lane(
-            config.repo,
-            Selection(name, version or None),
-            limits=config.limits,
-            backend=config.backend,
-            threads=config.threads,
-            cache_dir=config.engine_cache,
-            turns=turns,
+        with loading(observer, name):
+            lane = load_lane(
+                config.repo,
+                Selection(name, version or None),
+                limits=config.limits,
+                backend=config.backend,
+                threads=config.threads,
+                cache_dir=config.engine_cache,
+                turns=turns,
+            )
+        logger.info(
+            "loaded %s version %s in %.2f s: %s",
+            name,
+            lane.spec.version,
+            time.perf_counter() - started,
+            lane.runtime,
+            extra={"policy": name, "version": lane.spec.version},
         )
-        seconds = time.perf_counter() - started
-        logger.info("loaded %s version %s in %.2f s: %s", name, lane.spec.version, seconds, lane.runtime)
         return lane
 
     return load

@@ -106,6 +106,11 @@ class LocalPolicy:
         """What computes the actions: "onnxruntime 1.31.1, CPU"."""
         return self._session.runtime
 
+    @property
+    def probe_obs(self) -> NDArray[np.float32]:
+        """[P, O]: the bundle's recorded observations; none for a bare graph."""
+        return self._bundle.probe.obs
+
     def close(self) -> None:
         """Release the session, when no call is under way; later calls raise BackendError. May be repeated."""
         if not self._closed:

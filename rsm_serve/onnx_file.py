@@ -18,11 +18,24 @@ MODEL_GRAPH, _MODEL_METADATA = 7, 14
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_OUTPUT = 1, 5, 12
 NODE_INPUT, NODE_OP_TYPE, NODE_ATTRIBUTE = 1, 4, 5
 ATTRIBUTE_GRAPHS = (6, 11)
-_ATTRIBUTE_TENSORS = (5, 10)
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW = 1, 2, 8, 9
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+_MAX_TAG = 2**32 - 1  # onnxruntime's protobuf drops higher bits: it would see another field than we do
+
+# Every way of onnx.proto from a model to a tensor: of each message, the fields to follow. An external tensor
+# is read wherever it stands; onnxruntime reads those of sparse tensors even of a model given as bytes.
+_WAYS_TO_TENSORS: dict[str, dict[int, str]] = {
+    "model": {MODEL_GRAPH: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {GRAPH_NODE: "node", GRAPH_INITIALIZER: "tensor", 15: "sparse tensor"},
+    "node": {NODE_ATTRIBUTE: "attribute"},
+    "attribute": {5: "tensor", 10: "tensor", 22: "sparse tensor", 23: "sparse tensor"}
+    | dict.fromkeys(ATTRIBUTE_GRAPHS, "graph"),
+    "sparse tensor": {1: "tensor", 2: "tensor"},
+}
 
 
 def read_metadata(model: bytes) -> dict[str, str]:
@@ -45,9 +58,8 @@ def check_self_contained(model: bytes) -> None:
         BundleError: a tensor lies in another file, or it is not an ONNX file.
     """
     try:
-        graphs = [value for number, value in fields(model) if number == MODEL_GRAPH]
-        outside = next((name for graph in graphs for name in _external_tensors(graph)), None)
-    except (ValueError, TypeError, AttributeError):
+        outside = next(_external_tensors("model", model), None)
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise _not_onnx() from None
     if outside is not None:
         raise BundleError(
@@ -65,6 +77,8 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
+        if tag > _MAX_TAG:
+            raise ValueError(f"protobuf tag {tag} before byte {at}")
         number, kind = tag >> 3, tag & 7
         if kind == _VARINT:
             value, at = _varint(message, at)
@@ -96,20 +110,15 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
     raise ValueError(f"an unfinished protobuf number before byte {at}")
 
 
-def _external_tensors(graph: bytes) -> Iterator[str]:
-    """Names of the tensors of a graph, and of the graphs in it, that lie in another file."""
-    for number, value in fields(graph):
-        if number == GRAPH_INITIALIZER:
-            yield from _if_external(value)
-        elif number == GRAPH_NODE:
-            for key, attribute in fields(value):
-                if key != NODE_ATTRIBUTE:
-                    continue
-                for part, content in fields(attribute):
-                    if part in _ATTRIBUTE_TENSORS:
-                        yield from _if_external(content)
-                    elif part in ATTRIBUTE_GRAPHS:
-                        yield from _external_tensors(content)
+def _external_tensors(kind: str, message: bytes) -> Iterator[str]:
+    """Names of the tensors in a message, which is of a kind of _WAYS_TO_TENSORS, that lie in another file."""
+    if kind == "tensor":
+        yield from _if_external(message)
+        return
+    ways = _WAYS_TO_TENSORS[kind]
+    for number, value in fields(message):
+        if number in ways:
+            yield from _external_tensors(ways[number], value)
 
 
 def _if_external(tensor: bytes) -> Iterator[str]:

@@ -13,7 +13,6 @@ _PACKAGES = (
     "rsm-toolkit",
     "torch",
     "onnx",
-    "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rsm_serve.batcher import Answered, Batcher, BatchLimits
 from rsm_serve.bundle import check_policy_name, list_policies, list_versions, load_bundle
 from rsm_serve.canary import Canary, choose, lot
-from rsm_serve.errors import BundleError, NotReadyError, PolicyNotFoundError, RequestError
+from rsm_serve.errors import BackendError, BundleError, NotReadyError, PolicyNotFoundError, RequestError
 from rsm_serve.local import LocalPolicy, run_bundle
+from rsm_serve.observer import LaneObserver, Observer
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
 from rsm_serve.statistics import LaneStatistics
 
@@ -54,8 +58,9 @@ class Lane:
         self._policy = policy
         self.limits = limits
         self.statistics = LaneStatistics()
+        self.observer: LaneObserver | None = None
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
-            policy.act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}", turns=turns
+            self._act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}", turns=turns
         )
 
     def submit(
@@ -73,9 +78,45 @@ class Lane:
         self.statistics.follow(future, arrived_s)
         return future
 
+    @property
+    def probe_obs(self) -> NDArray[np.float32]:
+        """[P, O]: the bundle's recorded observations; none for a bare graph."""
+        return self._policy.probe_obs
+
+    def observe(self, observer: Observer) -> None:
+        """Tell an observer of this lane from now on; to be called before the batcher starts."""
+        self.observer = observer.lane(
+            self.spec.name, self.spec.version, self.runtime, lambda: self.batcher.queued_rows
+        )
+
     def close(self) -> None:
-        """Release the policy's session, once the batcher is drained."""
+        """Release the policy's session, once the batcher is drained; in the event loop."""
+        self.release()
+        self.leave()
+
+    def release(self) -> None:
+        """The part of `close` that takes its time; in any thread."""
         self._policy.close()
+
+    def leave(self) -> None:
+        """The rest of `close`: observers forget the lane."""
+        if self.observer is not None:
+            self.observer.closed()
+
+    def _act_batch(self, requests: Sequence[ActRows]) -> Sequence[ActResult | BackendError]:
+        observer = self.observer
+        if observer is None:
+            return self._policy.act_batch(requests)
+        started_s = time.perf_counter()
+        try:
+            answers = self._policy.act_batch(requests)
+        except Exception:
+            observer.execution_failed()
+            raise
+        seconds = time.perf_counter() - started_s
+        unsound = sum(isinstance(answer, BackendError) for answer in answers)
+        observer.executed(sum(len(request.obs_BO) for request in requests), seconds, unsound)
+        return answers
 
 
 class State(enum.Enum):
@@ -115,7 +156,13 @@ class Registry:
     draining.
     """
 
-    def __init__(self, lanes: Iterable[Lane] = (), canaries: Iterable[Canary] = ()) -> None:
+    def __init__(
+        self,
+        lanes: Iterable[Lane] = (),
+        observer: Observer | None = None,
+        canaries: Iterable[Canary] = (),
+    ) -> None:
+        self._observer = observer
         self._policies: dict[str, _Loaded] = {}
         self._draining: list[Lane] = []
         self._troubles: dict[tuple[str, int], VersionStatus] = {}
@@ -209,9 +256,11 @@ class Registry:
     def publish(self, lane: Lane) -> Lane | None:
         """Let a lane take requests; returns the one whose place it takes, which is draining then.
 
-        A policy's first version becomes its current one.
+        Its batcher is started after this, before any request. A policy's first version becomes current.
         """
         name, version = lane.spec.name, lane.spec.version
+        if self._observer is not None:
+            lane.observe(self._observer)
         loaded = self._policies.setdefault(name, _Loaded({}, lane))
         replaced = loaded.ready.get(version)
         loaded.ready[version] = lane

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -30,11 +31,16 @@ from rsm_serve.codec import (
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, NotReadyError, RequestError, retry_after_ms, wire_status
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
+from rsm_serve.observer import Observer, refuse, watch
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import check_client_id
+from rsm_serve.tracing import Tracer
+
+if TYPE_CHECKING:
+    from rsm_serve.monitor import Monitor
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +68,16 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     """`rsm.v1.PolicyService` over a registry."""
 
-    def __init__(self, registry: Registry, server_version: str) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        server_version: str,
+        observer: Observer | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._registry = registry
+        self._observer = observer
+        self._tracer = tracer
         self._server_version = server_version
         self._streams: set[_Stream] = set()
         self._draining = False
@@ -87,19 +101,21 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         try:
             # Cancelling this handler (the caller left, or its deadline passed) cancels the future, which
             # takes the request out of the queue.
-            answered = await self._submit(request, context.time_remaining())
+            answered = await self._submit("Act", request, context)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, request_id=request.request_id)
         return encode_response(request.request_id, answered.answer, answered.queue_us)
 
     async def ActStream(  # noqa: N802
         self, requests: AsyncIterator[pb.ActRequest], context: _Context
     ) -> AsyncIterator[pb.ActResponse]:
         """Sample actions at every control step, in order, several in flight."""
-        stream = _Stream(lambda request: self._submit(request, context.time_remaining()))
+        stream = _Stream(lambda request: self._submit("ActStream", request, context))
         if self._draining:
             stream.end()
         self._streams.add(stream)
+        if self._observer is not None:
+            self._observer.streams(+1)
         reader = asyncio.create_task(stream.read(requests))
         try:
             async for response in stream.responses():
@@ -108,6 +124,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
                 await _abort(context, _shutting_down())
         finally:
             self._streams.discard(stream)
+            if self._observer is not None:
+                self._observer.streams(-1)
             reader.cancel()
             stream.cancel()
 
@@ -117,17 +135,32 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         for stream in self._streams:
             stream.end()
 
-    def _submit(self, request: pb.ActRequest, timeout_s: float | None) -> asyncio.Future[Answered[ActResult]]:
-        client_id = check_client_id(request.client_id)
-        lane = self._registry.find(
-            request.policy,
-            request.version,
-            client_id=client_id,
-            seed=request.seeds[0] if request.seeds else None,
-            fixed=request.deterministic or bool(request.noise),
-        )
-        rows = decode_request(lane.spec, request)
-        return lane.submit(rows, timeout_s, priority=request.priority, client_id=client_id)
+    def _submit(
+        self, method: str, request: pb.ActRequest, context: _Context
+    ) -> asyncio.Future[Answered[ActResult]]:
+        started_s = time.perf_counter()
+        timeout_s: float | None = context.time_remaining()
+        lane: Lane | None = None
+        try:
+            client_id = check_client_id(request.client_id)
+            lane = self._registry.find(
+                request.policy,
+                request.version,
+                client_id=client_id,
+                seed=request.seeds[0] if request.seeds else None,
+                fixed=request.deterministic or bool(request.noise),
+            )
+            rows = decode_request(lane.spec, request)
+            future = lane.submit(rows, timeout_s, priority=request.priority, client_id=client_id)
+        except Exception as error:
+            refused = None if lane is None else lane.observer
+            refuse(self._observer, refused, method, error, started_s=started_s)
+            raise
+        watch(future, lane.observer, method, rows=request.rows, started_s=started_s, timeout_s=timeout_s)
+        if self._tracer is not None:
+            metadata, name = context.invocation_metadata(), f"{SERVICE}/{method}"
+            self._tracer.follow(future, name, lane.spec, metadata, started_s=started_s)
+        return future
 
 
 class _Stream:
@@ -166,7 +199,7 @@ class _Stream:
                 answered = await self._in_flight
                 yield encode_response(request_id, answered.answer, answered.queue_us)
             except Exception as error:
-                _log_fault(error)
+                _log_fault(error, request_id=request_id)
                 yield encode_error(request_id, error)
             self._window.release()
 
@@ -192,26 +225,38 @@ class PolicyServer:
     Args:
         config: what to serve, and where.
         lanes: what to serve instead of the repository's policies.
+        monitor: observes the server and has its HTTP port, open already; None: made here if the
+            configuration has an HTTP address.
+        tracer: records requests; None: made here if the configuration says so.
 
     Raises:
         BundleError: a policy does not load.
         MissingExtraError: the backend is not installed.
     """
 
-    def __init__(self, config: ServerConfig, lanes: Sequence[Lane] | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        lanes: Sequence[Lane] | None = None,
+        monitor: Monitor | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.config = config
-        load = make_loader(config)
+        self.monitor = monitor or (None if config.http is None else _new_monitor())
+        observer = None if self.monitor is None else self.monitor.telemetry
+        self._tracer = tracer or (Tracer() if config.otel else None)
+        load = make_loader(config, observer)
         if lanes is None:
-            self.registry, wishes = load_repository(config, load)
+            self.registry, wishes = load_repository(config, load, observer)
         else:
-            self.registry, wishes = Registry(lanes, config.canaries), wishes_of(config)
+            self.registry, wishes = Registry(lanes, observer, config.canaries), wishes_of(config)
         self.lifecycle = LifeCycle(
             self.registry, config.repo, load, wishes, poll_s=config.poll, keep_versions=config.keep_versions
         )
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"))
+        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"), observer, self._tracer)
         self._inference = oip.InferenceService(
             self.registry, metadata.version("rsm-toolkit"), abort=_abort, log_fault=_log_fault
         )
@@ -223,6 +268,8 @@ class PolicyServer:
         Raises:
             AddressError: an address is in use, or is not one.
         """
+        if self.monitor is not None and self.config.http is not None and not self.monitor.address:
+            await self.monitor.open(self.config.http)
         server = grpc.aio.server(options=CHANNEL_OPTIONS, compression=grpc.Compression.NoCompression)
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
         add_policy_service(self._service, server)
@@ -235,6 +282,8 @@ class PolicyServer:
         self._server = server
         for name in ("", SERVICE, oip.SERVICE, *self.registry.names):
             await self._set_health(name, True)
+        if self.monitor is not None:
+            self.monitor.serving(self.registry, self.addresses)
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Stop: refuse new requests, finish what is queued for at most `seconds`, then close.
@@ -244,6 +293,8 @@ class PolicyServer:
         """
         limit_s = self.config.drain_seconds if seconds is None else seconds
         await self._health.enter_graceful_shutdown()
+        if self.monitor is not None:
+            self.monitor.draining()
         lanes = await self.lifecycle.stop()
         for lane in lanes:
             lane.batcher.close()
@@ -260,6 +311,10 @@ class PolicyServer:
         if finished:  # otherwise a worker may still be in the midst of a run
             for lane in lanes:
                 lane.close()
+        if self.monitor is not None:
+            self.monitor.close()
+        if self._tracer is not None:
+            self._tracer.close()
         return finished
 
     async def close(self) -> None:
@@ -267,6 +322,8 @@ class PolicyServer:
         for lane in await self.lifecycle.stop():
             lane.batcher.close()
         await self._server.stop(None)
+        if self.monitor is not None:
+            self.monitor.close()
 
     async def _set_health(self, name: str, ready: bool) -> None:
         states = health_pb2.HealthCheckResponse
@@ -274,13 +331,15 @@ class PolicyServer:
 
 
 @contextlib.contextmanager
-def background_server(config: ServerConfig, lanes: Sequence[Lane] | None = None) -> Iterator[PolicyServer]:
+def background_server(
+    config: ServerConfig, lanes: Sequence[Lane] | None = None, *, tracer: Tracer | None = None
+) -> Iterator[PolicyServer]:
     """A server in a thread of this process, for tests and notebooks; drains at exit.
 
     Raises:
         BundleError, AddressError, MissingExtraError: as `PolicyServer`.
     """
-    server = PolicyServer(config, lanes)
+    server = PolicyServer(config, lanes, tracer=tracer)
     ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
@@ -288,6 +347,8 @@ def background_server(config: ServerConfig, lanes: Sequence[Lane] | None = None)
         try:
             await server.start()
         except BaseException as error:
+            if server.monitor is not None:
+                server.monitor.close()
             ready.set_exception(error)
             return
         ready.set_result((asyncio.get_running_loop(), stop))
@@ -320,6 +381,12 @@ def run_loop(main: Callable[[], Any]) -> Any:
         loop.close()
 
 
+def _new_monitor() -> Monitor:
+    from rsm_serve.monitor import Monitor  # prometheus_client alone takes 0.06 s to import
+
+    return Monitor()
+
+
 def _bind(server: Any, address: str) -> str:
     """Listen on the address; returns it with the port filled in."""
     check_free(address)
@@ -343,15 +410,15 @@ def _shutting_down() -> NotReadyError:
     return NotReadyError("the server is shutting down; connect to another, or again later")
 
 
-def _log_fault(error: BaseException) -> None:
+def _log_fault(error: BaseException, **fields: object) -> None:
     """Our own faults are told in the log; what a caller did wrong is told to the caller."""
     if wire_status(error)[0] == "INTERNAL":
         known = isinstance(error, RequestError)
-        logger.error("request failed: %s", error, exc_info=None if known else error)
+        logger.error("request failed: %s", error, exc_info=None if known else error, extra=fields)
 
 
-async def _abort(context: _Context, error: Exception) -> NoReturn:
-    _log_fault(error)
+async def _abort(context: _Context, error: Exception, **fields: object) -> NoReturn:
+    _log_fault(error, **fields)
     code, message = wire_status(error)
     retry_ms = retry_after_ms(error)
     hint = () if retry_ms is None else ((RETRY_AFTER, str(retry_ms)),)

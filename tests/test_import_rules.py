@@ -48,6 +48,12 @@ NO_GRPC = (
     "statistics",
     "streams",
     "config",
+    "observer",
+    "telemetry",
+    "tracing",
+    "http_server",
+    "monitor",
+    "logs",
 )
 PURE_TRAINING = (
     "diffusion",
@@ -170,6 +176,8 @@ def test_the_clients_closure_needs_only_the_base_install():
         ("rsm_serve.bundle", {"numpy", "rsm_serve"}),
         ("rsm_serve.policy", {"numpy", "rsm_serve"}),
         ("rsm_serve.errors", {"rsm_serve"}),
+        ("rsm_serve.observer", {"rsm_serve"}),
+        ("rsm_serve.logs", {"rsm_serve"}),
         ("rsm_serve.local", {"numpy", "rsm_serve", "click"}),
         ("rsm_serve.sessions.choice", {"numpy", "rsm_serve", "click"}),
     ],

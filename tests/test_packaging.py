@@ -30,8 +30,8 @@ PACKAGES = {
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # onnxruntime-gpu and onnxruntime exclude each other, so no lock can hold both. wandb talks to a service that
-# changes with time, and brings a dozen packages that nothing else here needs.
-UNLOCKED_EXTRAS = {"serve-gpu", "wandb", "envpool"}
+# changes with time, and brings a dozen packages that nothing else here needs; so does OpenTelemetry.
+UNLOCKED_EXTRAS = {"serve-gpu", "wandb", "envpool", "otel"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # --- the wheel

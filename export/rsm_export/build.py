@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from rsm_export.accuracy import TOLERANCES
+from rsm_export.accuracy import TOLERANCES, Accuracy
 from rsm_export.bundle_writer import write_time
 from rsm_export.chain import fold
 from rsm_export.config import ExportConfig
@@ -53,6 +53,13 @@ class Built:
     bundle: Bundle
     """Its path is a name for messages."""
     backend: str
+
+    def accepted(self, accuracy: Accuracy) -> Built:
+        """The same with what was measured of the graph; the probe may be off by as much as the graph may."""
+        spec = self.bundle.spec
+        tolerance = max(spec.tolerance, accuracy.tolerance.action)
+        spec = dataclasses.replace(spec, accuracy=accuracy.to_dict(), tolerance=tolerance)
+        return dataclasses.replace(self, bundle=dataclasses.replace(self.bundle, spec=spec))
 
     def open_session(self) -> Session:
         """Load the graph in the runtime that checks it."""
@@ -146,7 +153,7 @@ def resample(trained: SamplerSettings, config: ExportConfig) -> SamplerSettings:
             f"wanted --steps of at most {trained.steps}, as many as were trained, got {config.steps}"
         )
     changed: dict[str, Any] = {
-        "chain_steps": config.steps,
+        "chain_steps": None if config.steps == trained.steps and trained.chain_steps is None else config.steps,
         "particles": config.particles,
         "prior_std": config.prior_std,
         "eta": (config.eta or 0.0) if config.sampler == "ddim" else 1.0,

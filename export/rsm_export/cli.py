@@ -97,13 +97,10 @@ def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: boo
             )
         _adopt(source, repo, name)
         return
+    _check_together(config, closed_loop, auto)
     require_extra("rsm-export", "export", ["torch", "onnx", "onnxruntime", "safetensors"])
     if auto or closed_loop.env:
         require_extra("comparing returns", "eval", ["gymnasium", "scipy", "matplotlib"])
-    if not auto and (closed_loop.plot or closed_loop.json):
-        raise ConfigError(
-            "wanted --plot and --json with --auto, got them alone; nothing is searched, so nothing to show"
-        )
     from rsm_export.exporter import export_checkpoint
 
     progress = partial(click.echo, err=True)
@@ -111,6 +108,23 @@ def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: boo
     _show(made)
     if made.search is not None:
         _write_search(made.search, closed_loop)
+
+
+def _check_together(config: ExportConfig, closed_loop: SearchConfig, auto: bool) -> None:
+    """Refuse, before anything takes long, options that would be passed over.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for flag, path in (("--plot", closed_loop.plot), ("--json", closed_loop.json)):
+        if path and not auto:
+            raise ConfigError(f"wanted --auto with {flag}, got {flag} alone; nothing is searched")
+        if path and not path.parent.is_dir():
+            raise ConfigError(f"wanted {flag} in a directory that exists, got {str(path)!r}")
+    if not auto and not closed_loop.env and closed_loop != SearchConfig():
+        raise ConfigError("wanted --auto or --env with --tolerance or --episodes, got neither; nothing acts")
+    if not auto and closed_loop.env and not config.verify:
+        raise ConfigError("wanted --env as one of the checks, got --no-verify; leave one of them out")
 
 
 def _show(made: Export) -> None:
@@ -137,14 +151,21 @@ def _show(made: Export) -> None:
 
 
 def _write_search(result: SearchResult, config: SearchConfig) -> None:
-    if config.json is not None:
-        atomic.write_file(config.json, (json.dumps(result.to_dict(), indent=1, default=str) + "\n").encode())
-        click.echo(f"{'figures:':<14}{config.json}")
-    if config.plot is not None:
-        from rsm_export.search_plot import draw
+    from rsm_export.search_plot import draw
 
-        draw(result, config.plot)
-        click.echo(f"{'plot:':<14}{config.plot}")
+    try:
+        if config.json is not None:
+            atomic.write_file(
+                config.json, (json.dumps(result.to_dict(), indent=1, default=str) + "\n").encode()
+            )
+            click.echo(f"{'figures:':<14}{config.json}")
+        if config.plot is not None:
+            draw(result, config.plot)
+            click.echo(f"{'plot:':<14}{config.plot}")
+    except OSError as error:
+        raise ConfigError(
+            f"wanted to write to {str(error.filename)!r}, got {error.strerror}; the bundle is complete"
+        ) from None
 
 
 def _plural(count: int, noun: str) -> str:

@@ -76,22 +76,31 @@ def export_checkpoint(
 
         env_id = closed_loop.env or checkpoint.spec.env_id
         trained = diffusion_sampler(checkpoint)
-        found = search(trained, config, closed_loop, env_id, lambda c: build(checkpoint, c).open(), progress)
+        # A candidate that would not be exported must not be chosen.
+        found = search(
+            trained, config, closed_loop, env_id, lambda c: _check(checkpoint, c)[0].open(), progress
+        )
         config, loss = found.chosen.config, found.chosen.confirmed
-    built = build(checkpoint, config)
-    spec, verification = built.bundle.spec, None
-    if config.verify:
-        pool = observations_of(checkpoint)
-        verification = verify(built.model, built.policy, built.open_session, pool, config.precision)
-        spec = dataclasses.replace(spec, accuracy=verification.accuracy.to_dict())
-        if closed_loop.env and not auto:
-            progress(f"acting in {closed_loop.episodes} episodes of {closed_loop.env}")
-            loss = _compare_returns(checkpoint, built, closed_loop)
-            verification = verification.with_check("return", loss.describe())
+    built, verification = _check(checkpoint, config)
+    if verification is not None and closed_loop.env and not auto:
+        progress(f"acting in {closed_loop.episodes} episodes of {closed_loop.env}")
+        loss = _compare_returns(checkpoint, built, closed_loop)
+        verification = verification.with_check("return", loss.describe())
+    spec = built.bundle.spec
     if loss is not None:
         spec = dataclasses.replace(spec, evaluation=loss.to_dict())
     path = write_bundle(repository, spec, built.bundle.model, built.bundle.probe)
     return Export(path, spec, verification, graph_cost(built.model), len(built.bundle.model), found)
+
+
+def _check(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Built, Verification | None]:
+    """Build the graph and check it, unless that is switched off."""
+    built = build(checkpoint, config)
+    if not config.verify:
+        return built, None
+    pool = observations_of(checkpoint)
+    verification = verify(built.model, built.policy, built.open_session, pool, config.precision)
+    return built.accepted(verification.accuracy), verification
 
 
 def _compare_returns(checkpoint: Checkpoint, built: Built, config: SearchConfig) -> Loss:

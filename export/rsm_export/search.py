@@ -1,6 +1,7 @@
 """The cheapest chain that still returns what the full policy returns: `rsm-export --auto`.
 
-1. Every candidate is exported in memory, its latency is measured, and it acts in a few episodes.
+1. Every candidate is exported in memory and left out if it fails a check; its latency is measured, and it acts
+   in a few episodes.
 2. From the fastest up, candidates whose return was not clearly worse act in all episodes, new ones, beside the
    full policy. The first whose loss is within the tolerance, with 95 % confidence, is chosen.
 
@@ -24,6 +25,7 @@ from rsm_export.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, Loss
 from rsm_export.config import ExportConfig, SamplerName, SearchConfig
 from rsm_export.cost import GraphCost
 from rsm_serve.commandline import aligned
+from rsm_serve.errors import BundleError
 from rsm_serve.provenance import machine_facts, provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_train.diffusion import SamplerSettings
@@ -76,13 +78,15 @@ def candidates(trained: SamplerSettings, base: ExportConfig) -> list[ExportConfi
         for s, n, name in itertools.product(steps, particles, samplers)
         if s > 1 or name == samplers[0]
     ]
-    full = as_trained(trained)
+    full = as_trained(trained, base)
     return found if full in found else [*found, full]
 
 
-def as_trained(trained: SamplerSettings) -> ExportConfig:
-    """The full policy."""
-    return ExportConfig(steps=trained.steps, particles=trained.particles, sampler="ddpm")
+def as_trained(trained: SamplerSettings, base: ExportConfig | None = None) -> ExportConfig:
+    """The full policy, in float32; checked and run as `base` says, where that is of float32 too."""
+    base = base or ExportConfig()
+    backend = base.backend if base.precision == "fp32" else None
+    return ExportConfig(trained.steps, "ddpm", None, trained.particles, backend=backend, verify=base.verify)
 
 
 def _halvings(count: int) -> list[int]:
@@ -107,17 +111,20 @@ def search(
         base: what all candidates share; the steps, particles or sampler that it names are not searched.
         config: tolerance and episodes.
         env_id: environment to act in.
-        open_candidate: exports a candidate in memory: policy, its session and the cost of its graph.
+        open_candidate: exports a candidate in memory: policy, its session and the cost of its graph. One that
+            it refuses with a BundleError is left out.
         progress: told what is being done.
 
     Raises:
         UnsupportedEnvError: the environment is unknown or not the policy's.
         BackendError: a candidate gave an action that is not finite or out of bounds.
+        BundleError: the full policy, or every other candidate, is refused.
     """
-    full = as_trained(trained)
-    configs = candidates(trained, base)
-    opened = {candidate: open_candidate(candidate) for candidate in configs}
+    full = as_trained(trained, base)
+    opened: dict[ExportConfig, Opened] = {}
     try:
+        _open_all(candidates(trained, base), full, open_candidate, opened, progress)
+        configs = list(opened)
         latency_ms = _measure_latency(opened)
         with EnvPool(env_id) as pool:
             arena = Arena({name: item.policy for name, item in opened.items()}, full, pool, config.tolerance)
@@ -133,11 +140,37 @@ def search(
                 loss = arena.loss(found.config, CONFIRMING_SEED, config.episodes)
                 measured[index] = dataclasses.replace(found, confirmed=loss)
                 if loss.within:  # the full policy loses nothing against itself, so the search ends
+                    if found.config == full:
+                        progress(
+                            "no faster chain is within the tolerance: the full policy, in float32, is exported"
+                        )
                     return SearchResult(env_id, config.episodes, config.tolerance, tuple(measured), index)
     finally:
         for item in opened.values():
             item.session.close()
     raise AssertionError("the full policy is one of the candidates")
+
+
+def _open_all(
+    configs: list[ExportConfig],
+    full: ExportConfig,
+    open_candidate: Callable[[ExportConfig], Opened],
+    opened: dict[ExportConfig, Opened],
+    progress: Callable[[str], None],
+) -> None:
+    """Add to `opened` what can be exported: few steps can round too much for a low precision."""
+    progress(f"building {len(configs)} candidates")
+    refusal = None
+    for config in configs:
+        try:
+            opened[config] = open_candidate(config)
+        except BundleError as error:
+            if config == full:
+                raise
+            refusal = error
+            progress(f"left out {describe(config)}: {error}")
+    if refusal is not None and set(opened) <= {full}:
+        raise refusal
 
 
 def _measure_latency(opened: dict[ExportConfig, Opened]) -> dict[ExportConfig, float]:
@@ -158,7 +191,10 @@ def _measure_latency(opened: dict[ExportConfig, Opened]) -> dict[ExportConfig, f
 def describe(config: ExportConfig) -> str:
     """A candidate in a few words."""
     particles = "1 particle" if config.particles == 1 else f"{config.particles} particles"
-    return f"{config.sampler}, {'1 step' if config.steps == 1 else f'{config.steps} steps'}, {particles}"
+    steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
+    return ", ".join(
+        [str(config.sampler), steps, particles, *([config.precision] * (config.precision != "fp32"))]
+    )
 
 
 def table(result: SearchResult) -> str:

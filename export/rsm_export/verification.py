@@ -151,15 +151,21 @@ class _Comparison:
         if distance <= 2 * self._tolerance.action:
             return f"the policy itself gives one action for all {len(self._obs)} observations"
         for row in (0, other, 0):
-            action, q = self._session.run(self._obs[row : row + 1], noise[:1])
+            action, q = self._run(self._obs[row : row + 1], noise[:1])
             compare(self._policy, self._obs[row : row + 1], noise[:1], action, q, self._tolerance)
         return f"two observations give two actions, {distance:.2g} of the action range apart"
 
     def _compare(self, rows: slice, batch: int) -> Accuracy:
         obs, noise = self._obs[rows], self._noise[rows]
         starts = range(0, len(obs), batch)
-        answers = [self._session.run(obs[i : i + batch], noise[i : i + batch]) for i in starts]
+        answers = [self._run(obs[i : i + batch], noise[i : i + batch]) for i in starts]
         action = np.concatenate([answer[0] for answer in answers])
         values = [answer[1] for answer in answers if answer[1] is not None]
         q = np.concatenate(values) if values else None
         return compare(self._policy, obs, noise, action, q, self._tolerance)
+
+    def _run(self, obs: Array, noise: Array) -> tuple[Array, Array | None]:
+        try:
+            return self._session.run(obs, noise)
+        except Exception as error:  # every runtime has its own
+            raise BackendError(f"{self._session.runtime} cannot run the graph: {error}") from error

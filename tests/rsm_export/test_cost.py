@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from rsm_export.chain import fold
 from rsm_export.cost import graph_cost, operator_counts
 from rsm_export.onnx_graph import build_graph
@@ -35,3 +37,27 @@ def test_particles_multiply_all_but_the_observation():
     of_the_observation = 2 * 48 * (24 + 24)  # of the denoiser and of the critic
     assert (many.flops - of_the_observation) / (few.flops - of_the_observation) == pytest.approx(8, rel=0.01)
     assert many.weight_bytes == few.weight_bytes
+
+
+def test_bytes_are_those_of_the_element_types_and_of_one_row():
+    box = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 6]) for name in "xy"]
+    nodes = [
+        helper.make_node(
+            "Cast", ["x"], ["half"], to=TensorProto.FLOAT16
+        ),  # writes 6 x 2 bytes, computes nothing
+        helper.make_node("Reshape", ["half", "shape"], ["view"]),  # neither
+        helper.make_node("Gemm", ["weight", "view"], ["product"], transA=1, transB=1),  # [6, 4]^T [1, 6]^T
+        helper.make_node("Gemm", ["product", "other"], ["back"], transA=1),  # [4, 1]^T [4, 6]
+        helper.make_node("Cast", ["back"], ["y"], to=TensorProto.FLOAT),
+    ]
+    weights = [
+        numpy_helper.from_array(np.zeros((6, 4), np.float16), "weight"),
+        numpy_helper.from_array(np.zeros((4, 6), np.float16), "other"),
+        numpy_helper.from_array(np.array([-1, 6], np.int64), "shape"),
+    ]
+    graph = helper.make_graph(nodes, "g", box[:1], box[1:], weights)
+    cost = graph_cost(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10))
+    assert cost.nodes == 5
+    assert cost.flops == 2 * 4 * 6 + 2 * 6 * 4
+    assert cost.weight_bytes == 2 * 24 + 2 * 24 + 2 * 8
+    assert cost.activation_bytes == 6 * 2 + 4 * 2 + 6 * 2 + 6 * 4

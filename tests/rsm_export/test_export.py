@@ -18,7 +18,7 @@ from rsm_export.static_rules import FORBIDDEN_OPS
 from rsm_serve.bundle import load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import BundleError, CheckpointError, ParityError
+from rsm_serve.errors import BundleError, CheckpointError, ConfigError, ParityError
 from rsm_serve.local import open_policy
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
@@ -315,3 +315,45 @@ def test_settings_that_cannot_be_are_one_sentence(run_dir, tmp_path, capsys, arg
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "r").exists()
+
+
+def test_the_probe_may_be_off_by_what_the_check_allows(run_dir, tmp_path, monkeypatch):
+    """Else an export of a chain that amplifies rounding could pass here and be refused where it is loaded."""
+    monkeypatch.setattr("rsm_export.accuracy._ROUNDING_FACTOR", 1000)
+    made = export_checkpoint(run_dir, tmp_path, "tiny", ExportConfig(steps=1, particles=1))
+    assert made.spec.accuracy is not None
+    allowed = made.spec.accuracy["tolerance"]["action"]
+    assert allowed > 1e-4
+    assert load_bundle(made.path).spec.tolerance == allowed
+
+
+def test_steps_as_many_as_trained_are_the_policy_as_it_was_evaluated(run_dir):
+    checkpoint = load_checkpoint(run_dir)
+    assert checkpoint.spec.evaluation is not None
+    for steps, evaluation in ((None, checkpoint.spec.evaluation), (5, checkpoint.spec.evaluation), (4, None)):
+        assert sampled_policy(checkpoint, ExportConfig(steps=steps)).spec.evaluation == evaluation
+
+
+def test_probe_rows_are_the_clearest_of_all(run_dir):
+    checkpoint = load_checkpoint(run_dir)
+    policy = checkpoint.policy()
+    rows = checkpoint.probe_obs.numpy()[: 8 * build.PROBE_ROWS]
+    probe = make_probe(policy, rows)
+    noise = draw_noise(expand_seed(build._PROBE_SEED, len(rows)), policy.spec.noise_shape)
+    q = policy.particles(rows, noise)[1]
+    assert q is not None
+    ordered = np.sort(q, axis=1)
+    gap = ordered[:, -1] - ordered[:, -2]
+    assert (gap >= 0).all()
+    assert sorted(map(tuple, probe.obs)) == sorted(map(tuple, rows[np.argsort(-gap, kind="stable")[:8]]))
+
+
+def test_particles_need_critics(run_dir):
+    checkpoint = load_checkpoint(run_dir)
+    networks = {name: value for name, value in checkpoint.networks.items() if "critic" not in name}
+    spec = dataclasses.replace(checkpoint.spec, has_q=False, particles=1)
+    sampler = dataclasses.replace(checkpoint.sampler, particles=1)
+    alone = dataclasses.replace(checkpoint, spec=spec, sampler=sampler, networks=networks)
+    assert not sampled_policy(alone, ExportConfig()).spec.has_q
+    with pytest.raises(ConfigError, match="wanted --particles 1 for a checkpoint without critics, got 2"):
+        sampled_policy(alone, ExportConfig(particles=2))

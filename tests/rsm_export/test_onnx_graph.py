@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from rsm_export.accuracy import allowed, compare
@@ -19,7 +20,7 @@ from rsm_export.config import Precision
 from rsm_export.onnx_graph import OPSET, build_graph
 from rsm_export.static_rules import check_model, check_static_rules
 
-from rsm_train.policy import TorchPolicy
+from rsm_train.policy import ActionScale, TorchPolicy
 from tests.rsm_export.policies import inputs, random_policy, weights_of
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -126,6 +127,34 @@ def test_int8_holds_weights_of_a_quarter_and_expands_each_once():
     restored = held["policy.layers.1.weight"] * held["policy.layers.1.weight_scale"][:, None]
     (wanted,) = (numpy_helper.to_array(t) for t in full.graph.initializer if t.name == "policy.layers.1.weight")
     assert np.abs(restored - wanted).max() <= np.abs(wanted).max() / 254 + 1e-7
+
+
+def test_every_row_of_int8_weights_has_its_own_scale_and_zeros_stay_zeros():
+    policy = random_policy(hidden=(16, 16))
+    weight = weights_of(policy).denoiser.tail["layers.1.weight"]
+    weight[0] *= 1e-3
+    weight[1] = 0
+    feeds = inputs(policy.spec, 5)
+    model = build_graph(fold(weights_of(policy)), "int8")
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    restored = held["policy.layers.1.weight"] * held["policy.layers.1.weight_scale"][:, None]
+    steps = np.abs(weight.numpy()).max(axis=1, keepdims=True) / 127
+    assert (np.abs(restored - weight.numpy()) <= 0.5001 * steps).all()
+    assert np.isfinite(in_onnxruntime(model, feeds)[0]).all()
+
+
+@pytest.mark.parametrize("bounds", [(-0.4, 0.2), (-0.4, 0.3)])
+def test_actions_stay_inside_the_bounds_in_spite_of_rounding(bounds):
+    """In float32, the centre and half the range of the first are above 0.2, of the second below -0.4."""
+    low, high = (torch.full((3,), bound) for bound in bounds)
+    scale = ActionScale((high + low) / 2, (high - low) / 2, low, high)
+    beyond = (scale.center + scale.half_range > high) | (scale.center - scale.half_range < low)
+    assert beyond.all(), "these bounds test nothing"
+    policy = random_policy()
+    weights = dataclasses.replace(weights_of(policy), scale=scale)
+    action = in_onnxruntime(build_graph(fold(weights)), inputs(policy.spec, 100))[0]
+    assert action.min() == low[0].item()
+    assert action.max() == high[0].item()
 
 
 def structure(model):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from rsm_export import closed_loop
+from rsm_export import search as search_module
+from rsm_export.accuracy import TOLERANCES
 from rsm_export.build import build, diffusion_sampler
 from rsm_export.cli import main
-from rsm_export.closed_loop import Arena, Loss, compare_returns
+from rsm_export.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, Loss, compare_returns
 from rsm_export.config import ExportConfig, SearchConfig
+from rsm_export.cost import GraphCost
 from rsm_export.exporter import export_checkpoint
 from rsm_export.search import as_trained, candidates, search, table
 
 from rsm_eval.envs import EnvPool
-from rsm_serve.errors import ConfigError, ParityError
+from rsm_serve.errors import BundleError, ConfigError, ParityError
 from rsm_serve.local import open_policy
 from rsm_train.checkpoint import load_checkpoint
 from rsm_train.diffusion import SamplerSettings
@@ -101,7 +108,9 @@ def test_policies_act_in_the_same_episodes_once_each(run_dir):
         loss = arena.loss("b", 5, 3)
         first = list(calls)
         assert arena.loss("b", 5, 3) == loss
-    assert calls == first
+        assert calls == first
+        arena.loss("b", 6, 3)
+        assert len(calls) > len(first), "other episodes are other returns"
     seeds = {value: [s for v, s in first if v == value] for value in (0.0, 1e-9)}
     assert seeds[0.0] == seeds[1e-9]
     assert loss.difference.mean == 0
@@ -147,8 +156,10 @@ def test_where_nothing_cheaper_is_good_enough_the_full_policy_is_exported(run_di
             return dataclasses.replace(opened, policy=Constant(opened.policy, 3.0))
         return opened
 
-    result = search(trained, ExportConfig(), SearchConfig(episodes=12), ENV, open_candidate)
+    said: list[str] = []
+    result = search(trained, ExportConfig(), SearchConfig(episodes=12), ENV, open_candidate, said.append)
     assert result.chosen.config == full
+    assert said[-1] == "no faster chain is within the tolerance: the full policy, in float32, is exported"
     assert all(not c.screened.within or c.config == full for c in result.candidates)
     assert table(result).count("->") == 1
 
@@ -170,3 +181,181 @@ def test_a_plot_without_a_search_is_refused(run_dir, tmp_path, capsys):
     assert "nothing is searched" in capsys.readouterr().err
     assert main([str(run_dir), "--repo", str(tmp_path / "r"), "--auto", "--plot", "x.txt"]) == 2
     assert "suffix .svg, .png or .pdf" in capsys.readouterr().err
+
+
+def test_the_full_policy_is_checked_and_run_as_asked():
+    base = ExportConfig(verify=False, backend="openvino")
+    assert as_trained(TRAINED, base) == dataclasses.replace(
+        as_trained(TRAINED), verify=False, backend="openvino"
+    )
+    low = dataclasses.replace(base, precision="bf16")
+    assert (as_trained(TRAINED, low).precision, as_trained(TRAINED, low).backend) == ("fp32", None)
+    assert candidates(TRAINED, low)[-1] == as_trained(TRAINED, low)
+
+
+class ClosedOnce:
+    """A session that knows whether it was closed."""
+
+    def __init__(self, session):
+        self._session, self.run, self.runtime, self.closed = session, session.run, session.runtime, False
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
+        self._session.close()
+
+
+def refusing(run_dir, refused):
+    checkpoint = load_checkpoint(run_dir)
+    opened = []
+
+    def open_candidate(config):
+        if refused(config):
+            raise BundleError("rounds too much")
+        made = build(checkpoint, config).open()
+        opened.append(dataclasses.replace(made, session=ClosedOnce(made.session)))
+        return opened[-1]
+
+    return diffusion_sampler(checkpoint), open_candidate, opened
+
+
+def test_a_candidate_that_fails_a_check_is_left_out(run_dir):
+    trained, open_candidate, opened = refusing(run_dir, lambda config: config.steps == 1)
+    said: list[str] = []
+    config = SearchConfig(episodes=8, tolerance=0.5)
+    result = search(trained, ExportConfig(), config, ENV, open_candidate, said.append)
+    assert len(result.candidates) == len(opened) == 3 * 2 * 2
+    assert all(found.config.steps != 1 for found in result.candidates)
+    assert "left out ddpm, 1 step, 2 particles: rounds too much" in said
+    assert all(item.session.closed for item in opened)
+
+
+def test_where_every_candidate_or_the_full_policy_fails_the_reason_is_said(run_dir):
+    base, config = ExportConfig(precision="fp16"), SearchConfig(episodes=8)
+    for refused in (lambda c: c.precision == "fp16", lambda c: c.precision == "fp32"):
+        trained, open_candidate, opened = refusing(run_dir, refused)
+        with pytest.raises(BundleError, match="rounds too much"):
+            search(trained, base, config, ENV, open_candidate)
+        assert all(item.session.closed for item in opened), "what was opened is closed"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_search_passes_over_what_its_precision_cannot_do(run_dir, tmp_path, monkeypatch, precision, capsys):
+    """One step multiplies rounding by up to 406; a search of other chains does not end there."""
+    monkeypatch.setitem(TOLERANCES, precision, 2e-4 if precision == "fp16" else 2e-2)
+    arguments = f"--repo {tmp_path} --name tiny --auto --tolerance 0.9 --episodes 8 --precision {precision}"
+    assert main([str(run_dir), *arguments.split()]) == 0
+    assert f"left out ddpm, 1 step, 4 particles, {precision}: check 'parity' failed" in capsys.readouterr().err
+    assert open_policy(tmp_path / "tiny").spec.accuracy is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--auto", "--plot", "missing/auto.svg"],
+            "wanted --plot in a directory that exists, got 'missing/auto.svg'",
+        ),
+        (["--env", ENV, "--plot", "x.svg"], "wanted --auto with --plot, got --plot alone; nothing is searched"),
+        (["--episodes", "5"], "wanted --auto or --env with --tolerance or --episodes, got neither"),
+        (["--tolerance", "0.5"], "wanted --auto or --env with --tolerance or --episodes, got neither"),
+        (["--env", ENV, "--no-verify"], "wanted --env as one of the checks, got --no-verify"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(run_dir, tmp_path, capsys, arguments, words):
+    assert main([str(run_dir), "--repo", str(tmp_path / "r"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_plot_that_cannot_be_written_is_one_sentence(run_dir, tmp_path, capsys):
+    (tmp_path / "taken.svg").mkdir()
+    arguments = f"--repo {tmp_path} --name tiny --auto --steps 5 --particles 4 --episodes 2"
+    assert main([str(run_dir), *arguments.split(), "--plot", str(tmp_path / "taken.svg")]) == 2
+    assert "taken.svg', got Is a directory; the bundle is complete" in capsys.readouterr().err
+    assert open_policy(tmp_path / "tiny").spec.version == "1"
+
+
+def losses(mean, spread=0.0):
+    """A full policy of 100 a paired episode, and a candidate that differs by mean +- spread."""
+    full = np.full(4, 100.0)
+    return Loss.of(full, full + mean + spread * np.array([-1.0, 1.0, -1.0, 1.0]), 0.02)
+
+
+class ScriptedArena:
+    """Losses by steps: those of screening and those of confirming."""
+
+    def __init__(self, screened, confirmed):
+        self.calls = []
+        self._losses = {SCREENING_SEED: screened, CONFIRMING_SEED: confirmed}
+
+    def loss(self, config, seed, episodes):
+        self.calls.append((config.steps, seed, episodes))
+        return self._losses[seed].get(config.steps, losses(0.0))
+
+
+@pytest.mark.parametrize(("episodes", "screening"), [(20, 5), (4, 2)])
+def test_screening_leaves_out_the_hopeless_and_confirming_decides(monkeypatch, episodes, screening):
+    """The fewer steps the faster: 1 is hopeless, 2 are not confirmed, 4 are, 8 are the full policy."""
+    script = ScriptedArena(screened={1: losses(-50.0), 2: losses(-3.0, 5.0)}, confirmed={2: losses(-1.0, 5.0)})
+    monkeypatch.setattr(search_module, "Arena", lambda *_: script)
+    monkeypatch.setattr(search_module, "EnvPool", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(search_module, "_measure_latency", lambda opened: {c: float(c.steps) for c in opened})
+    session = SimpleNamespace(close=lambda: None)
+    item: Any = SimpleNamespace(policy=None, cost=GraphCost(0, 0, 0, 0), session=session)
+    trained = SamplerSettings("cosine", 8, 1, 0.5)
+    base, config = ExportConfig(sampler="ddpm"), SearchConfig(episodes=episodes)
+    result = search(trained, base, config, "Any-v0", lambda _: item)
+    assert [found.config.steps for found in result.candidates] == [1, 2, 4, 8]
+    assert result.chosen.config.steps == 4
+    assert script.calls == [
+        *((steps, SCREENING_SEED, screening) for steps in (1, 2, 4, 8)),
+        (2, CONFIRMING_SEED, episodes),
+        (4, CONFIRMING_SEED, episodes),
+    ]
+    assert [found.confirmed is not None for found in result.candidates] == [False, True, True, False]
+    shown = table(result).splitlines()[2:]
+    assert [row.startswith("->") for row in shown] == [False, False, True, False]
+    assert shown[0].split()[6:] == ["50.0", "to", "50.0", "-"], "a loss is positive"
+
+
+def test_latency_is_the_median_of_single_calls_in_milliseconds(run_dir, monkeypatch):
+    spec = build(load_checkpoint(run_dir), ExportConfig()).policy.spec
+    clock = SimpleNamespace(now=0.0, calls=0)
+
+    def run(obs, noise):
+        assert (len(obs), len(noise)) == (1, 1)
+        clock.calls += 1
+        clock.now += 5.0 if clock.calls == 1 else 0.002
+
+    monkeypatch.setattr("rsm_export.search.time.perf_counter", lambda: clock.now)
+    item: Any = SimpleNamespace(policy=SimpleNamespace(spec=spec), session=SimpleNamespace(run=run))
+    (latency_ms,) = search_module._measure_latency({ExportConfig(): item}).values()
+    assert latency_ms == pytest.approx(2.0)
+
+
+def test_a_loss_that_chance_may_have_made_is_neither_within_nor_hopeless():
+    unclear, small = losses(-5.0, 5.0), losses(-1.0, 0.1)
+    assert unclear.difference.mean < -unclear.allowed < unclear.difference.high
+    assert (unclear.within, unclear.hopeless) == (False, False)
+    assert small.difference.high < 0
+    assert (small.within, small.hopeless) == (True, False)
+    assert unclear.std == pytest.approx(np.std([90.0, 100.0, 90.0, 100.0], ddof=1))
+    low, high = (float(word) for word in unclear.interval.split(" to "))
+    assert low < 5.0 < high
+    assert (low + high) / 2 == pytest.approx(5.0)
+    stated = unclear.to_dict()
+    assert (stated["mean"], stated["full_policy_mean"]) == pytest.approx((95.0, 100.0))
+    assert stated["difference_low"] < -5.0 < stated["difference_high"]
+
+
+@pytest.mark.parametrize(("found", "refused"), [(losses(-5.0, 5.0), False), (losses(-5.0), True)])
+def test_as_a_check_only_a_loss_that_is_shown_is_refused(monkeypatch, found, refused):
+    policy: Any = None
+    arena = SimpleNamespace(loss=lambda *_: found)
+    monkeypatch.setattr(closed_loop, "Arena", lambda *_: arena)
+    monkeypatch.setattr(closed_loop, "EnvPool", lambda _: contextlib.nullcontext())
+    with pytest.raises(ParityError, match="check 'return'") if refused else contextlib.nullcontext():
+        assert compare_returns(policy, policy, SearchConfig(env="Any-v0")) is found

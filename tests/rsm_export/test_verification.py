@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -128,6 +129,31 @@ def test_a_runtime_that_acts_differently_is_refused(policy, model, pool, session
         checked(policy, model, pool, session)
 
 
+class Failing(Around):
+    def run(self, obs, noise):
+        raise RuntimeError("no kernel")
+
+
+def test_a_runtime_that_fails_is_one_sentence(policy, model, pool):
+    with pytest.raises(BundleError, match="check 'parity' failed: altered cannot run the graph: no kernel"):
+        checked(policy, model, pool, Failing)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "words"),
+    [
+        ("Bernoulli", "the graph must not contain ONNX operator Bernoulli"),
+        ("Cos", "TensorRT's parser does not take node 'more': operator Cos"),
+    ],
+)
+def test_the_static_rules_and_those_of_tensorrt_are_part_of_the_checks(policy, model, pool, op_type, words):
+    more = onnx.ModelProto()
+    more.CopyFrom(model)
+    more.graph.node.append(helper.make_node(op_type, ["obs"], ["unused"], name="more"))
+    with pytest.raises(BundleError, match=f"check 'static rules' failed: .*{words}"):
+        checked(policy, more, pool)
+
+
 def test_a_runtime_that_keeps_old_inputs_is_refused(policy, model, pool, monkeypatch):
     monkeypatch.setattr(
         "rsm_export.verification.BATCH_SIZES", (64,)
@@ -226,6 +252,65 @@ def test_values_are_compared_too(policy):
         compare(policy, obs, noise, action, q, FP32)
 
 
+class Fixed:
+    """One particle for each row, of the given values, in an action range of 2."""
+
+    def __init__(self, values, action_size=4):
+        self._values = np.array(values, np.float32)[:, None]
+        self.spec = random_policy(action_size=action_size).spec
+        bounds = ((-1.0,) * action_size, (1.0,) * action_size)
+        box = dataclasses.replace(self.spec.action, low=bounds[0], high=bounds[1])
+        self.spec = dataclasses.replace(self.spec, action=box)
+        self.action = np.zeros((len(values), action_size), np.float32)
+
+    def particles(self, obs, noise):
+        return self.action[:, None], self._values
+
+    def compare(self, action, q, tolerance=1e-3):
+        nothing = np.zeros((len(q), 1), np.float32)
+        return compare(self, nothing, nothing, action, np.array(q, np.float32), Tolerance(tolerance, tolerance))
+
+
+def test_the_worst_element_of_the_worst_row_counts():
+    policy = Fixed([0.0, 0.0])
+    action = policy.action.copy()
+    action[1, 2] = 1.6e-3  # of a range of 2
+    found = policy.compare(action, [0.0, 0.0])
+    assert found.max_error == pytest.approx(8e-4)
+    assert found.mean_error == pytest.approx(4e-4)
+    action[1, 2] = 2.4e-3
+    with pytest.raises(ParityError, match="action of row 1"):
+        policy.compare(action, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_values_are_off_by_a_fraction_of_their_own_magnitude_or_the_usual_one(row):
+    policy = Fixed([1000.0, 0.0, 0.0, 0.0])
+    scale = (1000.0, 250.0)[row]
+    for factor, passes in ((0.9, True), (1.1, False)):
+        q = [1000.0, 0.0, 0.0, 0.0]
+        q[row] += factor * 1e-3 * scale
+        with contextlib.nullcontext() if passes else pytest.raises(ParityError, match=f"q of row {row}"):
+            assert policy.compare(policy.action, q).max_q_error == pytest.approx(factor * 1e-3, rel=1e-2)
+
+
+def test_a_value_that_is_no_number_is_refused():
+    policy = Fixed([0.0, 0.0])
+    with pytest.raises(ParityError, match="q of row 1 is nan"):
+        policy.compare(policy.action, [0.0, np.nan])
+
+
+def test_more_is_allowed_of_values_only_where_they_round_more():
+    steady, unsteady = random_policy(), random_policy(steps=20, chain_steps=1)
+    for tensor in weights_of(unsteady).critics.values():
+        tensor *= 3
+    found = []
+    for policy in (steady, unsteady):
+        feeds = inputs(policy.spec, 256)
+        found.append(allowed(policy, feeds["obs"], feeds["noise"], "fp32").value)
+    assert found[0] == TOLERANCES["fp32"] < found[1] < 1e-2
+
+
 def test_more_is_allowed_only_where_the_policy_itself_rounds_more():
     usual, unsteady = random_policy(), random_policy(steps=20, chain_steps=1)
     for policy, wider in ((usual, False), (unsteady, True)):
@@ -248,6 +333,10 @@ def test_observations_are_met_random_and_corners(pool):
     assert (found == 0).all(axis=1).sum() == 1
     assert [0, -7, 0, 0, 0] in found.tolist()
     assert [9, 0, 0, 0, 0] in found.tolist()
+    near = (found[128:192] - pool.mean(0)) / pool.std(0)
+    np.testing.assert_allclose(near.std(), 2, rtol=0.15)
+    constant = observations(np.ones_like(pool), box)
+    assert (constant[-61:] != 1).all(), "an element that never moved is moved too"
     corners = np.abs((found[-61:] - pool.mean(0)) / pool.std(0))
     np.testing.assert_allclose(corners, 5, rtol=1e-3)
     assert (

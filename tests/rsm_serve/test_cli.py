@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator, Sequence
 
+import grpc
 import numpy as np
 import pytest
 
@@ -95,6 +97,57 @@ def test_the_backend_is_chosen_and_named_in_the_log(bundle_repo, backend):
         _, log = process.communicate(timeout=60)
     assert re.search(rf"loaded tiny version 1 in .* s: {backend} [\d.]+, CPU\n", log)
     assert process.returncode == 0, log
+
+
+def test_the_http_port_ends_the_ready_line_and_the_log_is_json(own_repo):
+    command = [sys.executable, "-m", "rsm_serve.cli", "--repo", str(own_repo), "--log-format", "json"]
+    command += ["--address", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            ready = r"rsm-serve ready: address=(\S+) policies=tiny:1 http=(127\.0\.0\.1:\d+)\n"
+            match = re.fullmatch(ready, line)
+            assert match, line
+            with PolicyClient(match[1], timeout_s=30) as client:
+                client.act(np.full(4, 123.456))
+            with urllib.request.urlopen(f"http://{match[2]}/healthz", timeout=30) as answer:
+                assert answer.read() == b"serving\n"
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, log
+    lines = [json.loads(text) for text in log.splitlines()]
+    (loaded,) = (entry for entry in lines if entry["message"].startswith("loaded tiny"))
+    assert (loaded["level"], loaded["policy"], loaded["version"]) == ("INFO", "tiny", "1")
+    assert lines[-1]["message"] == "drained"
+    assert "123.4" not in log
+
+
+def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
+    """gRPC itself logs a traceback for each."""
+    arguments = ["--repo", str(bundle_repo), "--address", "127.0.0.1:0"]
+    with serving(arguments) as (process, address, _), grpc.insecure_channel(address) as channel:
+        act = channel.unary_unary("/rsm.v1.PolicyService/Act")
+        for _ in range(200):
+            with pytest.raises(grpc.RpcError):
+                act(b"\xff\xff", timeout=30)
+        with PolicyClient(address, timeout_s=30) as client:
+            assert client.act(np.zeros(4)).action.shape == (2,)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert 1 <= log.count("Traceback") <= 20
+    assert len(log) < 100_000
+
+
+def test_a_policy_that_does_not_load_ends_an_observed_server_with_a_sentence(own_repo):
+    (own_repo / "tiny" / "1" / "model.onnx").write_bytes(b"damaged")
+    command = [sys.executable, "-m", "rsm_serve.cli", "--repo", str(own_repo), "--http", "127.0.0.1:0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "truncated" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_backend_names_its_extra(monkeypatch, capsys, bundle_repo):

@@ -549,6 +549,21 @@ class TestControl:
             wait_until(lambda: closed == ["2"], "the late lane to be closed")
 
 
+def test_what_is_observed_follows_the_versions(own_repo):
+    with serve(own_repo, http="127.0.0.1:0") as server:
+        assert server.monitor is not None
+        telemetry = server.monitor.telemetry
+        add_version(own_repo, 2)
+        run(server, server.lifecycle.refresh())
+        damage(add_version(own_repo, 3))
+        run(server, server.lifecycle.refresh())
+        run(server, server.lifecycle.load("tiny", 2))  # its numbers begin anew
+        acting_version(server)
+        settled(server)
+        assert [(lane.policy, lane.version, lane.rows) for lane in telemetry.lanes()] == [("tiny", "2", 1)]
+        assert telemetry.loads == {("tiny", "ok"): 3, ("tiny", "failed"): 1}
+
+
 @ON_LINUX
 def test_memory_returns_to_its_baseline_after_50_reloads(own_repo, monkeypatch):
     """A session of this graph takes 1 MB and more: fifty that leak would be seen."""
@@ -673,7 +688,7 @@ class TestRegistry:
         assert registry.find("", "") is registry.find("p", "1") is lanes[0]
 
     def test_a_canary_is_not_current_and_falls_back_to_it_when_it_is_gone(self, lanes):
-        registry = Registry(lanes, [Canary("p", 2, 1.0)])
+        registry = Registry(lanes, canaries=[Canary("p", 2, 1.0)])
         assert registry.current("p") == 1
         assert registry.find("p", "", client_id="r") is lanes[1]
         assert registry.find("", "", seed=3) is lanes[1]

@@ -1,10 +1,11 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from rsm_train.diffusion import forward_noise, make_schedule, reverse_chain
+from rsm_train.diffusion import forward_noise, make_schedule, reverse_chain, timesteps
 
 # ICML 2025 program's values for T = 20.
 COSINE_INV_SQRT = [1.004, 1.014, 1.031, 1.055, 1.087, 1.127, 1.179, 1.243, 1.323, 1.423]
@@ -45,6 +46,46 @@ def test_reverse_step_is_the_posterior_of_the_forward_process():
         assert step.std**2 == pytest.approx(posterior_var, rel=1e-4)
         assert step.x0_coef == pytest.approx(posterior_var * prior_mean / prior_var, rel=1e-4)
         assert step.action_coef == pytest.approx(posterior_var * gain / var, rel=1e-4)
+
+
+def test_indices_are_equal_strides_from_the_noisiest():
+    assert timesteps(5) == (4, 3, 2, 1, 0)
+    assert timesteps(20, 5) == (19, 15, 11, 7, 3)
+    assert timesteps(20, 3) == (19, 13, 6)
+    assert timesteps(5, 2) == (4, 2)
+    assert timesteps(20, 1) == (19,)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_step_over_several_indices_is_the_posterior_from_one_to_the_other(name, count):
+    """q(a_u | a_t, a_0) for the visited t and u, from Bayes' rule, as for one index at a time."""
+    schedule = make_schedule(name, 10, chain_steps=count)
+    alpha_bars = np.cumprod(1 - schedule.betas.double().numpy())
+    assert [step.t for step in schedule.reverse_steps] == list(timesteps(10, count))
+    for step, after in itertools.pairwise(schedule.reverse_steps):
+        prior_mean, prior_var = math.sqrt(alpha_bars[after.t]), 1 - alpha_bars[after.t]
+        kept = alpha_bars[step.t] / alpha_bars[after.t]  # a_t = sqrt(kept) a_u + N(0, 1 - kept)
+        posterior_var = 1 / (1 / prior_var + kept / (1 - kept))
+        assert step.std**2 == pytest.approx(posterior_var, rel=1e-3)
+        assert step.x0_coef == pytest.approx(posterior_var * prior_mean / prior_var, rel=1e-3)
+        assert step.action_coef == pytest.approx(posterior_var * math.sqrt(kept) / (1 - kept), rel=1e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("count", [None, 4])
+def test_with_any_eta_the_marginals_are_those_of_the_forward_process(eta, count):
+    """Song et al. 2021, lemma 1: from q(a_t | a_0) a step leads to q(a_u | a_0); its noise is eta of DDPM's."""
+    schedule = make_schedule("cosine", 10, chain_steps=count, eta=eta)
+    ddpm = make_schedule("cosine", 10, chain_steps=count)
+    alpha_bars = np.cumprod(1 - schedule.betas.double().numpy())
+    steps = schedule.reverse_steps
+    for step, after, full in zip(steps, steps[1:], ddpm.reverse_steps, strict=False):
+        here, there = alpha_bars[step.t], alpha_bars[after.t]
+        assert step.x0_coef + step.action_coef * math.sqrt(here) == pytest.approx(math.sqrt(there), rel=1e-4)
+        assert step.action_coef**2 * (1 - here) + step.std**2 == pytest.approx(1 - there, rel=1e-4)
+        assert step.std == pytest.approx(eta * full.std)
+        assert full.std > 0
 
 
 def test_chain_agrees_with_a_plain_loop():
@@ -102,3 +143,9 @@ def test_bad_schedules_are_refused():
         make_schedule("cosine", 0)
     with pytest.raises(ValueError, match="cosine"):
         make_schedule("quadratic", 5)  # type: ignore[arg-type]
+    for count in (0, -1, 6):
+        with pytest.raises(ValueError, match=f"wanted 1 to 5 of the 5 denoising steps, got {count}"):
+            make_schedule("cosine", 5, chain_steps=count)
+    for eta in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"got {eta}"):
+            make_schedule("cosine", 5, eta=eta)
