@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from rsm_serve.canary import Canary
-from rsm_serve.commandline import EXIT_OK, dataclass_options, require_extra, run_command
+from rsm_serve.commandline import EXIT_INTERRUPTED, EXIT_OK, dataclass_options, require_extra, run_command
 from rsm_serve.config import DEFAULT_ADDRESS, ServerConfig
 from rsm_serve.logs import LogFormat, set_up_logging
 from rsm_serve.registry import Selection
@@ -29,6 +30,8 @@ logger = logging.getLogger("rsm_serve")
 Loaded = TypeVar("Loaded")
 
 EXIT_NOT_DRAINED = 1
+LOADER = "load"
+"""Name of the thread that loads while the HTTP port says so."""
 EXTRA_MODULES = ("grpc_health", "grpc_reflection", "prometheus_client")
 
 
@@ -90,7 +93,11 @@ def command(
         canaries=tuple(Canary.parse(text) for text in canaries),
         **settings,
     )
-    status: int = run_loop(lambda: serve(config))
+    try:
+        status: int = run_loop(lambda: serve(config))
+    except KeyboardInterrupt:
+        leave_if_loading()
+        raise
     return status
 
 
@@ -146,8 +153,15 @@ async def in_daemon(load: Callable[[], Loaded]) -> Loaded:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="load", daemon=True).start()
+    threading.Thread(target=run, name=LOADER, daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+def leave_if_loading() -> None:
+    """End the process at once: a runtime that is torn down in the midst of a load would abort it."""
+    if any(thread.name == LOADER for thread in threading.enumerate()):
+        click.echo("rsm-serve: interrupted", err=True)
+        os._exit(EXIT_INTERRUPTED)
 
 
 def announce(server: PolicyServer) -> None:

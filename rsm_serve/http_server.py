@@ -102,20 +102,19 @@ class HttpServer:
             return
         self._open.add(writer)
         try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), READ_S)
-            await _write(writer, await self._answer(head))
-        except asyncio.LimitOverrunError:
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            await _write(writer, _plain(status, f"at most {MAX_HEAD_BYTES} bytes of request line and headers"))
+            await _write(writer, await self._response(reader))
         except (asyncio.TimeoutError, asyncio.IncompleteReadError, OSError):
             pass  # slow or gone: nobody to tell
         finally:
             self._open.discard(writer)
             writer.transport.abort()  # everything that will be read has been flushed
 
-    async def _answer(self, head: bytes) -> Response:
+    async def _response(self, reader: asyncio.StreamReader) -> Response:
         try:
-            request = parse_head(head)
+            request = parse_head(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), READ_S))
+        except asyncio.LimitOverrunError:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            return _plain(status, f"at most {MAX_HEAD_BYTES} bytes of request line and headers")
         except _BadRequestError as error:
             return _plain(error.status, str(error))
         try:

@@ -12,6 +12,9 @@ from rsm_serve.sessions.choice import Backend
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 SamplerName = Literal["ddpm", "ddim"]
 
+MAX_PARTICLES = 4096
+"""More would not fit into memory where the graph is checked on batches of 64, and help nobody."""
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -62,6 +65,8 @@ class ExportConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"wanted --{name} of at least 1, got {value}")
+        if self.particles is not None and self.particles > MAX_PARTICLES:
+            raise ConfigError(f"wanted --particles of at most {MAX_PARTICLES:,}, got {self.particles:,}")
         if self.prior_std is not None and not 0 < self.prior_std < float("inf"):
             raise ConfigError(f"wanted --prior-std above 0, got {self.prior_std}")
         if self.eta is not None and (self.sampler != "ddim" or not 0 <= self.eta <= 1):

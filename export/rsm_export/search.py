@@ -122,32 +122,53 @@ def search(
     """
     full = as_trained(trained, base)
     opened: dict[ExportConfig, Opened] = {}
-    try:
-        _open_all(candidates(trained, base), full, open_candidate, opened, progress)
-        configs = list(opened)
-        latency_ms = _measure_latency(opened)
-        with EnvPool(env_id) as pool:
-            arena = Arena({name: item.policy for name, item in opened.items()}, full, pool, config.tolerance)
-            measured = []
-            for number, candidate in enumerate(sorted(configs, key=latency_ms.__getitem__), start=1):
-                progress(f"screening {number} of {len(configs)}: {describe(candidate)}")
-                loss = arena.loss(candidate, SCREENING_SEED, max(2, config.episodes // 4))
-                measured.append(Measured(candidate, latency_ms[candidate], opened[candidate].cost, loss))
-            for index, found in enumerate(measured):
-                if found.screened.hopeless and found.config != full:
-                    continue
-                progress(f"confirming {describe(found.config)} on {config.episodes} new episodes")
-                loss = arena.loss(found.config, CONFIRMING_SEED, config.episodes)
-                measured[index] = dataclasses.replace(found, confirmed=loss)
-                if loss.within:  # the full policy loses nothing against itself, so the search ends
-                    if found.config == full:
-                        progress(
-                            "no faster chain is within the tolerance: the full policy, in float32, is exported"
-                        )
-                    return SearchResult(env_id, config.episodes, config.tolerance, tuple(measured), index)
-    finally:
-        for item in opened.values():
-            item.session.close()
+    with EnvPool(env_id) as pool:  # first, so that an unknown one is told at once
+        try:
+            _open_all(candidates(trained, base), full, open_candidate, opened, progress)
+            policies = {name: item.policy for name, item in opened.items()}
+            arena = Arena(policies, full, pool, config.tolerance)
+            measured = _screen(arena, opened, max(2, config.episodes // 4), progress)
+            chosen = _confirm(arena, measured, full, config.episodes, progress)
+        finally:
+            for item in opened.values():
+                item.session.close()
+    return SearchResult(env_id, config.episodes, config.tolerance, tuple(measured), chosen)
+
+
+def _screen(
+    arena: Arena[ExportConfig],
+    opened: dict[ExportConfig, Opened],
+    episodes: int,
+    progress: Callable[[str], None],
+) -> list[Measured]:
+    """Latency and return of every candidate, fastest first."""
+    latency_ms = _measure_latency(opened)
+    measured = []
+    for number, candidate in enumerate(sorted(opened, key=latency_ms.__getitem__), start=1):
+        progress(f"screening {number} of {len(opened)}: {describe(candidate)}")
+        loss = arena.loss(candidate, SCREENING_SEED, episodes)
+        measured.append(Measured(candidate, latency_ms[candidate], opened[candidate].cost, loss))
+    return measured
+
+
+def _confirm(
+    arena: Arena[ExportConfig],
+    measured: list[Measured],
+    full: ExportConfig,
+    episodes: int,
+    progress: Callable[[str], None],
+) -> int:
+    """The index of the fastest candidate that is within the tolerance in new episodes; fills in `confirmed`."""
+    for index, found in enumerate(measured):
+        if found.screened.hopeless and found.config != full:
+            continue
+        progress(f"confirming {describe(found.config)} on {episodes} new episodes")
+        loss = arena.loss(found.config, CONFIRMING_SEED, episodes)
+        measured[index] = dataclasses.replace(found, confirmed=loss)
+        if loss.within:  # the full policy loses nothing against itself, so the search ends
+            if found.config == full:
+                progress("no faster chain is within the tolerance: the full policy, in float32, is exported")
+            return index
     raise AssertionError("the full policy is one of the candidates")
 
 

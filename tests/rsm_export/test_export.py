@@ -304,6 +304,7 @@ def test_reduced_precision_is_measured_and_recorded(run_dir, repository, precisi
         (["--steps", "6"], "wanted --steps of at most 5, as many as were trained, got 6"),
         (["--steps", "0"], "wanted --steps of at least 1, got 0"),
         (["--particles", "-1"], "wanted --particles of at least 1, got -1"),
+        (["--particles", "1000000"], "wanted --particles of at most 4,096, got 1,000,000"),
         (["--eta", "0.5"], "wanted --eta from 0 to 1 with --sampler ddim, got 0.5 with ddpm"),
         (["--sampler", "ddim", "--eta", "2"], "got 2.0 with ddim"),
         (["--prior-std", "0"], "wanted --prior-std above 0, got 0.0"),

@@ -141,6 +141,25 @@ def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
     assert len(log) < 100_000
 
 
+def test_an_interrupt_while_loading_ends_an_observed_server_at_once(bundle_repo):
+    code = (
+        "import sys, time; from rsm_serve import cli, server\n"
+        "def load(*_): print('loading', flush=True); time.sleep(100)\n"
+        "server._load_lanes = load\n"
+        f"sys.exit(cli.main(['--repo', {str(bundle_repo)!r}, '--http', '127.0.0.1:0']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+            process.send_signal(signal.SIGINT)
+            output, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, output, log) == (130, "", "rsm-serve: interrupted\n")
+
+
 def test_a_policy_that_does_not_load_ends_an_observed_server_with_a_sentence(own_repo):
     (own_repo / "tiny" / "1" / "model.onnx").write_bytes(b"damaged")
     command = [sys.executable, "-m", "rsm_serve.cli", "--repo", str(own_repo), "--http", "127.0.0.1:0"]

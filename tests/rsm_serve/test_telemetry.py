@@ -347,31 +347,36 @@ class TestPort:
             connection.sendall(sent)
             assert connection.recv(4096).startswith(b"HTTP/1.1 %d " % status)
 
-    def test_a_slow_writer_and_a_slow_reader_are_cut_off_and_block_nobody(self, monkeypatch):
-        monkeypatch.setattr(http_server, "READ_S", 0.3)
-        monkeypatch.setattr(http_server, "WRITE_S", 0.3)
-
+    def test_a_slow_writer_and_a_slow_reader_block_nobody_and_are_cut_off(self, monkeypatch):
         async def answer(request: Request) -> Response:
             return Response(bytes(50_000_000) if request.path == "/large" else b"small")
 
-        async def main() -> None:
-            server = HttpServer(answer)
-            address = await server.listen(ANY_PORT)
+        async def be_slow(address: str) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
             host, _, port = address.rpartition(":")
             silent = await asyncio.open_connection(host, int(port))
             silent[1].write(b"GET / HT")
             deaf = await asyncio.open_connection(host, int(port), limit=1024)
             deaf[1].write(b"GET /large HTTP/1.1\r\n\r\n")
-            started = time.monotonic()
+            return [silent, deaf]
+
+        async def main() -> None:
+            server = HttpServer(answer)
+            address = await server.listen(ANY_PORT)
+            monkeypatch.setattr(http_server, "READ_S", 300.0)
+            monkeypatch.setattr(http_server, "WRITE_S", 300.0)
+            first = await be_slow(address)
             assert (await asyncio.to_thread(get, address))[1] == "small"
-            assert time.monotonic() - started < 0.3
-            assert await asyncio.wait_for(silent[0].read(), 5) == b""
-            await asyncio.sleep(0.5)
+            assert len(server._open) >= 2, "the slow ones are still there"
+            monkeypatch.setattr(http_server, "READ_S", 0.3)
+            monkeypatch.setattr(http_server, "WRITE_S", 0.3)
+            (silent, writer), (deaf, another) = await be_slow(address)
+            assert await asyncio.wait_for(silent.read(), 60) == b""
+            await asyncio.to_thread(wait_until, lambda: len(server._open) == 2, "the second two to be cut off")
             with pytest.raises((OSError, asyncio.IncompleteReadError)):
-                await asyncio.wait_for(deaf[0].readexactly(50_000_000), 5)
+                await asyncio.wait_for(deaf.readexactly(50_000_000), 60)
             server.close()
-            for _, writer in (silent, deaf):
-                writer.close()
+            for open_writer in (writer, another, *(slow[1] for slow in first)):
+                open_writer.close()
 
         asyncio.run(main())
 
