@@ -9,15 +9,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from rsm_serve.canary import Canary
 from rsm_serve.commandline import EXIT_INTERRUPTED, EXIT_OK, dataclass_options, require_extra, run_command
 from rsm_serve.config import DEFAULT_ADDRESS, ServerConfig
+from rsm_serve.lifecycle import LOADER, in_thread
 from rsm_serve.logs import LogFormat, set_up_logging
 from rsm_serve.registry import Selection
 from rsm_serve.sessions.choice import extra_of, require_backend
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rsm_serve")
 
-Loaded = TypeVar("Loaded")
-
 EXIT_NOT_DRAINED = 1
-LOADER = "load"
-"""Name of the thread that loads while the HTTP port says so."""
 EXTRA_MODULES = ("grpc_health", "grpc_reflection", "prometheus_client")
 
 
@@ -96,8 +92,9 @@ def command(
     try:
         status: int = run_loop(lambda: serve(config))
     except KeyboardInterrupt:
-        leave_if_loading()
+        leave_if_loading(EXIT_INTERRUPTED, "rsm-serve: interrupted")
         raise
+    leave_if_loading(status)
     return status
 
 
@@ -140,28 +137,17 @@ async def load_monitored(config: ServerConfig) -> PolicyServer:
     assert config.http is not None
     monitor = Monitor()
     await monitor.open(config.http)
-    return await in_daemon(lambda: PolicyServer(config, monitor=monitor))
+    return await in_thread(lambda: PolicyServer(config, monitor=monitor))
 
 
-async def in_daemon(load: Callable[[], Loaded]) -> Loaded:
-    """Run a function in a thread that, unlike asyncio's, does not keep an interrupted process from exiting."""
-    future: Future[Loaded] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(load())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=LOADER, daemon=True).start()
-    return await asyncio.wrap_future(future)
-
-
-def leave_if_loading() -> None:
+def leave_if_loading(status: int, message: str = "") -> None:
     """End the process at once: a runtime that is torn down in the midst of a load would abort it."""
     if any(thread.name == LOADER for thread in threading.enumerate()):
-        click.echo("rsm-serve: interrupted", err=True)
-        os._exit(EXIT_INTERRUPTED)
+        if message:
+            click.echo(message, err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def announce(server: PolicyServer) -> None:

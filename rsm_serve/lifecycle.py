@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOADER = "rsm-serve-loader"
+"""Name of the threads that load, look and close."""
+
 Loader = Callable[[str, int], Lane]
 """Loads, verifies, warms up and probes one version; slow, and called in a thread of its own."""
 
@@ -578,7 +581,7 @@ async def in_thread(function: Callable[[], T], abandon: Callable[[T], object] | 
             if abandon is not None:
                 abandon(result)
 
-    threading.Thread(target=run, name="rsm-serve-loader", daemon=True).start()
+    threading.Thread(target=run, name=LOADER, daemon=True).start()
     return await future
 
 

@@ -145,7 +145,7 @@ def test_an_interrupt_while_loading_ends_an_observed_server_at_once(bundle_repo)
     code = (
         "import sys, time; from rsm_serve import cli, server\n"
         "def load(*_): print('loading', flush=True); time.sleep(100)\n"
-        "server._load_lanes = load\n"
+        "server.load_repository = load\n"
         f"sys.exit(cli.main(['--repo', {str(bundle_repo)!r}, '--http', '127.0.0.1:0']))"
     )
     command = [sys.executable, "-c", code]

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -420,6 +421,31 @@ class TestPolling:
         point(own_repo, "x")
         with pytest.raises(BundleError, match="number of a version"), serve(own_repo):
             pass
+
+
+def test_a_signal_while_a_version_loads_drains_and_ends_the_process(own_repo):
+    code = (
+        "import sys, time; from rsm_serve import cli, lifecycle\n"
+        "really = lifecycle.load_lane\n"
+        "def load(repo, selection, **options):\n"
+        "    if selection.version == 2: print('loading', flush=True); time.sleep(100)\n"
+        "    return really(repo, selection, **options)\n"
+        "lifecycle.load_lane = load\n"
+        f"sys.exit(cli.main(['--repo', {str(own_repo)!r}, '--address', '127.0.0.1:0', '--poll', '0.05']))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "ready" in process.stdout.readline()
+            add_version(own_repo, 2)
+            assert process.stdout.readline() == "loading\n"
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0, log
+    assert log.endswith("drained\n")
 
 
 class TestControl:
