@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -155,19 +156,24 @@ def test_stopped_seeds_are_saved_and_resumed_by_the_printed_command(tmp_path, ca
     out = tmp_path / "s{seed}"
     options = [*TINY, "--checkpoint-every", "40", "--seeds", "0-2", "--jobs", "2", "--out", str(out)]
 
-    def interrupt():
-        # Past the warm-up of 100 steps: the resumed run below is given 40 steps more than were taken.
-        while not all(max(steps(tmp_path / name), default=0) >= 100 for name in ("s0", "s1")):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert main([*options, "--total-steps", "1000000"]) == 0
-    output = capfd.readouterr()
-    assert re.search(r"^0 +stopped at step [\d,]+ +- +- +- +-$", output.out, re.M)
-    assert re.search(r"^2 +not started +-", output.out, re.M)
-    assert "mean" not in output.out
-    command = shlex.split(output.err.splitlines()[-1].partition("go on with: ")[2])
+    # In a process of its own: a signal to this one would reach whatever else listens here.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rsm_train.cli", *options, "--total-steps", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # Past the warm-up of 100 steps: the resumed run below is given 40 steps more than were taken.
+    while not all(max(steps(tmp_path / name), default=0) >= 100 for name in ("s0", "s1")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert re.search(r"^0 +stopped at step [\d,]+ +- +- +- +-$", out, re.M)
+    assert re.search(r"^2 +not started +-", out, re.M)
+    assert "mean" not in out
+    command = shlex.split(err.splitlines()[-1].partition("go on with: ")[2])
     assert command[0] == "rsm-train"
     assert command[-1] == "--resume"
     before = steps(tmp_path / "s0")[-1]
