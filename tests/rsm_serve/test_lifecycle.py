@@ -637,7 +637,7 @@ def _padding(content: bytes) -> bytes:
 
 
 def resident_mb() -> float:
-    """What is in use; freed memory that the allocator keeps for later (20 MB of earlier tests) is given back."""
+    """What is in use; freed memory that the allocator keeps (20 MB of other tests) is given back first."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc's
