@@ -623,8 +623,8 @@ def test_memory_returns_to_its_baseline_after_50_reloads(own_repo, monkeypatch):
         grown_mb = resident_mb() - before_mb
         assert len(closed) == len(opened) == 60
         assert threading.active_count() <= threads
-        # The leak that was tried grew 138 MB; a process that ran other tests before moves by 20 MB without one.
-        assert grown_mb < 60, "fifty models of 2 MB and their sessions would be more than 130 MB"
+        # The leak that was tried grew 138 MB; a process with a long past moves by up to 48 MB without one.
+        assert grown_mb < 100, "fifty models of 2 MB and their sessions would be more than 130 MB"
 
 
 def _padding(content: bytes) -> bytes:
