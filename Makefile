@@ -29,11 +29,8 @@ demo: $(READY) ## learn, export, serve, query and evaluate a policy (1 to 4 minu
 test: $(READY) ## everything that must pass: lint, types, proto drift, tests
 	@$(MAKE) --no-print-directory -j 2 lint types check-protos pytest
 
-# OpenVINO's sessions in processes of their own: opened and closed by the hundred, as only a test does, they leave a
-# process in which a later test that starts and signals children dies of a segmentation fault.
 pytest: $(READY) ## the tests alone
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/rsm_serve/test_sessions.py
-	$(BIN)/python -m pytest -n 2 tests/rsm_serve/test_sessions.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: $(READY) ## create or update .venv from the lock
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class OpenVINOSession:
     ) -> None:
         self._spec = spec
         self._precision = precision
-        self._core = openvino.Core()
+        self._core = _core()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UsageError("wanted a processor with bf16, got one without; take the backend openvino")
         self._settings = {
@@ -126,6 +127,17 @@ class OpenVINOSession:
             graph.reshape({name: [size, *shape] for name, shape in shapes.items()})
             self._compiled[size] = _FixedBatch(self._core.compile_model(graph, "CPU", self._settings))
         return self._compiled[size]
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's, one for all sessions and for as long as the process lives.
+
+    Each Core gives the thread another stack for signal handlers, and at its end puts back the one that it
+    found. Cores that do not end in reverse order, as with every reload, would leave a freed stack behind, and
+    the next signal would end the process.
+    """
+    return openvino.Core()
 
 
 class _FixedBatch:

@@ -259,15 +259,41 @@ class TestOpenVINO:
         session.run(1000 * obs, noise)
         np.testing.assert_array_equal(session.run(obs[:3], noise[:3])[0], before)
 
+    def test_a_signal_after_sessions_ended_in_the_order_they_began_is_handled(self):
+        """As with every reload: the new one begins, then the old one ends."""
+        ended = subprocess.run(
+            [sys.executable, "-c", RELOADED], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (ended.returncode, ended.stdout) == (0, "heard 15\n"), ended.stderr
+
     def test_bf16_needs_a_processor_that_has_it(self, monkeypatch):
         class OldCore:
             def get_property(self, device, name):
                 assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
                 return ["FP32", "INT8"]
 
-        monkeypatch.setattr("rsm_serve.sessions.openvino.openvino.Core", OldCore)
+        monkeypatch.setattr("rsm_serve.sessions.openvino._core", OldCore)
         with pytest.raises(UsageError, match="processor with bf16"):
             open_session(bundle_of(), "openvino-bf16")
+
+
+RELOADED = """
+import gc, signal
+from rsm_serve.bundle import Bundle
+from rsm_serve.sessions.choice import open_session
+from tests.bundles import make_model, make_probe, make_spec
+spec = make_spec()
+bundle = Bundle(None, spec, make_model(spec), make_probe(spec))
+first, second = open_session(bundle, "openvino"), open_session(bundle, "openvino")
+first.close()
+del first
+gc.collect()
+second.close()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda number, frame: print("heard", number))
+signal.raise_signal(signal.SIGTERM)
+"""
 
 
 LISTEN = """
