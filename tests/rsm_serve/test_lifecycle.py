@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -593,12 +595,21 @@ def test_what_is_observed_follows_the_versions(own_repo):
 
 
 @ON_LINUX
-def test_memory_returns_to_its_baseline_after_50_reloads(own_repo, monkeypatch):
+def test_memory_returns_to_its_baseline_after_50_reloads(own_repo):
     """A session of this graph takes 1 MB and more: fifty that leak would be seen."""
     shutil.rmtree(own_repo / "tiny")
     spec = make_spec("tiny", steps=20, particles=32)
     padding = np.random.default_rng(0).bytes(2 * 2**20)
     write_bundle(own_repo, spec, model=make_model(spec, work=20) + _padding(padding))
+    # In a process of its own: what other tests left in the allocator moves by more than what is looked for.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        opened, closed, threads, grown_mb = process.submit(reload_60_times, own_repo).result(120)
+    assert (opened, closed, threads) == (60, 60, 0)
+    assert grown_mb < 20, "fifty models of 2 MB and their sessions would be more than 150 MB"
+
+
+def reload_60_times(repo: Path) -> tuple[int, int, int, float]:
+    """Loads, closed policies, and by how many threads and megabytes the last 50 loads made the process grow."""
     opened: list[int] = []
     closed: list[int] = []
     really_close = LocalPolicy.close
@@ -607,24 +618,24 @@ def test_memory_returns_to_its_baseline_after_50_reloads(own_repo, monkeypatch):
         closed.append(1)
         really_close(policy)
 
-    monkeypatch.setattr(LocalPolicy, "close", close)
-    with serve(own_repo) as server, PolicyClient(server.addresses[0], timeout_s=30) as client:
+    with (
+        mock.patch.object(LocalPolicy, "close", close),
+        serve(repo) as server,
+        PolicyClient(server.addresses[0], timeout_s=30) as client,
+    ):
 
-        def reload(times: int) -> None:
-            for _ in range(times):
-                run(server, server.lifecycle.load("tiny"))
-                opened.append(1)
-                client.act(np.zeros(4))
-                wait_until(lambda: not server.registry.draining, "the old lane to close")
+        def reload() -> float:
+            run(server, server.lifecycle.load("tiny"))
+            opened.append(1)
+            client.act(np.zeros(4))
+            wait_until(lambda: not server.registry.draining, "the old lane to close")
+            return resident_mb()
 
-        reload(10)  # the allocator's own high-water mark
-        threads, before_mb = threading.active_count(), resident_mb()
-        reload(50)
-        grown_mb = resident_mb() - before_mb
-        assert len(closed) == len(opened) == 60
-        assert threading.active_count() <= threads
-        # The leak that was tried grew 138 MB; a process with a long past moves by up to 48 MB without one.
-        assert grown_mb < 100, "fifty models of 2 MB and their sessions would be more than 130 MB"
+        # Loads overlap with what the last ones give back; the least of ten is what stays.
+        before_mb = min([reload() for _ in range(10)][5:])
+        threads = threading.active_count()
+        grown_mb = min([reload() for _ in range(50)][40:]) - before_mb
+        return len(opened), len(closed), max(0, threading.active_count() - threads), grown_mb
 
 
 def _padding(content: bytes) -> bytes:
@@ -638,7 +649,7 @@ def _padding(content: bytes) -> bytes:
 
 
 def resident_mb() -> float:
-    """What is in use; freed memory that the allocator keeps (20 MB of other tests) is given back first."""
+    """What is in use; freed memory that the allocator keeps is given back first."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc's
