@@ -48,7 +48,7 @@ class LaneObserver(Protocol):
         """A request was answered, refused or given up; in the event loop.
 
         Args:
-            method: "Act" or "ActStream".
+            method: of the call, such as "Act" or "ModelInfer".
             code: name of the gRPC status.
             reason: of `REASONS`, "late" (the caller's deadline) or, for OK, "".
             rows: as asked for; 0 where the request was refused.

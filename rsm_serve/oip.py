@@ -5,7 +5,6 @@ Decode, submit to the lane, encode; what a message means is in `rsm_serve.oip_co
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -18,12 +17,12 @@ from rsm_serve.batcher import Answered
 from rsm_serve.errors import (
     InvalidRequestError,
     NotOfferedError,
-    NotReadyError,
     RepositoryError,
     RequestError,
     RsmError,
     wire_status,
 )
+from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import RepositoryControl
 from rsm_serve.oip_codec import (
     decode_caller,
@@ -36,8 +35,8 @@ from rsm_serve.oip_codec import (
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.pb import oip_pb2_grpc
 from rsm_serve.policy import ActResult
-from rsm_serve.registry import Lane, Registry
-from rsm_serve.streams import OrderedStream, Submitted
+from rsm_serve.registry import Lane
+from rsm_serve.streams import SHUTTING_DOWN, OpenStreams, OrderedStream, Submitted
 
 _Context = Any  # grpc has no type stubs
 
@@ -46,15 +45,12 @@ SERVICE: str = _DESCRIPTOR.full_name
 SERVER_NAME = "rsm-serve"
 READY = "READY"
 MAX_VERSION_DIGITS = 19
-STREAM_WINDOW = 64
-"""Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
 
 EXTENSIONS = ("model_configuration", "parameters", "statistics")
 """Of Triton's, those that always work."""
 CONTROL_EXTENSION = "model_repository"
 
 SWITCHED_OFF = "loading and unloading policies is switched off; start rsm-serve with an admin token"
-SHUTTING_DOWN = "the server is shutting down; connect to another, or again later"
 
 Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
 """Ends a call with the status of an exception."""
@@ -65,10 +61,10 @@ _InferStream = OrderedStream[pb.ModelInferRequest, _Answer, pb.ModelStreamInferR
 
 
 class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
-    """`inference.GRPCInferenceService` over a registry.
+    """`inference.GRPCInferenceService`.
 
     Args:
-        registry: what is served.
+        intake: where requests enter.
         server_version: for ServerMetadata.
         abort: how a call ends with an error.
         log_fault: told every error inside a stream, which does not end the call.
@@ -77,26 +73,26 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(
         self,
-        registry: Registry,
+        intake: Intake,
         server_version: str,
         *,
         abort: Abort,
         log_fault: Callable[[BaseException], None],
         control: RepositoryControl | None = None,
     ) -> None:
-        self._registry = registry
+        self._intake = intake
+        self._registry = intake.registry
         self._server_version = server_version
         self._abort = abort
         self._log_fault = log_fault
         self._control = control
-        self._streams: set[_InferStream] = set()
+        self._streams = OpenStreams(intake.streams)
         self._draining = False
 
     def drain(self) -> None:
         """No longer ready; answer what is in flight, then end the open streams."""
         self._draining = True
-        for stream in self._streams:
-            stream.end()
+        self._streams.drain()
 
     async def ServerLive(  # noqa: N802
         self, request: pb.ServerLiveRequest, context: _Context
@@ -164,7 +160,7 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         try:
             # Cancelling this handler (the caller left, or its deadline passed) cancels the future, which
             # takes the request out of the queue.
-            submitted = self._submit(request, context)
+            submitted = self._submit("ModelInfer", request, context)
             return submitted.encode(await submitted.future)
         except Exception as error:
             await self._abort(context, error)
@@ -174,21 +170,13 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Sample actions at every control step, in order, several in flight."""
         stream: _InferStream = OrderedStream(
-            lambda request: self._submit_streamed(request, context), self._refused, STREAM_WINDOW
+            lambda request: self._submit_streamed(request, context), self._refused
         )
-        if self._draining:
-            stream.end()
-        self._streams.add(stream)
-        reader = asyncio.create_task(stream.read(requests))
         try:
-            async for response in stream.responses():
+            async for response in self._streams.responses(stream, requests):
                 yield response
-            if stream.ended_by_server:
-                await self._abort(context, NotReadyError(SHUTTING_DOWN))
-        finally:
-            self._streams.discard(stream)
-            reader.cancel()
-            stream.cancel()
+        except RequestError as error:
+            await self._abort(context, error)
 
     async def RepositoryIndex(  # noqa: N802
         self, request: pb.RepositoryIndexRequest, context: _Context
@@ -233,27 +221,22 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         await self._abort(context, error)
 
     def _submit(
-        self, request: pb.ModelInferRequest, context: _Context
+        self, method: str, request: pb.ModelInferRequest, context: _Context
     ) -> Submitted[_Answer, pb.ModelInferResponse]:
-        caller = decode_caller(request)
-        lane = self._registry.find(
+        lane, call, future = self._intake.submit(
+            f"{SERVICE}/{method}",
+            context,
             request.model_name,
             request.model_version,
-            client_id=caller.client_id,
-            seed=caller.seed,
-            fixed=caller.fixed,
-        )
-        call = decode_infer(lane.spec, request)
-        limits_s = [limit for limit in (context.time_remaining(), call.timeout_s) if limit is not None]
-        future = lane.submit(
-            call.rows, min(limits_s, default=None), priority=caller.priority, client_id=caller.client_id
+            lambda: decode_caller(request),
+            lambda spec: decode_infer(spec, request),
         )
         return Submitted(future, partial(encode_infer, lane.spec, call, request.id))
 
     def _submit_streamed(
         self, request: pb.ModelInferRequest, context: _Context
     ) -> Submitted[_Answer, pb.ModelStreamInferResponse]:
-        submitted = self._submit(request, context)
+        submitted = self._submit("ModelStreamInfer", request, context)
         return Submitted(submitted.future, lambda answered: _streamed(submitted.encode(answered)))
 
     def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:

@@ -26,7 +26,7 @@ from rsm_serve.batcher import Answered, BatchLimits
 from rsm_serve.errors import InvalidRequestError
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, act_rows
-from rsm_serve.scheduling import MAX_PRIORITY, check_client_id
+from rsm_serve.scheduling import MAX_PRIORITY, Caller, check_client_id
 from rsm_serve.statistics import Durations, LaneStatistics
 
 SHARED_MEMORY = "shared_memory_region"
@@ -79,20 +79,6 @@ class InferCall:
     """How long the answer is of use; None: for ever."""
     obs_stamp: pb.InferParameter | None
     """Echoed as it came."""
-
-
-@dataclass(frozen=True)
-class Caller:
-    """What a request says of itself to the scheduler; see `Registry.find`."""
-
-    client_id: str
-    """Empty: none was given."""
-    priority: int
-    """As in `rsm_serve.scheduling`: higher goes first, 0 is usual."""
-    seed: int | None
-    """The first of the request's; None if there is none, or if it is not one, which is told later."""
-    fixed: bool
-    """The request is deterministic, or brings its noise."""
 
 
 def decode_caller(request: pb.ModelInferRequest) -> Caller:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rsm_serve.errors import InvalidRequestError
 
 MAX_PRIORITY = 10
@@ -10,6 +12,20 @@ PRIORITY_STEP_S = 0.1
 """A request is queued as if it had come this much earlier for each step of its priority. So nobody starves: at
 most 2 * MAX_PRIORITY * PRIORITY_STEP_S = 2 s after it came, a request goes before everything that comes new."""
 MAX_CLIENT_ID_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a request says of itself before it is decoded; see `Registry.find`."""
+
+    client_id: str
+    """Empty: none was given."""
+    priority: int
+    """Higher goes first, 0 is usual."""
+    seed: int | None
+    """The first of the request's; None if there is none, or if it is not one, which is told later."""
+    fixed: bool
+    """The request is deterministic, or brings its noise."""
 
 
 def check_priority(priority: int) -> int:

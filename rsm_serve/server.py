@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,14 +29,15 @@ from rsm_serve.codec import (
     encode_response,
 )
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import AddressError, NotReadyError, RequestError, retry_after_ms, wire_status
+from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
+from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
-from rsm_serve.observer import Observer, refuse, watch
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import ActResult
+from rsm_serve.policy import ActResult, ActRows
 from rsm_serve.registry import Lane, Registry
-from rsm_serve.scheduling import check_client_id
+from rsm_serve.scheduling import Caller, check_client_id
+from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
 from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -47,9 +48,6 @@ logger = logging.getLogger(__name__)
 _Context = Any  # grpc has no type stubs
 
 SERVICE = "rsm.v1.PolicyService"
-STREAM_WINDOW = 64
-"""Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
-
 FLUSH_S = 0.5
 """Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
 
@@ -65,29 +63,31 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
-    """`rsm.v1.PolicyService` over a registry."""
+@dataclass(frozen=True)
+class _Decoded:
+    """A request of rsm.v1, which has no time limit but the call's."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        server_version: str,
-        observer: Observer | None = None,
-        tracer: Tracer | None = None,
-    ) -> None:
-        self._registry = registry
-        self._observer = observer
-        self._tracer = tracer
+    rows: ActRows
+    timeout_s: None = None
+
+
+_ActStream = OrderedStream[pb.ActRequest, Answered[ActResult], pb.ActResponse]
+
+
+class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
+    """`rsm.v1.PolicyService`."""
+
+    def __init__(self, intake: Intake, server_version: str) -> None:
+        self._intake = intake
         self._server_version = server_version
-        self._streams: set[_Stream] = set()
-        self._draining = False
+        self._streams = OpenStreams(intake.streams)
 
     async def GetSpec(  # noqa: N802
         self, request: pb.GetSpecRequest, context: _Context
     ) -> pb.GetSpecResponse:
         """What a policy takes and gives."""
         try:
-            lane = self._registry.find(request.policy, request.version)
+            lane = self._intake.registry.find(request.policy, request.version)
         except RequestError as error:
             await _abort(context, error)
         return pb.GetSpecResponse(
@@ -110,113 +110,50 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self, requests: AsyncIterator[pb.ActRequest], context: _Context
     ) -> AsyncIterator[pb.ActResponse]:
         """Sample actions at every control step, in order, several in flight."""
-        stream = _Stream(lambda request: self._submit("ActStream", request, context))
-        if self._draining:
-            stream.end()
-        self._streams.add(stream)
-        if self._observer is not None:
-            self._observer.streams(+1)
-        reader = asyncio.create_task(stream.read(requests))
+
+        def submit(request: pb.ActRequest) -> Submitted[Answered[ActResult], pb.ActResponse]:
+            future = self._submit("ActStream", request, context)
+            return Submitted(
+                future, lambda done: encode_response(request.request_id, done.answer, done.queue_us)
+            )
+
+        stream: _ActStream = OrderedStream(submit, _refused)
         try:
-            async for response in stream.responses():
+            async for response in self._streams.responses(stream, requests):
                 yield response
-            if stream.ended_by_server:
-                await _abort(context, _shutting_down())
-        finally:
-            self._streams.discard(stream)
-            if self._observer is not None:
-                self._observer.streams(-1)
-            reader.cancel()
-            stream.cancel()
+        except RequestError as error:
+            await _abort(context, error)
 
     def drain(self) -> None:
         """Answer what is in flight, then end the open streams."""
-        self._draining = True
-        for stream in self._streams:
-            stream.end()
+        self._streams.drain()
 
     def _submit(
         self, method: str, request: pb.ActRequest, context: _Context
     ) -> asyncio.Future[Answered[ActResult]]:
-        started_s = time.perf_counter()
-        timeout_s: float | None = context.time_remaining()
-        lane: Lane | None = None
-        try:
-            client_id = check_client_id(request.client_id)
-            lane = self._registry.find(
-                request.policy,
-                request.version,
-                client_id=client_id,
-                seed=request.seeds[0] if request.seeds else None,
-                fixed=request.deterministic or bool(request.noise),
-            )
-            rows = decode_request(lane.spec, request)
-            future = lane.submit(rows, timeout_s, priority=request.priority, client_id=client_id)
-        except Exception as error:
-            refused = None if lane is None else lane.observer
-            refuse(self._observer, refused, method, error, started_s=started_s)
-            raise
-        watch(future, lane.observer, method, rows=request.rows, started_s=started_s, timeout_s=timeout_s)
-        if self._tracer is not None:
-            metadata, name = context.invocation_metadata(), f"{SERVICE}/{method}"
-            self._tracer.follow(future, name, lane.spec, metadata, started_s=started_s)
+        _, _, future = self._intake.submit(
+            f"{SERVICE}/{method}",
+            context,
+            request.policy,
+            request.version,
+            lambda: _caller(request),
+            lambda spec: _Decoded(decode_request(spec, request)),
+        )
         return future
 
 
-class _Stream:
-    """The requests of one ActStream that are in flight, in order."""
+def _caller(request: pb.ActRequest) -> Caller:
+    return Caller(
+        client_id=check_client_id(request.client_id),
+        priority=request.priority,
+        seed=request.seeds[0] if request.seeds else None,
+        fixed=request.deterministic or bool(request.noise),
+    )
 
-    def __init__(self, submit: Callable[[pb.ActRequest], asyncio.Future[Answered[ActResult]]]) -> None:
-        self._submit = submit
-        self._window = asyncio.Semaphore(STREAM_WINDOW)
-        # None ends the stream.
-        self._pending: asyncio.Queue[tuple[int, asyncio.Future[Answered[ActResult]]] | None] = asyncio.Queue()
-        self._in_flight: asyncio.Future[Answered[ActResult]] | None = None
-        self.ended_by_server = False
 
-    async def read(self, requests: AsyncIterator[pb.ActRequest]) -> None:
-        """Submit requests as they come."""
-        try:
-            async for request in requests:
-                await self._window.acquire()
-                self._pending.put_nowait((request.request_id, self._submitted(request)))
-        finally:
-            self._pending.put_nowait(None)
-
-    def _submitted(self, request: pb.ActRequest) -> asyncio.Future[Answered[ActResult]]:
-        try:
-            return self._submit(request)
-        except Exception as error:
-            refused: asyncio.Future[Answered[ActResult]] = asyncio.get_running_loop().create_future()
-            refused.set_exception(error)
-            return refused
-
-    async def responses(self) -> AsyncIterator[pb.ActResponse]:
-        """One per request, in the order of the requests."""
-        while (item := await self._pending.get()) is not None:
-            request_id, self._in_flight = item
-            try:
-                answered = await self._in_flight
-                yield encode_response(request_id, answered.answer, answered.queue_us)
-            except Exception as error:
-                _log_fault(error, request_id=request_id)
-                yield encode_error(request_id, error)
-            self._window.release()
-
-    def end(self) -> None:
-        """Answer what has been read, then stop."""
-        self.ended_by_server = True
-        self._pending.put_nowait(None)
-
-    def cancel(self) -> None:
-        """Nobody waits any more."""
-        futures = [self._in_flight]
-        while not self._pending.empty():
-            item = self._pending.get_nowait()
-            futures.append(item[1] if item else None)
-        for future in futures:
-            if future is not None and not future.cancel() and not future.cancelled():
-                future.exception()  # marks it as seen
+def _refused(request: pb.ActRequest, error: Exception) -> pb.ActResponse:
+    _log_fault(error, request_id=request.request_id)
+    return encode_error(request.request_id, error)
 
 
 class PolicyServer:
@@ -256,10 +193,9 @@ class PolicyServer:
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        self._service = PolicyService(self.registry, metadata.version("rsm-toolkit"), observer, self._tracer)
-        self._inference = oip.InferenceService(
-            self.registry, metadata.version("rsm-toolkit"), abort=_abort, log_fault=_log_fault
-        )
+        intake, version = Intake(self.registry, observer, self._tracer), metadata.version("rsm-toolkit")
+        self._service = PolicyService(intake, version)
+        self._inference = oip.InferenceService(intake, version, abort=_abort, log_fault=_log_fault)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -404,10 +340,6 @@ def _describe(server: Any) -> None:
     files = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
     names = [service.full_name for file in files for service in file.services_by_name.values()]
     reflection.enable_server_reflection(names, server, oip.reflection_pool(files))
-
-
-def _shutting_down() -> NotReadyError:
-    return NotReadyError("the server is shutting down; connect to another, or again later")
 
 
 def _log_fault(error: BaseException, **fields: object) -> None:

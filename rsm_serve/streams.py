@@ -1,11 +1,17 @@
-"""The requests of one bidirectional stream that are in flight, answered in the order of the requests."""
+"""Bidirectional streams: requests in flight, answered in their order, and all streams of a service together."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from rsm_serve.errors import InvalidRequestError, NotReadyError
+
+STREAM_WINDOW = 64
+"""Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
+SHUTTING_DOWN = "the server is shutting down; connect to another, or again later"
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -34,7 +40,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self,
         submit: Callable[[Request], Submitted[Answer, Response]],
         refuse: Callable[[Request, Exception], Response],
-        window: int,
+        window: int = STREAM_WINDOW,
     ) -> None:
         self._submit = submit
         self._refuse = refuse
@@ -44,6 +50,8 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self._pending = asyncio.Queue()
         self._in_flight: asyncio.Future[Answer] | None = None
         self.ended_by_server = False
+        self.unreadable = False
+        """A message came that is none of the protocol's; nothing can be read behind it."""
 
     async def read(self, requests: AsyncIterator[Request]) -> None:
         """Submit requests as they come."""
@@ -51,6 +59,8 @@ class OrderedStream(Generic[Request, Answer, Response]):
             async for request in requests:
                 await self._window.acquire()
                 self._pending.put_nowait((request, self._submitted(request)))
+        except Exception:
+            self.unreadable = True
         finally:
             self._pending.put_nowait(None)
 
@@ -90,3 +100,49 @@ class OrderedStream(Generic[Request, Answer, Response]):
         for future in futures:
             if future is not None and not future.cancel() and not future.cancelled():
                 future.exception()  # marks it as seen
+
+
+class OpenStreams:
+    """The open streams of a service, which end together when the server drains.
+
+    Args:
+        changed: told +1 when a stream opens and -1 when it closes.
+    """
+
+    def __init__(self, changed: Callable[[int], None]) -> None:
+        self._changed = changed
+        self._streams: set[OrderedStream[Any, Any, Any]] = set()
+        self._draining = False
+
+    async def responses(
+        self, stream: OrderedStream[Request, Any, Response], requests: AsyncIterator[Request]
+    ) -> AsyncIterator[Response]:
+        """The responses of a stream, until its caller or the server ends it.
+
+        Raises:
+            NotReadyError: the server ended it.
+            InvalidRequestError: a message could not be read.
+        """
+        if self._draining:
+            stream.end()
+        self._streams.add(stream)
+        self._changed(+1)
+        reader = asyncio.create_task(stream.read(requests))
+        try:
+            async for response in stream.responses():
+                yield response
+            if stream.ended_by_server:
+                raise NotReadyError(SHUTTING_DOWN)
+            if stream.unreadable:
+                raise InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
+        finally:
+            self._streams.discard(stream)
+            self._changed(-1)
+            reader.cancel()
+            stream.cancel()
+
+    def drain(self) -> None:
+        """Answer what is in flight, then end the open streams."""
+        self._draining = True
+        for stream in self._streams:
+            stream.end()

@@ -47,6 +47,7 @@ NO_GRPC = (
     "addresses",
     "statistics",
     "streams",
+    "intake",
     "config",
     "observer",
     "telemetry",

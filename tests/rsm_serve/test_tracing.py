@@ -24,7 +24,7 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 def test_off_by_default_and_a_missing_extra_is_named(bundle_repo, capsys, monkeypatch):
-    assert PolicyServer(ServerConfig(repo=bundle_repo))._service._tracer is None
+    assert PolicyServer(ServerConfig(repo=bundle_repo))._tracer is None
     monkeypatch.setitem(sys.modules, "opentelemetry", None)  # as if it were not installed
     assert cli.main(["--repo", str(bundle_repo), "--otel"]) == 2
     assert capsys.readouterr().err.startswith('rsm-serve --otel needs: pip install "rsm-toolkit[otel]"')
