@@ -30,8 +30,8 @@ from rsm_serve.errors import (
     RequestError,
 )
 from rsm_serve.local import LocalPolicy, open_policy
+from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.registry import Lane, Selection
 from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
 from rsm_serve.server import PolicyServer, background_server
@@ -362,6 +362,29 @@ class TestLoad:
 
 
 class TestStream:
+    @pytest.mark.parametrize(
+        ("method", "good"),
+        [
+            ("rsm.v1.PolicyService/ActStream", pb.ActRequest(policy="tiny", rows=1, obs=ZEROS)),
+            (
+                "inference.GRPCInferenceService/ModelStreamInfer",
+                oip_pb2.ModelInferRequest(model_name="tiny", id="1"),
+            ),
+        ],
+    )
+    def test_a_message_that_cannot_be_read_ends_the_stream_with_an_error(self, address, method, good):
+        with grpc.insecure_channel(address) as channel:
+            answers = channel.stream_stream(f"/{method}")(
+                iter([good.SerializeToString(), b"\xff" * 9]), timeout=30
+            )
+            received = []
+            with pytest.raises(grpc.RpcError) as caught:
+                for answer in answers:
+                    received.append(answer)
+        assert len(received) == 1, "what came before it is answered"
+        assert caught.value.code().name == INVALID
+        assert "one that cannot be read" in caught.value.details()
+
     def test_answers_equal_the_local_policys_in_the_order_of_the_requests(self, address, bundle_repo):
         local = open_policy(bundle_repo / "tiny")
         obs = np.random.default_rng(0).normal(size=(200, 4)).astype("<f4")

@@ -36,8 +36,8 @@ from rsm_serve.errors import (
 from rsm_serve.http_server import HttpServer, Request, Response
 from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.monitor import Monitor, is_loopback
+from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.seeds import expand_seed
 from rsm_serve.server import PolicyServer, background_server
@@ -157,6 +157,24 @@ class TestMetrics:
         assert found["rsm_queue_rows" + one] == 0
         (runtime,) = (name for name in found if name.startswith("rsm_policy_info"))
         assert re.search(r"runtime=(onnxruntime|openvino) [\d.]+, CPU", runtime)
+
+    def test_both_protocols_are_counted(self, server):
+        with grpc.insecure_channel(server.addresses[0]) as channel:
+            stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
+            request = oip_pb2.ModelInferRequest(model_name="tiny", raw_input_contents=[ZEROS])
+            request.inputs.add(name="obs", datatype="FP32", shape=[1, 4])
+            stub.ModelInfer(request, timeout=30)
+            list(stub.ModelStreamInfer(iter([request, request]), timeout=30))
+            request.inputs[0].shape[1] = 5
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(request, timeout=30)
+        found = {name: value for name, value in scrape(server).items() if name.startswith("rsm_requests_total")}
+        lane = "policy=tiny,reason={},version=1}}"
+        assert found == {
+            "rsm_requests_total{code=OK,method=ModelInfer," + lane.format(""): 1,
+            "rsm_requests_total{code=OK,method=ModelStreamInfer," + lane.format(""): 2,
+            "rsm_requests_total{code=INVALID_ARGUMENT,method=ModelInfer," + lane.format("invalid"): 1,
+        }
 
     def test_the_times_agree_with_those_of_the_answers(self, server):
         with PolicyClient(server.addresses[0], timeout_s=30) as client:
