@@ -377,11 +377,9 @@ class TestStream:
             answers = channel.stream_stream(f"/{method}")(
                 iter([good.SerializeToString(), b"\xff" * 9]), timeout=30
             )
-            received = []
+            assert next(answers), "what came before it is answered"
             with pytest.raises(grpc.RpcError) as caught:
-                for answer in answers:
-                    received.append(answer)
-        assert len(received) == 1, "what came before it is answered"
+                next(answers)
         assert caught.value.code().name == INVALID
         assert "one that cannot be read" in caught.value.details()
 
