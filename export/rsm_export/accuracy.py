@@ -102,8 +102,7 @@ def compare(
         wanted = particle_BNA[row, q_BN[row].argmax()]
         raise ParityError(
             f"the graph does not act like the policy: action of row {row} is {_text(action_BA[row])}, wanted "
-            f"{_text(wanted)} (off by {error_B[row]:.2g} of the action range, {tolerance.action:.2g} allowed); "
-            "no bundle was written"
+            f"{_text(wanted)} (off by {error_B[row]:.2g} of the action range, {tolerance.action:.2g} allowed)"
         )
     return Accuracy(
         rows=len(obs_BO),
@@ -120,7 +119,7 @@ def _value_error(q_B: Array, best_B: Array, tolerance: float) -> float:
     for row in np.flatnonzero(~(error_B <= tolerance)):
         raise ParityError(
             f"the graph does not value like the policy: q of row {row} is {q_B[row]:.7g}, wanted "
-            f"{best_B[row]:.7g} (off by {error_B[row]:.2g}, {tolerance:.2g} allowed); no bundle was written"
+            f"{best_B[row]:.7g} (off by {error_B[row]:.2g}, {tolerance:.2g} allowed)"
         )
     return float(error_B.max())
 

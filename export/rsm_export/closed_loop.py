@@ -122,5 +122,5 @@ def compare_returns(full: Policy, export: Policy, config: SearchConfig) -> Loss:
         arena = Arena({"full": full, "export": export}, "full", pool, config.tolerance)
         loss = arena.loss("export", CONFIRMING_SEED, config.episodes)
     if loss.hopeless:
-        raise ParityError(f"check 'return' failed: wanted {loss.describe()}; no bundle was written")
+        raise ParityError(f"check 'return' failed: wanted {loss.describe()}")
     return loss

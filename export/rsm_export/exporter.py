@@ -13,6 +13,7 @@ from rsm_export.bundle_writer import next_version, write_bundle
 from rsm_export.config import ExportConfig, SearchConfig
 from rsm_export.cost import GraphCost, graph_cost
 from rsm_export.verification import Verification, verify
+from rsm_serve.errors import BundleError
 from rsm_serve.policy import PolicySpec
 from rsm_train.checkpoint import Checkpoint, load_checkpoint
 
@@ -81,11 +82,14 @@ def export_checkpoint(
             trained, config, closed_loop, env_id, lambda c: _check(checkpoint, c)[0].open(), progress
         )
         config, loss = found.chosen.config, found.chosen.confirmed
-    built, verification = _check(checkpoint, config)
-    if verification is not None and closed_loop.env and not auto:
-        progress(f"acting in {closed_loop.episodes} episodes of {closed_loop.env}")
-        loss = _compare_returns(checkpoint, built, closed_loop)
-        verification = verification.with_check("return", loss.describe())
+    try:
+        built, verification = _check(checkpoint, config)
+        if verification is not None and closed_loop.env and not auto:
+            progress(f"acting in {closed_loop.episodes} episodes of {closed_loop.env}")
+            loss = _compare_returns(checkpoint, built, closed_loop)
+            verification = verification.with_check("return", loss.describe())
+    except BundleError as error:
+        raise type(error)(f"{error}; no bundle was written") from error
     spec = built.bundle.spec
     if loss is not None:
         spec = dataclasses.replace(spec, evaluation=loss.to_dict())

@@ -25,7 +25,7 @@ from rsm_export.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, Loss
 from rsm_export.config import ExportConfig, SamplerName, SearchConfig
 from rsm_export.cost import GraphCost
 from rsm_serve.commandline import aligned
-from rsm_serve.errors import BundleError
+from rsm_serve.errors import BundleError, ConfigError
 from rsm_serve.provenance import machine_facts, provenance
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_train.diffusion import SamplerSettings
@@ -66,20 +66,18 @@ class SearchResult:
 
 
 def candidates(trained: SamplerSettings, base: ExportConfig) -> list[ExportConfig]:
-    """What is searched: steps, samplers and particles, except what `base` fixes; the full policy included.
+    """What is searched: steps, samplers and particles, except what `base` fixes.
 
     Steps and particles are the trained number halved again and again. With one step both samplers are one.
     """
     steps = [base.steps] if base.steps else _halvings(trained.steps)
     particles = [base.particles] if base.particles else _halvings(trained.particles)
     samplers: list[SamplerName] = [base.sampler] if base.sampler else ["ddpm", "ddim"]
-    found = [
+    return [
         dataclasses.replace(base, steps=s, particles=n, sampler=name)
         for s, n, name in itertools.product(steps, particles, samplers)
         if s > 1 or name == samplers[0]
     ]
-    full = as_trained(trained, base)
-    return found if full in found else [*found, full]
 
 
 def as_trained(trained: SamplerSettings, base: ExportConfig | None = None) -> ExportConfig:
@@ -119,16 +117,18 @@ def search(
         UnsupportedEnvError: the environment is unknown or not the policy's.
         BackendError: a candidate gave an action that is not finite or out of bounds.
         BundleError: the full policy, or every other candidate, is refused.
+        ConfigError: none of what `base` leaves open is within the tolerance.
     """
-    full = as_trained(trained, base)
+    asked, full = candidates(trained, base), as_trained(trained, base)
     opened: dict[ExportConfig, Opened] = {}
     with EnvPool(env_id) as pool:  # first, so that an unknown one is told at once
         try:
-            _open_all(candidates(trained, base), full, open_candidate, opened, progress)
+            configs = asked if full in asked else [*asked, full]
+            _open_all(configs, full, open_candidate, opened, progress)
             policies = {name: item.policy for name, item in opened.items()}
             arena = Arena(policies, full, pool, config.tolerance)
             measured = _screen(arena, opened, max(2, config.episodes // 4), progress)
-            chosen = _confirm(arena, measured, full, config.episodes, progress)
+            chosen = _confirm(arena, measured, asked, config, progress)
         finally:
             for item in opened.values():
                 item.session.close()
@@ -154,22 +154,27 @@ def _screen(
 def _confirm(
     arena: Arena[ExportConfig],
     measured: list[Measured],
-    full: ExportConfig,
-    episodes: int,
+    asked: list[ExportConfig],
+    config: SearchConfig,
     progress: Callable[[str], None],
 ) -> int:
-    """The index of the fastest candidate that is within the tolerance in new episodes; fills in `confirmed`."""
+    """The index of the fastest of `asked` that is within the tolerance in new episodes; fills in `confirmed`.
+
+    Where nothing is fixed this ends with the full policy, which loses nothing against itself.
+    """
     for index, found in enumerate(measured):
-        if found.screened.hopeless and found.config != full:
+        if found.screened.hopeless or found.config not in asked:
             continue
-        progress(f"confirming {describe(found.config)} on {episodes} new episodes")
-        loss = arena.loss(found.config, CONFIRMING_SEED, episodes)
+        progress(f"confirming {describe(found.config)} on {config.episodes} new episodes")
+        loss = arena.loss(found.config, CONFIRMING_SEED, config.episodes)
         measured[index] = dataclasses.replace(found, confirmed=loss)
-        if loss.within:  # the full policy loses nothing against itself, so the search ends
-            if found.config == full:
-                progress("no faster chain is within the tolerance: the full policy, in float32, is exported")
+        if loss.within:
             return index
-    raise AssertionError("the full policy is one of the candidates")
+    raise ConfigError(
+        f"wanted a chain within {config.tolerance:g} of the full policy's return of "
+        f"{measured[0].screened.full_mean:,.1f}, got none with the options that are given; allow a larger "
+        "--tolerance, or leave out some of --steps, --sampler, --particles, --prior-std and --precision"
+    )
 
 
 def _open_all(

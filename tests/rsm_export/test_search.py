@@ -47,9 +47,8 @@ def test_candidates_are_halvings_and_the_full_policy():
 
 def test_what_is_given_is_not_searched():
     found = candidates(TRAINED, ExportConfig(steps=4, sampler="ddim", eta=0.3, precision="fp16"))
-    assert found[-1] == as_trained(TRAINED)
-    assert {(c.steps, c.sampler, c.eta, c.precision) for c in found[:-1]} == {(4, "ddim", 0.3, "fp16")}
-    assert [c.particles for c in found[:-1]] == [6, 3, 1]
+    assert {(c.steps, c.sampler, c.eta, c.precision) for c in found} == {(4, "ddim", 0.3, "fp16")}
+    assert [c.particles for c in found] == [6, 3, 1]
 
 
 def test_a_loss_is_judged_by_its_interval():
@@ -156,12 +155,13 @@ def test_where_nothing_cheaper_is_good_enough_the_full_policy_is_exported(run_di
             return dataclasses.replace(opened, policy=Constant(opened.policy, 3.0))
         return opened
 
-    said: list[str] = []
-    result = search(trained, ExportConfig(), SearchConfig(episodes=12), ENV, open_candidate, said.append)
+    result = search(trained, ExportConfig(), SearchConfig(episodes=12), ENV, open_candidate)
     assert result.chosen.config == full
-    assert said[-1] == "no faster chain is within the tolerance: the full policy, in float32, is exported"
     assert all(not c.screened.within or c.config == full for c in result.candidates)
     assert table(result).count("->") == 1
+    # What was asked for is honoured or refused, and the full policy was not asked for here.
+    with pytest.raises(ConfigError, match="wanted a chain within 0.02 of .* got none with the options"):
+        search(trained, ExportConfig(particles=2), SearchConfig(episodes=12), ENV, open_candidate)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_full_policy_is_checked_and_run_as_asked():
     )
     low = dataclasses.replace(base, precision="bf16")
     assert (as_trained(TRAINED, low).precision, as_trained(TRAINED, low).backend) == ("fp32", None)
-    assert candidates(TRAINED, low)[-1] == as_trained(TRAINED, low)
+    assert as_trained(TRAINED, low) not in candidates(TRAINED, low)
 
 
 class ClosedOnce:
@@ -242,7 +242,7 @@ def test_where_every_candidate_or_the_full_policy_fails_the_reason_is_said(run_d
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_search_passes_over_what_its_precision_cannot_do(run_dir, tmp_path, monkeypatch, precision, capsys):
     """One step multiplies rounding by up to 406; a search of other chains does not end there."""
-    monkeypatch.setitem(TOLERANCES, precision, 2e-4 if precision == "fp16" else 2e-2)
+    monkeypatch.setitem(TOLERANCES, precision, 5.5e-4 if precision == "fp16" else 2e-2)
     arguments = f"--repo {tmp_path} --name tiny --auto --tolerance 0.9 --episodes 8 --precision {precision}"
     assert main([str(run_dir), *arguments.split()]) == 0
     assert f"left out ddpm, 1 step, 4 particles, {precision}: check 'parity' failed" in capsys.readouterr().err
