@@ -47,10 +47,12 @@ def in_onnxruntime(model, feeds):
     return session.run(None, feeds)
 
 
+CORE = openvino.Core()  # for as long as the process lives; see rsm_serve.sessions.openvino
+
+
 def in_openvino(model, feeds):
-    core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    result = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)(feeds)
+    result = CORE.compile_model(CORE.read_model(model.SerializeToString()), "CPU", settings)(feeds)
     return list(result.values())
 
 
