@@ -146,6 +146,7 @@ def open_runtime(runtime: str, content: bytes) -> Run:
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         return lambda feeds: list(session.run(None, feeds))
+    import rsm_serve.sessions.openvino  # noqa: I001, F401 - first: it keeps OpenVINO's telemetry out
     import openvino
 
     precision = "bf16" if runtime.endswith("bf16") else "f32"

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -20,6 +19,7 @@ from rsm_export.config import Precision
 from rsm_export.onnx_graph import OPSET, build_graph
 from rsm_export.static_rules import check_model, check_static_rules
 
+from rsm_serve.sessions import openvino
 from rsm_train.policy import ActionScale, TorchPolicy
 from tests.rsm_export.policies import inputs, random_policy, weights_of
 
@@ -47,7 +47,7 @@ def in_onnxruntime(model, feeds):
     return session.run(None, feeds)
 
 
-CORE = openvino.Core()  # for as long as the process lives; see rsm_serve.sessions.openvino
+CORE = openvino._core()  # imported without its telemetry, and one for the process
 
 
 def in_openvino(model, feeds):
