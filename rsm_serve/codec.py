@@ -18,7 +18,7 @@ from rsm_serve.errors import (
     wire_status,
 )
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows
+from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows, seeded_rows
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ERROR_MARK = ("rsm-error", "1")
@@ -46,7 +46,7 @@ def decode_request(spec: PolicySpec, request: pb.ActRequest) -> ActRows:
         return act_rows(spec, obs, noise=_from_bytes("noise", request.noise, (rows, *spec.noise_shape)))
     count = len(request.seeds)
     seed = None if count == 0 else request.seeds[0] if count == 1 else np.array(request.seeds[:], np.uint64)
-    return act_rows(spec, obs, seed=seed, deterministic=request.deterministic)
+    return seeded_rows(obs, seed, deterministic=request.deterministic)
 
 
 def encode_request(

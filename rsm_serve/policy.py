@@ -7,6 +7,7 @@ by wrapping. Shape legend: B rows, O observation size, A action size, T denoisin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ environment."""
 MAX_NOISE_SIZE = 2**24
 """Most numbers of one row's noise, T N A (64 MiB): what is asked for in a file must not exhaust the memory."""
 
+FLOAT32 = np.dtype(np.float32)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Seed = int | NDArray[np.uint64] | list[int] | None
@@ -62,7 +64,7 @@ class BoxSpec:
             if not isinstance(name, str):
                 raise BundleError(f"a box needs text as names, got {name!r:.60}")
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of elements."""
         return len(self.names)
@@ -138,7 +140,7 @@ class PolicySpec:
             if not isinstance(value, Mapping) and (value is not None or key == "provenance"):
                 raise BundleError(f"a policy needs named values as {key}, got {value!r:.60}")
 
-    @property
+    @functools.cached_property
     def noise_shape(self) -> tuple[int, int, int]:
         """(T, N, A): the shape of one row's noise."""
         return (self.steps, self.particles, self.action.size)
@@ -292,11 +294,12 @@ class ActRows:
         timing: Timing,
     ) -> ActResult:
         """The answer in the shape the caller used."""
-        pick = 0 if self.single else slice(None)
+        if not self.single:
+            return ActResult(action_BA, q_B, self.seeds_B, version, timing)
         return ActResult(
-            action=action_BA[pick],
-            q=None if q_B is None else np.asarray(q_B[pick]),
-            seed=None if self.seeds_B is None else np.asarray(self.seeds_B[pick]),
+            action=action_BA[0],
+            q=None if q_B is None else np.asarray(q_B[0]),
+            seed=None if self.seeds_B is None else np.asarray(self.seeds_B[0]),
             version=version,
             timing=timing,
         )
@@ -317,7 +320,7 @@ def act_rows(
     """
     obs_size = spec.observation.size
     array = _as_array("observation", obs)
-    if array.dtype.kind not in "fiub":
+    if array.dtype != FLOAT32 and array.dtype.kind not in "fiub":
         raise InvalidRequestError(
             f"wanted a float32 observation for policy {spec.name!r}, got dtype {array.dtype}; "
             "convert it to float32"
@@ -327,16 +330,15 @@ def act_rows(
             f"wanted an observation of shape [{obs_size}] or [B, {obs_size}] for policy {spec.name!r}, "
             f"got {list(array.shape)}; check that policy and environment belong together"
         )
-    if array.dtype == np.float32:
-        obs_BO = np.ascontiguousarray(array.reshape(-1, obs_size))
+    single, rows = array.ndim == 1, array.size // obs_size
+    if array.dtype == FLOAT32:
+        obs_BO = np.ascontiguousarray(array.reshape(rows, obs_size))
     else:
         with np.errstate(over="ignore"):  # becomes Inf, which is refused below
-            obs_BO = np.ascontiguousarray(array.reshape(-1, obs_size), dtype=np.float32)
-    _require_finite("observation", obs_BO)
-    rows = len(obs_BO)
+            obs_BO = np.ascontiguousarray(array.reshape(rows, obs_size), dtype=np.float32)
     if noise is None:
-        seeds = resolve_seeds(seed, rows, deterministic=deterministic)
-        return ActRows(obs_BO, seeds, None, array.ndim == 1)
+        return seeded_rows(obs_BO, seed, deterministic=deterministic, single=single)
+    require_finite("observation", obs_BO)
     if seed is not None or deterministic:
         raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
     noise_array = _as_array("noise", noise)
@@ -350,8 +352,20 @@ def act_rows(
             f"wanted noise of shape {[rows, *spec.noise_shape]} for policy {spec.name!r}, "
             f"got {list(noise_BTNA.shape)}; its axes are row, denoising step, particle, action"
         )
-    _require_finite("noise", noise_BTNA)
-    return ActRows(obs_BO, None, noise_BTNA, array.ndim == 1)
+    require_finite("noise", noise_BTNA)
+    return ActRows(obs_BO, None, noise_BTNA, single)
+
+
+def seeded_rows(
+    obs_BO: NDArray[np.float32], seed: Seed, *, deterministic: bool = False, single: bool = False
+) -> ActRows:
+    """`act_rows` for observations that have the right shape and dtype already.
+
+    Raises:
+        InvalidRequestError: NaN or Inf, or wrong seeds.
+    """
+    require_finite("observation", obs_BO)
+    return ActRows(obs_BO, resolve_seeds(seed, len(obs_BO), deterministic=deterministic), None, single)
 
 
 def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:
@@ -363,9 +377,10 @@ def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:
         ) from None
 
 
-def _require_finite(what: str, array: NDArray[np.float32]) -> None:
+def require_finite(what: str, array: NDArray[np.float32]) -> None:
+    """Raise InvalidRequestError, which names the place, for an array with NaN or Inf."""
     finite = np.isfinite(array)
-    if not finite.all():
+    if not np.logical_and.reduce(finite, axis=None):
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise InvalidRequestError(
             f"wanted finite numbers, got {array[where]} in the {what} at index {list(where)}; "
