@@ -589,14 +589,15 @@ class _Call:
     ) -> tuple[ActRows, pb.ActRequest]:
         if self.closed:
             raise NotReadyError(f"the client of {self.target} was closed here; create another")
-        rows = act_rows(self.spec, obs, seed=seed, noise=noise, deterministic=deterministic)
+        rows = act_rows(
+            self.spec, obs, seed=seed, noise=noise, deterministic=deterministic, draw=deterministic
+        )
         self._last_id += 1  # only for logs and traces: two threads may draw the same
         message = encode_request(
             rows,
             policy=self.target.policy,
             version=self.target.version,
             request_id=self._last_id,
-            draw=seed is None,
             deterministic=deterministic,
             client_id=self._client_id,
             priority=self._priority,

@@ -18,7 +18,8 @@ from rsm_serve.errors import (
     wire_status,
 )
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows, seeded_rows
+from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows, require_finite
+from rsm_serve.seeds import resolve_seeds
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ERROR_MARK = ("rsm-error", "1")
@@ -46,7 +47,8 @@ def decode_request(spec: PolicySpec, request: pb.ActRequest) -> ActRows:
         return act_rows(spec, obs, noise=_from_bytes("noise", request.noise, (rows, *spec.noise_shape)))
     count = len(request.seeds)
     seed = None if count == 0 else request.seeds[0] if count == 1 else np.array(request.seeds[:], np.uint64)
-    return seeded_rows(obs, seed, deterministic=request.deterministic)
+    require_finite("observation", obs)  # all that `act_rows` has left to check: shape and dtype are ours
+    return ActRows(obs, resolve_seeds(seed, rows, deterministic=request.deterministic), None, single=False)
 
 
 def encode_request(
@@ -55,12 +57,11 @@ def encode_request(
     policy: str,
     version: str,
     request_id: int,
-    draw: bool,
     deterministic: bool,
     client_id: str = "",
     priority: int = 0,
 ) -> pb.ActRequest:
-    """The message for a validated call; `draw` leaves the seeds to the server."""
+    """The message for a validated call; rows without seeds and noise leave both to the server."""
     request = pb.ActRequest(
         policy=policy,
         version=version,
@@ -73,8 +74,7 @@ def encode_request(
     )
     if rows.noise_BTNA is not None:
         request.noise = _to_bytes(rows.noise_BTNA)
-    elif not (draw or deterministic):
-        assert rows.seeds_B is not None
+    elif rows.seeds_B is not None and not deterministic:
         request.seeds.extend(rows.seeds_B.tolist())
     return request
 
@@ -126,27 +126,23 @@ def decode_response(spec: PolicySpec, rows: ActRows, response: pb.ActResponse, *
         q = _from_bytes("q", response.q, (count,)).copy() if response.q else None
     except InvalidRequestError as error:
         raise RequestError(f"the server's answer is damaged: {error}") from None
-    seeds = np.array(response.seeds[:], np.uint64) if len(response.seeds) == count else None
-    timing = Timing(
-        queue_us=response.timing.queue_us,
-        batch_us=response.timing.batch_us,
-        compute_us=response.timing.compute_us,
-        batch_rows=response.timing.batch_rows,
-        total_us=total_us,
-    )
+    sent = response.timing
+    timing = Timing(sent.queue_us, sent.batch_us, sent.compute_us, sent.batch_rows, total_us)
+    seeds = np.array(response.seeds, np.uint64) if len(response.seeds) == count else None
     answered = ActRows(rows.obs_BO, seeds, rows.noise_BTNA, rows.single)
     return answered.result(action, q, version=response.version, timing=timing)
 
 
 def _to_bytes(array: NDArray[np.float32]) -> bytes:
-    return array.astype(WIRE_FLOAT, copy=False).tobytes()
+    return (array if array.dtype == WIRE_FLOAT else array.astype(WIRE_FLOAT)).tobytes()
 
 
 def _from_bytes(name: str, content: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    wanted = WIRE_FLOAT.itemsize * math.prod(shape)
+    wanted = 4 * math.prod(shape)
     if len(content) != wanted:
         raise InvalidRequestError(
             f"wanted {wanted} bytes of {name} (float32 {list(shape)}), got {len(content)}; "
             "send raw little-endian float32 in row-major order"
         )
-    return np.ndarray(shape, WIRE_FLOAT, content).astype(np.float32, copy=False)
+    array: NDArray[np.float32] = np.ndarray(shape, WIRE_FLOAT, content)
+    return array if WIRE_FLOAT.isnative else array.astype(np.float32)

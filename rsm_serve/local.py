@@ -209,7 +209,7 @@ class LocalPolicy:
         # The graph clips already, so this is the rule, and it takes half the time; NaN does not equal itself.
         if _all(clipped_BA == action_BA) and (q_B is None or _all(np.isfinite(q_B))):
             return clipped_BA, None
-        sound_B: NDArray[np.bool_] = (np.abs(clipped_BA - action_BA) <= self._slack).all(axis=1)
+        sound_B = np.logical_and.reduce(np.abs(clipped_BA - action_BA) <= self._slack, axis=1)
         return clipped_BA, sound_B if q_B is None else np.logical_and(sound_B, np.isfinite(q_B))
 
     def _unsound(self, action_BA: NDArray[np.float32]) -> BackendError:

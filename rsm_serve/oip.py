@@ -173,8 +173,9 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             lambda request: self._submit_streamed(request, context), self._refused
         )
         try:
-            async for response in self._streams.responses(stream, requests):
-                yield response
+            async with self._streams.open(stream, requests) as responses:
+                async for response in responses:
+                    yield response
         except RequestError as error:
             await self._abort(context, error)
 

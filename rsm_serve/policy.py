@@ -270,7 +270,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class ActRows:
-    """A validated act call: always with a batch axis, always with noise or seeds."""
+    """A validated act call, always with a batch axis; with noise or seeds, unless a server is to draw them."""
 
     obs_BO: NDArray[np.float32]
     seeds_B: NDArray[np.uint64] | None
@@ -312,8 +312,14 @@ def act_rows(
     seed: Seed = None,
     noise: NDArray[np.float32] | None = None,
     deterministic: bool = False,
+    draw: bool = True,
 ) -> ActRows:
     """Validate the arguments of `Policy.act` against a specification.
+
+    Args:
+        spec: of the policy.
+        obs, seed, noise, deterministic: see `Policy.act`.
+        draw: False leaves out the seeds where none is given: a server will draw them.
 
     Raises:
         InvalidRequestError: see `Policy.act`.
@@ -336,9 +342,11 @@ def act_rows(
     else:
         with np.errstate(over="ignore"):  # becomes Inf, which is refused below
             obs_BO = np.ascontiguousarray(array.reshape(rows, obs_size), dtype=np.float32)
-    if noise is None:
-        return seeded_rows(obs_BO, seed, deterministic=deterministic, single=single)
     require_finite("observation", obs_BO)
+    if noise is None:
+        draws = draw or seed is not None
+        seeds = resolve_seeds(seed, rows, deterministic=deterministic) if draws else None
+        return ActRows(obs_BO, seeds, None, single)
     if seed is not None or deterministic:
         raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
     noise_array = _as_array("noise", noise)
@@ -354,18 +362,6 @@ def act_rows(
         )
     require_finite("noise", noise_BTNA)
     return ActRows(obs_BO, None, noise_BTNA, single)
-
-
-def seeded_rows(
-    obs_BO: NDArray[np.float32], seed: Seed, *, deterministic: bool = False, single: bool = False
-) -> ActRows:
-    """`act_rows` for observations that have the right shape and dtype already.
-
-    Raises:
-        InvalidRequestError: NaN or Inf, or wrong seeds.
-    """
-    require_finite("observation", obs_BO)
-    return ActRows(obs_BO, resolve_seeds(seed, len(obs_BO), deterministic=deterministic), None, single)
 
 
 def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:

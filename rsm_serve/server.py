@@ -119,8 +119,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
         stream: _ActStream = OrderedStream(submit, _refused)
         try:
-            async for response in self._streams.responses(stream, requests):
-                yield response
+            async with self._streams.open(stream, requests) as responses:
+                async for response in responses:
+                    yield response
         except RequestError as error:
             await _abort(context, error)
 
