@@ -55,6 +55,9 @@ NO_GRPC = (
     "http_server",
     "monitor",
     "logs",
+    "guard",
+    "recorder",
+    "recording",
 )
 PURE_TRAINING = (
     "diffusion",
