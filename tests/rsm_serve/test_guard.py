@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,18 @@ def actions(*rows: tuple[float, float]) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
+def make_guard(limits: GuardLimits, **settings: int) -> Any:
+    """Untyped: the tests know which answers are None."""
+    return ActionGuard(limits, **settings)
+
+
+def recorded(directory: Path) -> list[Any]:
+    return list(read(directory))
+
+
 class TestCore:
     def test_an_action_is_clipped_towards_the_one_before_element_by_element(self):
-        guard = ActionGuard(GuardLimits(0.1))  # 0.4 per step
+        guard = make_guard(GuardLimits(0.1))  # 0.4 per step
         first = actions((0, -2))
         given, adjusted = guard.limit(SPEC, "arm", first, 0.0)
         assert given is first
@@ -54,7 +64,7 @@ class TestCore:
         assert adjusted is None
 
     def test_the_result_never_leaves_the_bounds(self):
-        guard, rng = ActionGuard(GuardLimits(0.03)), np.random.default_rng(0)
+        guard, rng = make_guard(GuardLimits(0.03)), np.random.default_rng(0)
         before = None
         for step in range(300):
             wanted = rng.uniform(-3, 1, (1, 2)).astype(np.float32)
@@ -65,19 +75,19 @@ class TestCore:
             before = given
 
     def test_clients_policies_and_rows_have_their_own_last_actions(self):
-        guard = ActionGuard(GuardLimits(0.1))
+        guard = make_guard(GuardLimits(0.1))
         guard.limit(SPEC, "arm", actions((0, 0), (-3, -3)), 0.0)
         assert guard.limit(SPEC, "leg", actions((1, 1)), 0.0)[1] is None
         assert guard.limit(make_spec("other"), "arm", actions((1, 1)), 0.0)[1] is None
         given, adjusted = guard.limit(SPEC, "arm", actions((1, 1), (-3, -3), (1, 1)), 0.1)
-        assert np.allclose(given, [[0.4, 0.4], [-3, -3], [1, 1]])
+        assert np.allclose(given, actions((0.4, 0.4), (-3, -3), (1, 1)))
         assert adjusted.tolist() == [LIMITED, NONE, NONE]
         guard.limit(SPEC, "arm", actions((0.4, 0.4)), 0.2)  # the other rows are not forgotten by that
         given, _ = guard.limit(SPEC, "arm", actions((0.4, 0.4), (1, 1)), 0.3)
         assert np.allclose(given[1], [-2.6, -2.6])
 
     def test_an_old_action_is_no_longer_the_last_step(self):
-        guard = ActionGuard(GuardLimits(0.1))
+        guard = make_guard(GuardLimits(0.1))
         guard.limit(SPEC, "arm", actions((0, 0)), 0.0)
         assert guard.limit(SPEC, "arm", actions((0, 1)), IDLE_S)[1] is not None
         assert guard.limit(SPEC, "arm", actions((1, -3)), 2 * IDLE_S + 0.1)[1] is None
@@ -86,14 +96,14 @@ class TestCore:
         assert guard.limit(slow, "slow", actions((1, 1)), 9.0)[1] is not None
 
     def test_the_limit_survives_a_reload_unless_the_action_space_is_another(self):
-        guard = ActionGuard(GuardLimits(0.1))
+        guard = make_guard(GuardLimits(0.1))
         guard.limit(SPEC, "arm", actions((0, 0)), 0.0)
         assert guard.limit(make_spec(version="2"), "arm", actions((1, 1)), 0.1)[1] is not None
         wider = dataclasses.replace(SPEC, action=BoxSpec(SPEC.action.names, (-9.0, -9.0), (9.0, 9.0)))
         assert guard.limit(wider, "arm", actions((9, 9)), 0.2)[1] is None
 
     def test_the_number_of_clients_is_bounded_and_the_silent_one_goes_first(self):
-        guard = ActionGuard(GuardLimits(0.1), max_clients=2)
+        guard = make_guard(GuardLimits(0.1), max_clients=2)
         for client in ("a", "b", "a", "c"):
             guard.limit(SPEC, client, actions((0, 0)), 0.0)
         assert guard.clients == 2
@@ -102,12 +112,12 @@ class TestCore:
 
     def test_who_cannot_be_limited_is_refused(self):
         with pytest.raises(InvalidRequestError, match="give every robot its own client_id, or use a stream"):
-            ActionGuard(GuardLimits(0.1)).admit(None)
-        ActionGuard(GuardLimits(0.1)).admit("arm")
-        ActionGuard(GuardLimits(fallback="hold")).admit(None)
+            make_guard(GuardLimits(0.1)).admit(None)
+        make_guard(GuardLimits(0.1)).admit("arm")
+        make_guard(GuardLimits(fallback="hold")).admit(None)
 
     def test_hold_gives_the_last_action_for_the_idle_time_and_no_longer(self):
-        guard = ActionGuard(GuardLimits(fallback="hold"))
+        guard = make_guard(GuardLimits(fallback="hold"))
         assert guard.substitute(SPEC, "arm", 1, 0.0) is None
         assert guard.substitute(SPEC, None, 1, 0.0) is None
         guard.limit(SPEC, "arm", actions((0, -1)), 0.0)
@@ -119,11 +129,11 @@ class TestCore:
         assert guard.substitute(SPEC, "arm", 2, 0.1) is None
 
     def test_center_is_reached_by_steps_where_they_are_limited(self):
-        assert ActionGuard(GuardLimits()).substitute(SPEC, "arm", 1, 0.0) is None
-        given, adjusted = ActionGuard(GuardLimits(fallback="center")).substitute(SPEC, None, 2, 0.0)
+        assert make_guard(GuardLimits()).substitute(SPEC, "arm", 1, 0.0) is None
+        given, adjusted = make_guard(GuardLimits(fallback="center")).substitute(SPEC, None, 2, 0.0)
         assert given.tolist() == [[-1, -1], [-1, -1]]
         assert adjusted.tolist() == [CENTERED, CENTERED]
-        guard = ActionGuard(GuardLimits(0.25, "center"))
+        guard = make_guard(GuardLimits(0.25, "center"))
         guard.limit(SPEC, "arm", actions((1, -1)), 0.0)
         assert guard.substitute(SPEC, "arm", 1, 0.1)[0].tolist() == [[0, -1]]
         assert guard.substitute(SPEC, "arm", 1, 0.2)[0].tolist() == [[-1, -1]]
@@ -185,9 +195,11 @@ class TestServer:
 
     def test_who_cannot_be_limited_is_told(self, bundle_repo):
         with guarded(bundle_repo, max_action_step=0.25) as (server, _):
-            with PolicyClient(server.addresses[0], timeout_s=30) as client:
-                with pytest.raises(InvalidRequestError, match="wanted a client_id"):
-                    client.act(LOW)
+            with (
+                PolicyClient(server.addresses[0], timeout_s=30) as client,
+                pytest.raises(InvalidRequestError, match="wanted a client_id"),
+            ):
+                client.act(LOW)
             with triton.InferenceServerClient(server.addresses[0]) as other:
                 tensor = triton.InferInput("obs", [1, 4], "FP32")
                 tensor.set_data_from_numpy(LOW[None].astype(np.float32))
@@ -205,7 +217,8 @@ class TestServer:
             before = client.act(LOW, seed=1)
             wait_until(lambda: client.act(LOW, seed=1).version == "2", "version 2")
             after = client.act(HIGH, seed=1)
-            assert (before.version, after.version, after.adjusted) == ("1", "2", LIMITED)
+            assert (before.version, after.version) == ("1", "2")
+            assert after.adjusted == LIMITED
 
     @pytest.mark.parametrize("kind", ["unsound", "failing"])
     def test_hold(self, bundle_repo, kind, caplog):
@@ -216,6 +229,7 @@ class TestServer:
                 held = client.act(HIGH, seed=2)
                 assert np.array_equal(held.action, good.action)
                 assert held.adjusted == HELD
+                assert held.q is not None
                 assert np.isnan(held.q)
                 assert held.seed == 2
                 with pytest.raises(InvalidRequestError):  # what the caller got wrong is still told
@@ -248,12 +262,14 @@ class TestServer:
                 client.act(LOW)
 
     def test_records_have_the_policys_own_action_beside_the_one_given_out(self, bundle_repo, tmp_path):
-        with guarded(bundle_repo, max_action_step=0.25, fallback="hold", record=tmp_path) as (server, session):
-            with PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client:
-                first, second = client.act(LOW, seed=1), client.act(HIGH, seed=1)
-                session.broken = True
-                client.act(HIGH)
-        one, two, three = read(tmp_path)
+        with (
+            guarded(bundle_repo, max_action_step=0.25, fallback="hold", record=tmp_path) as (server, session),
+            PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client,
+        ):
+            first, second = client.act(LOW, seed=1), client.act(HIGH, seed=1)
+            session.broken = True
+            client.act(HIGH)
+        one, two, three = recorded(tmp_path)
         assert one.adjusted is None
         assert two.adjusted.tolist() == [LIMITED]
         assert np.array_equal(two.action[0], second.action)
