@@ -160,8 +160,11 @@ class PolicyClient:
         seed: Seed = None,
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
+        client_id: str | None = None,
     ) -> ActResult:
         """Sample actions; see `rsm_serve.policy.Policy.act`.
+
+        `client_id` says who asks this time, for a caller that asks for several; None: the client itself.
 
         Raises:
             InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
@@ -172,7 +175,7 @@ class PolicyClient:
             BackendError: the policy failed.
         """
         started = time.perf_counter()
-        rows, request = self._call.request(obs, seed, noise, deterministic)
+        rows, request = self._call.request(obs, seed, noise, deterministic, client_id)
         try:
             response = self._act(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
@@ -585,7 +588,12 @@ class _Call:
         self._last_id = 0
 
     def request(
-        self, obs: ArrayLike, seed: Seed, noise: NDArray[np.float32] | None, deterministic: bool
+        self,
+        obs: ArrayLike,
+        seed: Seed,
+        noise: NDArray[np.float32] | None,
+        deterministic: bool,
+        client_id: str | None = None,
     ) -> tuple[ActRows, pb.ActRequest]:
         if self.closed:
             raise NotReadyError(f"the client of {self.target} was closed here; create another")
@@ -598,7 +606,7 @@ class _Call:
             request_id=self._last_id,
             draw=seed is None,
             deterministic=deterministic,
-            client_id=self._client_id,
+            client_id=self._client_id if client_id is None else check_client_id(client_id),
             priority=self._priority,
         )
         return rows, message

@@ -57,7 +57,6 @@ NO_GRPC = (
     "logs",
     "guard",
     "recorder",
-    "recording",
 )
 PURE_TRAINING = (
     "diffusion",

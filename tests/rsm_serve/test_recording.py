@@ -73,6 +73,17 @@ def assert_same(one: Record, other: Record) -> None:
             assert mine == yours, name
 
 
+def assert_recorded(record: Any, answer: Any) -> None:
+    """That the record is the answer's, of arm-7."""
+    assert np.array_equal(record.action.reshape(answer.action.shape), answer.action)
+    assert np.array_equal(record.q.reshape(answer.q.shape), answer.q)
+    if record.noise is None:
+        assert np.array_equal(record.seeds.reshape(answer.seed.shape), answer.seed)
+    assert (record.policy, record.version, record.client_id) == ("tiny", "1", "arm-7")
+    assert 0 < record.timing.compute_us < record.timing.total_us < answer.timing.total_us
+    assert record.policy_action is record.action
+
+
 class TestFormat:
     @pytest.mark.parametrize(
         "record",
@@ -147,13 +158,7 @@ class TestServer:
         records = recorded(tmp_path / "new" / "records")
         assert [record.method for record in records] == [*4 * ["Act"], "ActStream", "ModelInfer"]
         for record, answer in zip(records, answers, strict=False):
-            assert np.array_equal(record.action.reshape(answer.action.shape), answer.action)
-            assert np.array_equal(record.q.reshape(answer.q.shape), answer.q)
-            if record.noise is None:
-                assert np.array_equal(record.seeds.reshape(answer.seed.shape), answer.seed)
-            assert (record.policy, record.version, record.client_id) == ("tiny", "1", "arm-7")
-            assert 0 < record.timing.compute_us < record.timing.total_us < answer.timing.total_us
-            assert record.policy_action is record.action
+            assert_recorded(record, answer)
         assert [record.deterministic for record in records] == [False, False, True, False, False, False]
         assert np.array_equal(records[3].noise, noise)
         assert records[3].seeds is None
