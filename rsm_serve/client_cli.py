@@ -192,8 +192,8 @@ def _nothing_compared(report: replaying.Report) -> str:
     for what, why in report.missing.items():
         return f"wanted answers for {what} to compare, got none: {why}"
     return (
-        f"wanted records of answered requests, got none among {report.records} ({report.other_policies} of other "
-        f"policies, {report.unreadable} unreadable); check the path and --policy"
+        f"wanted records of answered requests, got none among {report.records} ({report.other_policies} of "
+        f"other policies, {report.unreadable} unreadable); check the path and --policy"
     )
 
 
@@ -220,7 +220,7 @@ def _as_json(result: ActResult) -> dict[str, Any]:
         "q": None if result.q is None else _numbers(result.q),
         "adjusted": None if result.adjusted is None else _names(result.adjusted),
         # Text, because JSON readers round numbers beyond 2**53.
-        "seed": None if result.seed is None else np.vectorize(str, otypes=[object])(result.seed).tolist(),
+        "seed": None if result.seed is None else _each(result.seed, str),
         "version": result.version,
         "timing_us": {
             "queue": round(result.timing.queue_us, 1),
@@ -234,15 +234,18 @@ def _as_json(result: ActResult) -> dict[str, Any]:
 
 def _numbers(values: NDArray[np.float32]) -> Any:
     """As JSON has it: null for what is not a number, such as the value of a fallback."""
-    return np.vectorize(lambda value: None if np.isnan(value) else float(value), otypes=[object])(
-        values
-    ).tolist()
+    return _each(values, lambda value: None if np.isnan(value) else float(value))
 
 
 def _names(adjusted: NDArray[np.int32]) -> Any:
     names = {kind.value: kind.name.lower() for kind in Adjustment}
     # A newer server may know another one.
-    return np.vectorize(lambda value: names.get(value, str(value)), otypes=[object])(adjusted).tolist()
+    return _each(adjusted, lambda value: names.get(value, str(value)))
+
+
+def _each(array: NDArray[Any], convert: Callable[[Any], Any]) -> Any:
+    """The converted numbers, in lists as deep as the array."""
+    return np.vectorize(convert, otypes=[object])(array).tolist()
 
 
 def _measure(

@@ -8,16 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rsm_serve.batcher import Answered
 from rsm_serve.guard import GuardedAnswers
 from rsm_serve.observer import Observer, refuse, watch
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
-from rsm_serve.recorder import Recorder
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller
 from rsm_serve.tracing import Tracer
+
+if TYPE_CHECKING:
+    from rsm_serve.recorder import Recorder
 
 Future = asyncio.Future[Answered[ActResult]]
 

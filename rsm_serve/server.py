@@ -36,14 +36,16 @@ from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows
-from rsm_serve.recorder import Recorder
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller, check_client_id
 from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
 from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rsm_serve.monitor import Monitor
+    from rsm_serve.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +201,9 @@ class PolicyServer:
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        self._recorder = None if config.record is None else Recorder(config.record, config.record_max_bytes)
+        self._recorder = (
+            None if config.record is None else _new_recorder(config.record, config.record_max_bytes)
+        )
         if self.monitor is not None and self._recorder is not None:
             self.monitor.telemetry.recorded = self._recorder.counts
         guard = GuardedAnswers(config.guard) if config.guard.active else None
@@ -340,6 +344,12 @@ def _new_monitor() -> Monitor:
     from rsm_serve.monitor import Monitor  # prometheus_client alone takes 0.06 s to import
 
     return Monitor()
+
+
+def _new_recorder(directory: Path, max_bytes: int) -> Recorder:
+    from rsm_serve.recorder import Recorder  # file locks, which not every system has
+
+    return Recorder(directory, max_bytes)
 
 
 def _bind(server: Any, address: str) -> str:

@@ -1,4 +1,4 @@
-"""`rsm-client replay`: recordings of a real server against the server, its bundle, and bundles that act otherwise."""
+"""`rsm-client replay`: recordings of a real server against it, its bundle, and bundles that act otherwise."""
 
 from __future__ import annotations
 
