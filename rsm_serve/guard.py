@@ -69,6 +69,8 @@ class _Last:
     """The last actions of one client, by row of its requests."""
 
     space: BoxSpec
+    range_A: NDArray[np.float32]
+    """From bound to bound."""
     action_RA: NDArray[np.float32]
     given_R: NDArray[np.float64]
     """When each was given out, seconds."""
@@ -163,10 +165,10 @@ class ActionGuard:
             return action_BA
         rows = min(len(action_BA), len(last.action_RA))
         recent_R = last.given_R[:rows] >= now - _idle_s(spec)
-        step_A = np.float32(self._limits.max_step) * (spec.action_high - spec.action_low)
+        step_A = np.float32(self._limits.max_step) * last.range_A
         before_RA = last.action_RA[:rows]
         # Between the last action and the wanted one, which are both inside the bounds.
-        clipped_RA = np.clip(action_BA[:rows], before_RA - step_A, before_RA + step_A)
+        clipped_RA = np.minimum(np.maximum(action_BA[:rows], before_RA - step_A), before_RA + step_A)
         changed_R = recent_R & (clipped_RA != action_BA[:rows]).any(axis=1)
         if not changed_R.any():
             return action_BA
@@ -191,7 +193,7 @@ class ActionGuard:
     ) -> None:
         rows, size = action_BA.shape
         if last is None or len(last.action_RA) < rows:
-            last = _grown(last, spec.action, rows, size)
+            last = _grown(last, spec, rows, size)
         last.action_RA[:rows] = action_BA
         last.given_R[:rows] = now
         if chosen:
@@ -214,10 +216,16 @@ def _held(last: _Last | None, rows: int, since_s: float) -> NDArray[np.float32] 
     return last.action_RA[:rows].copy()
 
 
-def _grown(last: _Last | None, space: BoxSpec, rows: int, size: int) -> _Last:
+def _grown(last: _Last | None, spec: PolicySpec, rows: int, size: int) -> _Last:
     """With room for `rows`; what is not known was given out an eternity ago."""
     never_R = np.full(rows, -np.inf)
-    grown = _Last(space, np.zeros((rows, size), np.float32), never_R, never_R.copy())
+    grown = _Last(
+        spec.action,
+        spec.action_high - spec.action_low,
+        np.zeros((rows, size), np.float32),
+        never_R,
+        never_R.copy(),
+    )
     if last is not None:
         known = len(last.action_RA)
         grown.action_RA[:known] = last.action_RA

@@ -324,7 +324,7 @@ def replay(
             report.other_policies += 1
         elif not record.ok:
             report.failed_then[record.code] += 1
-        elif record.policy_action is None:
+        elif record.policy_action is None or record.obs is None:
             report.fallbacks_then += 1
         else:
             asked += 1
