@@ -218,7 +218,7 @@ def _as_json(result: ActResult) -> dict[str, Any]:
     return {
         "action": result.action.tolist(),
         "q": None if result.q is None else _numbers(result.q),
-        "adjusted": None if result.adjusted is None else _names(result.adjusted),
+        **({} if result.adjusted is None else {"adjusted": _names(result.adjusted)}),
         # Text, because JSON readers round numbers beyond 2**53.
         "seed": None if result.seed is None else _each(result.seed, str),
         "version": result.version,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -13,14 +14,22 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from rsm_serve.batcher import BatchLimits
+from rsm_serve.batcher import Answered, BatchLimits
 from rsm_serve.bundle import load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import BackendError, ConfigError, InvalidRequestError
-from rsm_serve.guard import IDLE_S, ActionGuard, GuardLimits
+from rsm_serve.errors import (
+    BackendError,
+    ConfigError,
+    DeadlineExpiredError,
+    InvalidRequestError,
+    NotReadyError,
+    QueueFullError,
+    SupersededError,
+)
+from rsm_serve.guard import IDLE_S, ActionGuard, GuardedAnswers, GuardLimits
 from rsm_serve.local import LocalPolicy
-from rsm_serve.policy import Adjustment, BoxSpec
+from rsm_serve.policy import ActResult, ActRows, Adjustment, BoxSpec, Timing
 from rsm_serve.recording import read
 from rsm_serve.registry import Lane
 from rsm_serve.server import PolicyServer, background_server
@@ -142,6 +151,55 @@ class TestCore:
     def test_a_step_is_a_fraction(self, step):
         with pytest.raises(ConfigError, match="wanted max_action_step above 0 and at most 1"):
             GuardLimits(step)
+
+
+class TestAnswers:
+    """In an event loop, with futures as a batcher gives them."""
+
+    rows = ActRows(np.zeros((1, 4), np.float32), None, None, single=False)
+
+    def answered(self, action: tuple[float, float]) -> Answered[ActResult]:
+        return Answered(ActResult(actions(action), None, None, "1", Timing()), 5.0)
+
+    @pytest.mark.parametrize("kind", [QueueFullError, DeadlineExpiredError, SupersededError, NotReadyError])
+    def test_a_fallback_hides_the_policys_failures_alone(self, kind):
+        async def main() -> None:
+            guard = GuardedAnswers(GuardLimits(fallback="center"))
+            sampled: asyncio.Future[Answered[ActResult]] = asyncio.get_running_loop().create_future()
+            given = guard.follow(sampled, SPEC, "arm", self.rows, None)
+            sampled.set_exception(kind("too bad"))
+            with pytest.raises(kind, match="too bad"):
+                await given
+
+        asyncio.run(main())
+
+    def test_an_action_that_nobody_got_is_not_the_last_one(self):
+        async def main() -> None:
+            guard = GuardedAnswers(GuardLimits(0.1), clock=lambda: 0.0)
+            loop = asyncio.get_running_loop()
+            for action, expected in (((0, 0), 0), ((-3, 0), None), ((1, 0), 0.4)):
+                sampled: asyncio.Future[Answered[ActResult]] = loop.create_future()
+                given = guard.follow(sampled, SPEC, "arm", self.rows, None)
+                sampled.set_result(self.answered(action))
+                if expected is None:  # given up just as the answer comes
+                    given.cancel()
+                    await asyncio.sleep(0)
+                    continue
+                answered = await given
+                assert answered.answer.action[0, 0] == pytest.approx(expected)
+                assert answered.queue_us == 5
+
+        asyncio.run(main())
+
+    def test_giving_up_takes_the_request_out_of_the_queue(self):
+        async def main() -> None:
+            guard = GuardedAnswers(GuardLimits(0.1))
+            sampled: asyncio.Future[Answered[ActResult]] = asyncio.get_running_loop().create_future()
+            guard.follow(sampled, SPEC, "arm", self.rows, None).cancel()
+            await asyncio.sleep(0)
+            assert sampled.cancelled()
+
+        asyncio.run(main())
 
 
 class Switched(Unsound):

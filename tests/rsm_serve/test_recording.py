@@ -25,7 +25,7 @@ from rsm_serve.local import open_policy
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.policy import Adjustment, Timing
-from rsm_serve.recorder import RotatingFiles
+from rsm_serve.recorder import MAX_PENDING_BYTES, Recorder, RotatingFiles
 from rsm_serve.recording import MAGIC, Record, encode, numbered_files, read
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
@@ -258,6 +258,28 @@ class TestServer:
             process.send_signal(signal.SIGKILL)
             process.wait(30)
         assert len(list(read(tmp_path))) == 20
+
+
+class TestRecorder:
+    def test_what_the_writer_cannot_keep_up_with_is_dropped_and_told_once(self, tmp_path, caplog):
+        recorder, count = Recorder(tmp_path, 2**26), MAX_PENDING_BYTES // 1024 + 100
+        for _ in range(count):  # the writer does not run yet
+            recorder.refused("Act", "tiny", "1", None, InvalidRequestError("no"))
+        dropped = recorder.counts.dropped["behind"]
+        assert 90 < dropped < 110
+        recorder.start()
+        recorder.close()
+        assert recorder.counts.written == count - dropped == len(list(read(tmp_path)))
+        told = [line for line in caplog.messages if "requests were answered and not recorded" in line]
+        assert told == [f"{dropped} requests were answered and not recorded: the disk does not keep up"]
+        recorder.close()
+
+    def test_a_record_larger_than_a_file_is_dropped(self, tmp_path):
+        recorder = Recorder(tmp_path, 1000)
+        recorder.refused("Act", "x" * 128, "1", None, InvalidRequestError("no"))
+        recorder.start()
+        recorder.close()
+        assert recorder.counts.dropped["too_large"] == 1
 
 
 class TestFiles:
