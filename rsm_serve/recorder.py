@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +37,15 @@ FILES = 8
 """At least so many files share the space, so that deleting the oldest deletes no more than this part."""
 GATHER_S = 0.02
 """How long the writer lets records gather: to wake it for each would cost the event loop more than the rest."""
+PAUSE_S = 100e-6
+"""After each record, while no more than half of the room is taken: the interpreter runs one thread at a time, and
+a writer that went on at once would keep the event loop from it until all is written (measured: 2 ms)."""
 RETRY_S = 1.0
 """Between two attempts to write to a disk that is full or gone."""
 CLOSE_S = 5.0
 MAX_ASKED_CHARACTERS = 128
 """Of a policy's name that is not here: it is the caller's own text."""
+_NO_TIMING = Timing()
 _OVERHEAD_BYTES = 1024
 """Of a record that waits, beside its observation and noise."""
 
@@ -72,7 +76,15 @@ class _Settled:
     size: int
 
     def record(self) -> Record:
-        record = Record(
+        action = q = adjusted = policy_action = None
+        timing, queue_us = _NO_TIMING, 0.0
+        if self.code == OK:
+            answered = self.given.result()
+            result, queue_us = answered.answer, answered.queue_us
+            action, q, adjusted, timing = result.action, result.q, result.adjusted, result.timing
+            if self.sampled.exception() is None:
+                policy_action = self.sampled.result().answer.action
+        return Record(
             policy=self.spec.name,
             version=self.spec.version,
             method=self.method,
@@ -83,20 +95,11 @@ class _Settled:
             noise=self.rows.noise_BTNA,
             code=self.code,
             reason=self.reason,
-            timing=Timing(total_us=1e6 * self.seconds),
-        )
-        if self.code != OK:
-            return record
-        answered = self.given.result()
-        result, failed = answered.answer, self.sampled.exception() is not None
-        timing = replace(result.timing, queue_us=answered.queue_us, total_us=record.timing.total_us)
-        return replace(
-            record,
-            action=result.action,
-            q=result.q,
-            adjusted=result.adjusted,
-            policy_action=None if failed else self.sampled.result().answer.action,
-            timing=timing,
+            action=action,
+            q=q,
+            adjusted=adjusted,
+            policy_action=policy_action,
+            timing=Timing(queue_us, timing.batch_us, timing.compute_us, timing.batch_rows, 1e6 * self.seconds),
         )
 
 
@@ -225,6 +228,8 @@ class Recorder:
         while item is not None:
             self._done_bytes += item.size
             self._write(item)
+            if self._taken_bytes - self._done_bytes < MAX_PENDING_BYTES // 2 and not self._closing.is_set():
+                time.sleep(PAUSE_S)
             try:
                 item = self._waiting.get_nowait()
             except queue.Empty:
