@@ -38,8 +38,8 @@ FILES = 8
 GATHER_S = 0.02
 """How long the writer lets records gather: to wake it for each would cost the event loop more than the rest."""
 PAUSE_S = 100e-6
-"""After each record, while no more than half of the room is taken: the interpreter runs one thread at a time, and
-a writer that went on at once would keep the event loop from it until all is written (measured: 2 ms)."""
+"""After each record, while no more than half of the room is taken: the interpreter runs one thread at a time,
+and a writer that went on at once would keep the event loop from it until all is written (measured: 2 ms)."""
 RETRY_S = 1.0
 """Between two attempts to write to a disk that is full or gone."""
 CLOSE_S = 5.0

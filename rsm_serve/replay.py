@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -244,8 +245,9 @@ class Report:
     """Those that differ most, the worst first."""
     largest: float = 0.0
     unreadable: int = 0
-    then: list[Timing] = field(default_factory=list)
-    now: list[Timing] = field(default_factory=list)
+    then_us: array[float] = field(default_factory=lambda: array("f"))
+    """Of each comparison, the `STAGES` in a row; plain numbers, because recordings are long."""
+    now_us: array[float] = field(default_factory=lambda: array("f"))
 
     @property
     def agrees(self) -> bool:
@@ -263,8 +265,8 @@ class Report:
         self.differing_q_rows += difference.q_rows
         self.largest = _larger(self.largest, difference.action)
         self.largest_q = _larger(self.largest_q, difference.q)
-        self.then.append(record.timing)
-        self.now.append(now)
+        for column, timing in ((self.then_us, record.timing), (self.now_us, now)):
+            column.extend((timing.queue_us, timing.compute_us, timing.total_us))
         if difference.rows:
             # What is not a number is worst.
             self.worst.append(difference)
@@ -294,7 +296,7 @@ class Report:
             "largest_difference": _finite(self.largest),
             "largest_q_difference": _finite(self.largest_q),
             "worst": [_as_json(difference) for difference in self.worst],
-            "latency_us": {"then": percentiles(self.then), "now": percentiles(self.now)},
+            "latency_us": {"then": percentiles(self.then_us), "now": percentiles(self.now_us)},
         }
 
 
@@ -348,11 +350,9 @@ def _ask(number: int, record: Record, against: Against, report: Report) -> None:
     report.add(difference, result.timing)
 
 
-def percentiles(timings: Iterable[Timing]) -> dict[str, dict[str, float]]:
+def percentiles(stages_us: array[float]) -> dict[str, dict[str, float]]:
     """Microseconds by stage and percentile; then, the total is the server's, now it is the caller's."""
-    columns = np.array([(one.queue_us, one.compute_us, one.total_us) for one in timings]).reshape(
-        -1, len(STAGES)
-    )
+    columns = np.array(stages_us).reshape(-1, len(STAGES))
     if not len(columns):
         return {}
     return {
@@ -386,7 +386,7 @@ def table(report: Report) -> str:
         rows += [_line(difference) for difference in report.worst]
         lines += ["", aligned(rows, left=4)]
     if report.compared:
-        then, now = percentiles(report.then), percentiles(report.now)
+        then, now = percentiles(report.then_us), percentiles(report.now_us)
         rows_us = [("microseconds", *(f"{when} p{p}" for when in ("then", "now") for p in PERCENTILES))]
         for stage in STAGES:
             rows_us.append((stage, *(f"{value:.0f}" for of in (then, now) for value in of[stage].values())))
