@@ -100,8 +100,8 @@ class PolicyClient:
         version: a number; None for the current one.
         timeout_s: deadline of every call.
         connect_timeout_s: deadline of the first call, which fetches the specification.
-        client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version, and
-            a server that limits the change per step limits it from this robot's last action.
+        client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version,
+            and a server that limits how far an action moves per step counts from this robot's last one.
         priority: from -10 to 10; requests of higher priority go first.
 
     Raises:
