@@ -7,6 +7,7 @@ cannot keep up with, or cannot write, is dropped and counted. `rsm_serve.recordi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -37,8 +38,12 @@ FILES = 8
 """At least so many files share the space, so that deleting the oldest deletes no more than this part."""
 GATHER_S = 0.02
 """How long the writer lets records gather: to wake it for each would cost the event loop more than the rest."""
+GROUP = 8
+"""Records that are written by one call, and without a pause."""
+GROUP_BYTES = 2**16
+"""Of a group; a larger record is written alone."""
 PAUSE_S = 100e-6
-"""After each record, while no more than half of the room is taken: the interpreter runs one thread at a time,
+"""After each group, while no more than half of the room is taken: the interpreter runs one thread at a time,
 and a writer that went on at once would keep the event loop from it until all is written (measured: 2 ms)."""
 RETRY_S = 1.0
 """Between two attempts to write to a disk that is full or gone."""
@@ -217,43 +222,59 @@ class Recorder:
     def _work(self) -> None:
         ended = False
         while not ended:
-            first = self._waiting.get()
+            items = [self._waiting.get()]
             self._closing.wait(GATHER_S)
-            ended = self._write_waiting(first)
+            self._files.look()
+            while items and not ended:
+                ended = items[-1] is None
+                self._write([item for item in items if item is not None])
+                if self._taken_bytes - self._done_bytes < MAX_PENDING_BYTES // 2 and not self._closing.is_set():
+                    time.sleep(PAUSE_S)
+                items = self._group()
             self._tell()
 
-    def _write_waiting(self, item: _Settled | _Refused | None) -> bool:
-        """Write until nothing waits; whether the end has come."""
-        self._files.look()
-        while item is not None:
-            self._done_bytes += item.size
-            self._write(item)
-            if self._taken_bytes - self._done_bytes < MAX_PENDING_BYTES // 2 and not self._closing.is_set():
-                time.sleep(PAUSE_S)
-            try:
-                item = self._waiting.get_nowait()
-            except queue.Empty:
-                return False
-        return True
+    def _group(self) -> list[_Settled | _Refused | None]:
+        """The next few that wait; the last one is None at the end."""
+        items: list[_Settled | _Refused | None] = []
+        with contextlib.suppress(queue.Empty):
+            while len(items) < GROUP and (not items or items[-1] is not None):
+                items.append(self._waiting.get_nowait())
+        return items
 
-    def _write(self, item: _Settled | _Refused) -> None:
+    def _write(self, items: list[_Settled | _Refused]) -> None:
+        frames: list[bytes] = []
+        size = 0
+        for item in items:
+            self._done_bytes += item.size
+            try:
+                frame = recording.encode(item.record())
+            except Exception:  # our own fault: the thread goes on, or nothing would ever be recorded again
+                logger.exception("a record could not be made")
+                continue
+            if size + len(frame) > GROUP_BYTES:
+                self._append(frames)
+                frames, size = [], 0
+            frames.append(frame)
+            size += len(frame)
+        self._append(frames)
+
+    def _append(self, frames: list[bytes]) -> None:
+        if not frames:
+            return
         if time.monotonic() < self._retry_at_s:
-            self.counts.dropped["disk"] += 1
+            self.counts.dropped["disk"] += len(frames)
             return
         try:
-            written = self._files.append(recording.encode(item.record()))
+            written = self._files.append(b"".join(frames))
         except OSError as error:
             self._retry_at_s = time.monotonic() + RETRY_S
-            self.counts.dropped["disk"] += 1
+            self.counts.dropped["disk"] += len(frames)
             logger.warning("requests are not recorded: %s; serving goes on, trying again every second", error)
             return
-        except Exception:  # our own fault: the thread goes on, or nothing would ever be recorded again
-            logger.exception("a record could not be made")
-            return
         if written:
-            self.counts.written += 1
+            self.counts.written += len(frames)
         else:
-            self.counts.dropped["too_large"] += 1
+            self.counts.dropped["too_large"] += len(frames)
 
     def _tell(self) -> None:
         """Say in the log what was dropped since the last time; of the disk, its error says it."""
@@ -304,19 +325,19 @@ class RotatingFiles:
                 "choose another --record"
             ) from None
 
-    def append(self, frame: bytes) -> bool:
-        """Write a frame; False if it is larger than a file may be.
+    def append(self, frames: bytes) -> bool:
+        """Write one or more frames by one call; False if they are larger than a file may be.
 
         Raises:
             OSError: it could not be written; of what was, nothing is left.
         """
-        if len(MAGIC) + len(frame) > self._file_bytes:
+        if len(MAGIC) + len(frames) > self._file_bytes:
             return False
-        if self._path is not None and self._size + len(frame) > self._file_bytes:
+        if self._path is not None and self._size + len(frames) > self._file_bytes:
             self._leave()
         if self._path is None:
             self._begin()
-        self._write(frame)
+        self._write(frames)
         return True
 
     def look(self) -> None:
@@ -360,7 +381,7 @@ class RotatingFiles:
         if written == len(content):
             self._size += written
             return
-        try:  # the disk is full: a frame is there as a whole or not at all
+        try:  # the disk is full: what is written is there as a whole or not at all
             os.ftruncate(self._descriptor, self._size)
         except OSError:
             self._leave()
