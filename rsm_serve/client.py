@@ -423,10 +423,11 @@ class AsyncPolicyClient:
         seed: Seed = None,
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
+        client_id: str | None = None,
     ) -> ActResult:
         """Sample actions; arguments and errors as `PolicyClient.act`. Cancelling it cancels the request."""
         started = time.perf_counter()
-        rows, request = self._call.request(obs, seed, noise, deterministic)
+        rows, request = self._call.request(obs, seed, noise, deterministic, client_id)
         try:
             response = await self._act(request, timeout=self.timeout_s)
         except grpc.RpcError as error:

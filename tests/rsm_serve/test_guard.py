@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from rsm_serve import client_cli
 from rsm_serve.batcher import Answered, BatchLimits
 from rsm_serve.bundle import load_bundle
-from rsm_serve.client import PolicyClient
+from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import (
     BackendError,
@@ -309,6 +311,30 @@ class TestServer:
             assert (result.as_numpy("action") == -1).all()
             assert np.isnan(result.as_numpy("q")).all()
             assert result.get_response().parameters["adjusted"].string_param == "centered,centered"
+
+    def test_the_command_line_shows_a_fallback(self, bundle_repo, capsys):
+        with guarded(bundle_repo, fallback="center") as (server, session):
+            assert client_cli.main(["act", "--address", server.addresses[0]]) == 0
+            assert "adjusted" not in json.loads(capsys.readouterr().out)
+            session.broken = True
+            assert client_cli.main(["act", "--address", server.addresses[0]]) == 0
+            shown = json.loads(capsys.readouterr().out)
+        assert (shown["action"], shown["adjusted"], shown["q"]) == ([-1, -1], "centered", None)
+
+    def test_one_connection_may_ask_for_several(self, bundle_repo):
+        async def main(address: str) -> list[float]:
+            async with AsyncPolicyClient(address, client_id="arm", timeout_s=30) as client:
+                calls = [
+                    client.act(LOW, seed=1),
+                    client.act(HIGH, seed=1, client_id="leg"),
+                    client.act(HIGH, seed=1),
+                ]
+                return [float((await call).action[0]) for call in calls]
+
+        with guarded(bundle_repo, max_action_step=0.25) as (server, _):
+            arm, leg, arm_again = asyncio.run(main(server.addresses[0]))
+        assert leg == pytest.approx(1, abs=1e-3)
+        assert arm_again == pytest.approx(arm + 1)
 
     def test_fail_is_the_default(self, bundle_repo):
         with (
