@@ -269,7 +269,7 @@ class Recorder:
         except OSError as error:
             self._retry_at_s = time.monotonic() + RETRY_S
             self.counts.dropped["disk"] += len(frames)
-            logger.warning("requests are not recorded: %s; serving goes on, trying again every second", error)
+            logger.warning("requests are not recorded (%s); serving goes on, and so do attempts to write", error)
             return
         if written:
             self.counts.written += len(frames)
@@ -385,7 +385,7 @@ class RotatingFiles:
             os.ftruncate(self._descriptor, self._size)
         except OSError:
             self._leave()
-        raise OSError(f"only {written} of {len(content)} bytes could be written; is the disk full?")
+        raise OSError(f"only {written} of {len(content)} bytes could be written, as if the disk were full")
 
     def _leave(self) -> None:
         if self._path is not None:
