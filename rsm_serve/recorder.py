@@ -269,7 +269,7 @@ class Recorder:
         except OSError as error:
             self._retry_at_s = time.monotonic() + RETRY_S
             self.counts.dropped["disk"] += len(frames)
-            logger.warning("requests are not recorded (%s); serving goes on, and so do attempts to write", error)
+            logger.warning("requests are not recorded (%s); serving goes on, trying again each second", error)
             return
         if written:
             self.counts.written += len(frames)
