@@ -76,17 +76,21 @@ class Tally:
 
 
 def grpc_senders(address: str, method: str, clients: int) -> list[Send]:
-    """One per client, spread over a few connections, as a fleet behind a proxy would be."""
-    channels = [
-        grpc.aio.insecure_channel(
-            address, options=[("grpc.use_local_subchannel_pool", 1), ("connection", number)]
-        )
-        for number in range(min(CONNECTIONS, clients))
-    ]
+    """One per client."""
+    channels = grpc_channels(address, clients)
     if method.endswith(("Stream", "StreamInfer")):
         return [_stream(channels[number % len(channels)].stream_stream(method)()) for number in range(clients)]
     calls = [channel.unary_unary(method) for channel in channels]
     return [_unary(calls[number % len(calls)]) for number in range(clients)]
+
+
+def grpc_channels(address: str, clients: int) -> list[Any]:
+    """A few connections for all clients, as for a fleet behind a proxy."""
+    own = ("grpc.use_local_subchannel_pool", 1)
+    return [
+        grpc.aio.insecure_channel(address, options=[own, ("connection", number)])
+        for number in range(min(CONNECTIONS, clients))
+    ]
 
 
 def _unary(call: Any) -> Send:
@@ -174,9 +178,11 @@ async def open_loop(senders: list[Send], payload: bytes, seconds: float, rate: f
 
 async def idle_streams(address: str, method: str, count: int, payload: bytes) -> None:
     """Open streams that have had one answer, say so, and hold them until stdin ends."""
-    senders = grpc_senders(address, method, count)
-    for send in senders:
-        await send(payload)
+    channels = grpc_channels(address, count)
+    senders = []
+    for number in range(count):  # one after the other: it is their number that is measured, not a rush
+        senders.append(_stream(channels[number % len(channels)].stream_stream(method)()))
+        await senders[-1](payload)
     print(json.dumps({"open": count}), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, input)
 

@@ -1,13 +1,13 @@
 """`rsm-serve` against an echo of the same stack, against the bare graph, and against other policy servers.
 
-    python benchmarks/serving.py [--only latency ...] [--peer-python PATH] [--rounds 5] [--seconds 5] [--out FILE]
+    python benchmarks/serving.py [--only SECTION ...] [--peer-python PATH] [--rounds 5] [--seconds 5] [--out FILE]
 
-The graph is HalfCheetah's size with T = 20 and one particle (n1), or 32 (n32), of random weights, on one thread.
-Load comes from a process of its own (`load.py`), with the same prepared messages' cost for every server; the
-servers of one section run in the same minutes, and everything shares the machine's cores.
+The graph is HalfCheetah's size with T = 20 and one particle (n1) or 32 (n32), random weights, on one thread. Load
+comes from a process of its own (`load.py`) that sends prepared messages; the servers of one section run in the
+same minutes, and everything shares the machine's cores.
 
-latency   one client: unary and stream, interleaved with the floors: an echo (`echo_server.py`), and an echo that
-          runs the graph, which is the least that a server of this graph can take on this machine
+latency   one client: unary and stream, interleaved with the floors: an echo (`echo_server.py`), and an echo
+          that runs the graph, which is the least that a server of this graph can take on this machine
 clients   64 clients, closed loop, with the cores' time that each side spent per message
 n32       64 clients of the best-of-32 graph, against the session's own rows per second
 load      latency against load, open loop; with --peer-python also PyTriton and LitServe (`peers/`)
@@ -95,7 +95,7 @@ def started(command: Sequence[str | Path]) -> Iterator[Server]:
 
 def rsm_serve(repository: Path, policy: str, *options: str) -> contextlib.AbstractContextManager[Server]:
     """`rsm-serve` with one policy, on any free port."""
-    arguments = ["--repo", repository, "--policy", policy, "--address", "127.0.0.1:0", *options]
+    arguments = ["--repo", str(repository), "--policy", policy, "--address", "127.0.0.1:0", *options]
     return started([sys.executable, "-m", "rsm_serve.cli", *arguments])
 
 
@@ -192,7 +192,7 @@ def _stream(channel: grpc.Channel, message: bytes) -> Callable[[], object]:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Microseconds of each call, in turns of `steps`, so that all see the same machine; the first round warms up."""
+    """Microseconds of each call, in turns of `steps`: all see the same machine. The first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
         for name, call in calls.items():
@@ -262,9 +262,11 @@ def measure_load(repository: Path, seconds: float, peer_python: Path | None) -> 
             "rsm-serve, Open Inference Protocol": curve(server, INFER, infer_message("n1"), seconds),
         }
     for name, script in PEERS.items() if peer_python else ():
-        graph = ["--model", repository / "n1" / "1" / "model.onnx", "--noise", f"{STEPS},1,{ACTION_SIZE}"]
+        model = repository / "n1" / "1" / "model.onnx"
         assert peer_python is not None
-        with started([peer_python, HERE / "peers" / script, *graph]) as server:
+        with started(
+            [peer_python, HERE / "peers" / script, "--model", model, "--noise", f"{STEPS},1,{ACTION_SIZE}"]
+        ) as server:
             if server.address.startswith("http"):
                 message = json.dumps({"obs": [0.0] * OBS_SIZE}).encode()
                 report[name] = curve(server, server.address, message, seconds)
@@ -300,7 +302,8 @@ def measure_start(repository: Path, times: int = 5) -> dict[str, Any]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.readline()
         ready_s.append(time.perf_counter() - begun_s)
         process.terminate()

@@ -275,7 +275,7 @@ class _Job(Generic[Request, Answer]):
 
 
 class _Bell:
-    """A `threading.Condition` for one waiting thread, at a third of its cost: one lock is reused for every wait.
+    """A `threading.Condition` for one waiting thread, at a third of its cost: one lock serves all waits.
 
     `ring` and `wait` are called with `lock` held; `wait` lets go of it while it sleeps.
     """

@@ -81,24 +81,30 @@ def encode_request(
 
 def encode_response(request_id: int, result: ActResult, queue_us: float) -> pb.ActResponse:
     """The message for an answer with a batch axis."""
-    timing = result.timing
     response = pb.ActResponse(
         request_id=request_id,
         version=result.version,
         rows=len(result.action),
         action=_to_bytes(result.action),
-        timing=pb.Timing(
-            queue_us=queue_us,
-            batch_us=timing.batch_us,
-            compute_us=timing.compute_us,
-            batch_rows=timing.batch_rows,
-        ),
+        timing=encode_timing(result.timing, queue_us),
     )
     if result.q is not None:
         response.q = _to_bytes(result.q)
     if result.seed is not None:
         response.seeds.extend(result.seed.tolist())
+    if result.adjusted is not None:
+        response.adjusted.extend(result.adjusted.tolist())
     return response
+
+
+def encode_timing(timing: Timing, queue_us: float) -> pb.Timing:
+    """Where the time went on the server; the total is the caller's to measure."""
+    return pb.Timing(
+        queue_us=queue_us,
+        batch_us=timing.batch_us,
+        compute_us=timing.compute_us,
+        batch_rows=timing.batch_rows,
+    )
 
 
 def encode_error(request_id: int, error: BaseException) -> pb.ActResponse:
@@ -126,11 +132,16 @@ def decode_response(spec: PolicySpec, rows: ActRows, response: pb.ActResponse, *
         q = _from_bytes("q", response.q, (count,)).copy() if response.q else None
     except InvalidRequestError as error:
         raise RequestError(f"the server's answer is damaged: {error}") from None
-    sent = response.timing
-    timing = Timing(sent.queue_us, sent.batch_us, sent.compute_us, sent.batch_rows, total_us)
+    timing = decode_timing(response.timing, total_us)
     seeds = np.array(response.seeds, np.uint64) if len(response.seeds) == count else None
+    adjusted = np.array(response.adjusted, np.int32) if len(response.adjusted) == count else None
     answered = ActRows(rows.obs_BO, seeds, rows.noise_BTNA, rows.single)
-    return answered.result(action, q, version=response.version, timing=timing)
+    return answered.result(action, q, version=response.version, timing=timing, adjusted_B=adjusted)
+
+
+def decode_timing(message: pb.Timing, total_us: float) -> Timing:
+    """Where the time went on the server, and in all."""
+    return Timing(message.queue_us, message.batch_us, message.compute_us, message.batch_rows, total_us)
 
 
 def _to_bytes(array: NDArray[np.float32]) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.canary import Canary, check_shares
 from rsm_serve.errors import ConfigError
+from rsm_serve.guard import Fallback, GuardLimits
 from rsm_serve.registry import Selection
 from rsm_serve.sessions.choice import Backend
 
@@ -75,6 +76,27 @@ class ServerConfig:
         default=None,
         metadata={"help": "Most policies that compute at the same moment, in turn.  [default: all]"},
     )
+    max_action_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest change of each action element from one step of a client to its next, as a "
+            "fraction of the element's range.  [default: any]"
+        },
+    )
+    fallback: Fallback = field(
+        default="fail",
+        metadata={
+            "help": "What a client gets when the policy fails or its action is unsound: an error, its last "
+            "action, or the centre of the bounds."
+        },
+    )
+    record: Path | None = field(
+        default=None,
+        metadata={"help": "Directory where every request and its answer are recorded.  [default: nowhere]"},
+    )
+    record_max_mb: int = field(
+        default=1024, metadata={"help": "Megabytes of records that are kept; the oldest go first."}
+    )
     drain_seconds: float = field(
         default=10.0, metadata={"help": "Seconds that SIGTERM leaves for queued requests to finish."}
     )
@@ -90,10 +112,12 @@ class ServerConfig:
             )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
+        if self.record_max_mb < 1:
+            raise ConfigError(f"wanted record_max_mb >= 1, got {self.record_max_mb}")
         self._check_canaries()
         if not self.addresses:
             raise ConfigError("wanted at least one address such as 127.0.0.1:8001, got none")
-        _ = self.limits
+        _ = self.limits, self.guard
 
     @property
     def limits(self) -> BatchLimits:
@@ -101,6 +125,16 @@ class ServerConfig:
         return BatchLimits(
             self.max_batch_size, self.max_queue_rows, 1e-6 * self.max_queue_delay_us, self.latest_wins
         )
+
+    @property
+    def guard(self) -> GuardLimits:
+        """The same action guard for every policy."""
+        return GuardLimits(self.max_action_step, self.fallback)
+
+    @property
+    def record_max_bytes(self) -> int:
+        """`record_max_mb` in bytes."""
+        return self.record_max_mb * 2**20
 
     def _check_canaries(self) -> None:
         check_shares(self.canaries)

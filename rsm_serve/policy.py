@@ -7,6 +7,7 @@ by wrapping. Shape legend: B rows, O observation size, A action size, T denoisin
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import json
 import math
@@ -224,6 +225,19 @@ class Timing:
     """As the caller saw it, transport included."""
 
 
+class Adjustment(enum.IntEnum):
+    """What a server did to an action before it gave it out; as in policy.proto."""
+
+    NONE = 0
+    """Nothing: the policy's own action."""
+    LIMITED = 1
+    """Clipped towards the action before, because a step may be no larger."""
+    HELD = 2
+    """The policy failed: the client's last action again."""
+    CENTERED = 3
+    """The policy failed: the centre of the action bounds, or a step towards it."""
+
+
 @dataclass(frozen=True)
 class ActResult:
     """An answer; the leading B is absent if the observation came without it."""
@@ -236,6 +250,8 @@ class ActResult:
     """[] or [B], replays the answer; None if the caller gave the noise itself."""
     version: str
     timing: Timing
+    adjusted: NDArray[np.int32] | None = None
+    """[] or [B], an `Adjustment` per row; None if every action is the policy's own."""
 
 
 class Policy(Protocol):
@@ -292,16 +308,18 @@ class ActRows:
         *,
         version: str,
         timing: Timing,
+        adjusted_B: NDArray[np.int32] | None = None,
     ) -> ActResult:
         """The answer in the shape the caller used."""
         if not self.single:
-            return ActResult(action_BA, q_B, self.seeds_B, version, timing)
+            return ActResult(action_BA, q_B, self.seeds_B, version, timing, adjusted_B)
         return ActResult(
             action=action_BA[0],
             q=None if q_B is None else np.asarray(q_B[0]),
             seed=None if self.seeds_B is None else np.asarray(self.seeds_B[0]),
             version=version,
             timing=timing,
+            adjusted=None if adjusted_B is None else np.asarray(adjusted_B[0]),
         )
 
 

@@ -21,8 +21,8 @@ from rsm_serve.errors import InvalidRequestError
 DETERMINISTIC_SEED = 0x5253_4D5F_5345_4544  # "RSM_SEED" in ASCII
 """The seed of every row of a request with deterministic=True."""
 
-# Where nobody gave a seed. Not the operating system's generator: each of its numbers is a system call during which
-# the server's worker thread takes the interpreter away from the event loop.
+# Where nobody gave a seed. Not the operating system's generator: each of its numbers is a system call, during
+# which the server's worker thread takes the interpreter away from the event loop.
 _fresh = random.Random()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fresh.seed)  # a child must not draw its parent's seeds

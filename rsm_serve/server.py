@@ -30,6 +30,7 @@ from rsm_serve.codec import (
 )
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
+from rsm_serve.guard import GuardedAnswers
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
@@ -41,7 +42,10 @@ from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
 from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rsm_serve.monitor import Monitor
+    from rsm_serve.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +115,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[pb.ActResponse]:
         """Sample actions at every control step, in order, several in flight."""
 
+        identity = object()
+
         def submit(request: pb.ActRequest) -> Submitted[Answered[ActResult], pb.ActResponse]:
-            future = self._submit("ActStream", request, context)
+            future = self._submit("ActStream", request, context, identity)
             return Submitted(
                 future, lambda done: encode_response(request.request_id, done.answer, done.queue_us)
             )
@@ -130,7 +136,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._streams.drain()
 
     def _submit(
-        self, method: str, request: pb.ActRequest, context: _Context
+        self, method: str, request: pb.ActRequest, context: _Context, stream: object | None = None
     ) -> asyncio.Future[Answered[ActResult]]:
         _, _, future = self._intake.submit(
             f"{SERVICE}/{method}",
@@ -139,6 +145,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             request.version,
             lambda: _caller(request),
             lambda spec: _Decoded(decode_request(spec, request)),
+            stream,
         )
         return future
 
@@ -170,6 +177,7 @@ class PolicyServer:
     Raises:
         BundleError: a policy does not load.
         MissingExtraError: the backend is not installed.
+        ConfigError: the directory for records cannot be written to.
     """
 
     def __init__(
@@ -194,7 +202,14 @@ class PolicyServer:
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        intake, version = Intake(self.registry, observer, self._tracer), metadata.version("rsm-toolkit")
+        self._recorder = (
+            None if config.record is None else _new_recorder(config.record, config.record_max_bytes)
+        )
+        if self.monitor is not None and self._recorder is not None:
+            self.monitor.telemetry.recorded = self._recorder.counts
+        guard = GuardedAnswers(config.guard) if config.guard.active else None
+        intake = Intake(self.registry, observer, self._tracer, self._recorder, guard)
+        version = metadata.version("rsm-toolkit")
         self._service = PolicyService(intake, version)
         self._inference = oip.InferenceService(intake, version, abort=_abort, log_fault=_log_fault)
         self._health = health.aio.HealthServicer()
@@ -217,6 +232,8 @@ class PolicyServer:
         self.lifecycle.start(self._set_health)
         await server.start()
         self._server = server
+        if self._recorder is not None:
+            self._recorder.start()
         for name in ("", SERVICE, oip.SERVICE, *self.registry.names):
             await self._set_health(name, True)
         if self.monitor is not None:
@@ -252,6 +269,7 @@ class PolicyServer:
             self.monitor.close()
         if self._tracer is not None:
             self._tracer.close()
+        self._stop_recording()
         return finished
 
     async def close(self) -> None:
@@ -261,6 +279,11 @@ class PolicyServer:
         await self._server.stop(None)
         if self.monitor is not None:
             self.monitor.close()
+        self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
 
     async def _set_health(self, name: str, ready: bool) -> None:
         states = health_pb2.HealthCheckResponse
@@ -322,6 +345,12 @@ def _new_monitor() -> Monitor:
     from rsm_serve.monitor import Monitor  # prometheus_client alone takes 0.06 s to import
 
     return Monitor()
+
+
+def _new_recorder(directory: Path, max_bytes: int) -> Recorder:
+    from rsm_serve.recorder import Recorder  # file locks, which not every system has
+
+    return Recorder(directory, max_bytes)
 
 
 def _bind(server: Any, address: str) -> str:

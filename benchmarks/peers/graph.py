@@ -1,4 +1,4 @@
-"""What the peers serve: the exported graph, run by onnxruntime on one thread. Imports nothing of the toolkit."""
+"""What the peers serve: the exported graph in onnxruntime, on one thread. Imports nothing of the toolkit."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     PYTHON benchmarks/peers/litserve_server.py --model model.onnx --noise T,N,A
 
-PYTHON is of an environment with litserve and onnxruntime. Batches without an artificial wait. Prints "address=URL".
+PYTHON is of an environment with litserve and onnxruntime. Batches without an artificial wait. Prints
+"address=URL".
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import threading
 import time
 from typing import Any
 
-import litserve
+import litserve  # type: ignore[import-not-found]
 import numpy as np
 from graph import Graph, arguments, free_port, open_graph
 
 
-class PolicyAPI(litserve.LitAPI):
+class PolicyAPI(litserve.LitAPI):  # type: ignore[misc]
     """JSON with "obs" in, with "action" out."""
 
     def __init__(self, graph_options: Any) -> None:

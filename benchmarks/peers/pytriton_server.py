@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 from graph import arguments, free_port, open_graph
-from pytriton.decorators import batch
-from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+from pytriton.decorators import batch  # type: ignore[import-not-found]
+from pytriton.model_config import (  # type: ignore[import-not-found]
+    DynamicBatcher,
+    ModelConfig,
+    Tensor,
+)
+from pytriton.triton import Triton, TritonConfig  # type: ignore[import-not-found]
 
 
 def main() -> None:
     options = arguments(__doc__)
     graph = open_graph(options)
 
-    @batch
+    @batch  # type: ignore[untyped-decorator]
     def infer(obs: Any) -> dict[str, Any]:
         return {"action": graph.act(obs)}
 
