@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py [--only SECTION ...] [--peer-python PATH] [--rounds 5] [--seconds 5] [--out FILE]
 
-The graph is HalfCheetah's size with T = 20 and one particle (n1) or 32 (n32), random weights, on one thread. Load
-comes from a process of its own (`load.py`) that sends prepared messages; the servers of one section run in the
-same minutes, and everything shares the machine's cores.
+The graph is HalfCheetah's size with T = 20 and one particle (n1) or 32 (n32), random weights, on one thread.
+Load comes from a process of its own (`load.py`) that sends prepared messages; the servers of one section run in
+the same minutes, and everything shares the machine's cores.
 
 latency   one client: unary and stream, interleaved with the floors: an echo (`echo_server.py`), and an echo
           that runs the graph, which is the least that a server of this graph can take on this machine
