@@ -25,6 +25,21 @@ class ServerConfig:
     repo: Path = field(metadata={"help": "Repository of bundles, as rsm-export writes it."})
     addresses: tuple[str, ...] = (DEFAULT_ADDRESS,)
     """host:port (port 0: any free one) or unix:/path."""
+    tls_cert: Path | None = field(
+        default=None,
+        metadata={"help": "PEM certificate chain of the server: serve TLS.  [default: none, plaintext]"},
+    )
+    tls_key: Path | None = field(
+        default=None, metadata={"help": "PEM private key of the certificate, without a password."}
+    )
+    tls_client_ca: Path | None = field(
+        default=None,
+        metadata={"help": "PEM certificates of authorities: only clients that one of them signed are served."},
+    )
+    insecure: bool = field(
+        default=False,
+        metadata={"help": "Listen without TLS on addresses that other machines reach too."},
+    )
     http: str | None = field(
         default=None,
         metadata={
@@ -90,6 +105,11 @@ class ServerConfig:
             )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given = self.tls_cert or self.tls_key
+            raise ConfigError(f"wanted --tls-cert and --tls-key together, got only {given}; give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("wanted --tls-cert and --tls-key beside --tls-client-ca, got none; give both")
         self._check_canaries()
         if not self.addresses:
             raise ConfigError("wanted at least one address such as 127.0.0.1:8001, got none")

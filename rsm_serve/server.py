@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from rsm_serve import oip
-from rsm_serve.addresses import check_free
+from rsm_serve.addresses import UNIX, check_free, check_unexposed
 from rsm_serve.batcher import Answered
 from rsm_serve.codec import (
     ERROR_MARK,
@@ -38,6 +38,7 @@ from rsm_serve.policy import ActResult, ActRows
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller, check_client_id
 from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
+from rsm_serve.tls import server_credentials
 from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -168,6 +169,8 @@ class PolicyServer:
 
     Raises:
         BundleError: a policy does not load.
+        ConfigError: certificates or tokens cannot be used.
+        AddressError: other machines reach an address, and there is neither TLS nor `insecure`.
         MissingExtraError: the backend is not installed.
     """
 
@@ -179,6 +182,10 @@ class PolicyServer:
         tracer: Tracer | None = None,
     ) -> None:
         self.config = config
+        self._credentials = server_credentials(config)
+        if self._credentials is None and not config.insecure:
+            for address in config.addresses:
+                check_unexposed(address)
         self.monitor = monitor or (None if config.http is None else _new_monitor())
         observer = None if self.monitor is None else self.monitor.telemetry
         self._tracer = tracer or (Tracer() if config.otel else None)
@@ -212,7 +219,7 @@ class PolicyServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         oip.add_to_server(self._inference, server)
         _describe(server)
-        self.addresses = tuple([_bind(server, address) for address in self.config.addresses])
+        self.addresses = tuple([_bind(server, address, self._credentials) for address in self.config.addresses])
         self.lifecycle.start(self._set_health)
         await server.start()
         self._server = server
@@ -323,16 +330,18 @@ def _new_monitor() -> Monitor:
     return Monitor()
 
 
-def _bind(server: Any, address: str) -> str:
-    """Listen on the address; returns it with the port filled in."""
+def _bind(server: Any, address: str, credentials: Any | None) -> str:
+    """Listen on the address, with TLS if there are credentials; returns it with the port filled in."""
     check_free(address)
+    unix = address.startswith(UNIX)  # who may use one is a matter of its file's permissions
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None or unix:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise AddressError(f"wanted to listen on {address}, got: {error}; choose another --address") from None
-    if address.startswith("unix:"):
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"
+    return address if unix else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _describe(server: Any) -> None:

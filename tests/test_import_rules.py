@@ -55,6 +55,10 @@ NO_GRPC = (
     "http_server",
     "monitor",
     "logs",
+    "watched",
+    "tokens",
+    "access",
+    "limits",
 )
 PURE_TRAINING = (
     "diffusion",
