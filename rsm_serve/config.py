@@ -36,6 +36,14 @@ class ServerConfig:
         default=None,
         metadata={"help": "PEM certificates of authorities: only clients that one of them signed are served."},
     )
+    act_token_file: Path | None = field(
+        default=None,
+        metadata={"help": "File of tokens, one a line: only who shows one of them may act."},
+    )
+    admin_token_file: Path | None = field(
+        default=None,
+        metadata={"help": "File of tokens that may act, load and unload.  [default: none, nobody loads]"},
+    )
     insecure: bool = field(
         default=False,
         metadata={"help": "Listen without TLS on addresses that other machines reach too."},

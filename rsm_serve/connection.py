@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +229,10 @@ def methods(channel: Any, connection: Connection) -> tuple[Callable[..., Any], .
 
     def method(make: Callable[..., Any], name: str, request: Any, response: Any) -> Callable[..., Any]:
         call: Callable[..., Any] = make(f"/{SERVICE}/{name}", request.SerializeToString, response.FromString)
-        return partial(call, metadata=connection.metadata) if connection.metadata else call
+        if not connection.metadata:
+            return call
+        # Not a partial, whose repr would show the token.
+        return lambda *requests, **settings: call(*requests, metadata=connection.metadata, **settings)
 
     return (
         method(channel.unary_unary, "GetSpec", pb.GetSpecRequest, pb.GetSpecResponse),

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 
+from rsm_serve.access import GRANT, Role
 from rsm_serve.batcher import Answered
 from rsm_serve.errors import (
     InvalidRequestError,
@@ -50,7 +51,11 @@ EXTENSIONS = ("model_configuration", "parameters", "statistics")
 """Of Triton's, those that always work."""
 CONTROL_EXTENSION = "model_repository"
 
-SWITCHED_OFF = "loading and unloading policies is switched off; start rsm-serve with an admin token"
+SWITCHED_OFF = (
+    "loading and unloading policies is switched off; start rsm-serve with an admin token (--admin-token-file)"
+)
+NOT_LOADED = "did not load; the server's log, and an admin, can say why"
+"""Instead of a reason that may name files of the server."""
 
 Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
 """Ends a call with the status of an exception."""
@@ -187,8 +192,12 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         except RequestError as error:
             await self._abort(context, error)
         entries = self._loaded() if self._control is None else self._control.index()
+        grant = GRANT.get()
+        hidden = grant is not None and grant.role is not Role.ADMIN
         response = pb.RepositoryIndexResponse()
         for name, version, state, reason in entries:
+            if self._control is not None and reason and hidden:
+                reason = NOT_LOADED
             if state == READY or not request.ready:
                 response.models.add(name=name, version=version, state=state, reason=reason)
         return response

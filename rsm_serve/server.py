@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from rsm_serve import oip
+from rsm_serve.access import Access
 from rsm_serve.addresses import UNIX, check_free, check_unexposed
 from rsm_serve.batcher import Answered
 from rsm_serve.codec import (
@@ -30,6 +31,7 @@ from rsm_serve.codec import (
 )
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
+from rsm_serve.gate import Gate
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
@@ -62,6 +64,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+_FILES = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
+_METHODS = frozenset(
+    f"/{service.full_name}/{method}"
+    for file in _FILES
+    for service in file.services_by_name.values()
+    for method in service.methods_by_name
+)
+"""Full names of all that the server answers."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,8 @@ class PolicyServer:
         if self._credentials is None and not config.insecure:
             for address in config.addresses:
                 check_unexposed(address)
+        tokens = (config.act_token_file, config.admin_token_file)
+        access = None if tokens == (None, None) else Access(*tokens)
         self.monitor = monitor or (None if config.http is None else _new_monitor())
         observer = None if self.monitor is None else self.monitor.telemetry
         self._tracer = tracer or (Tracer() if config.otel else None)
@@ -202,7 +215,14 @@ class PolicyServer:
         """Where it listens, ports filled in; empty before `start`."""
         intake, version = Intake(self.registry, observer, self._tracer), metadata.version("rsm-toolkit")
         self._service = PolicyService(intake, version)
-        self._inference = oip.InferenceService(intake, version, abort=_abort, log_fault=_log_fault)
+        self._inference = oip.InferenceService(
+            intake,
+            version,
+            abort=_abort,
+            log_fault=_log_fault,
+            control=None if config.admin_token_file is None else self.lifecycle,
+        )
+        self._interceptors = () if access is None else (Gate(access, _abort, _METHODS, observer),)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -213,7 +233,11 @@ class PolicyServer:
         """
         if self.monitor is not None and self.config.http is not None and not self.monitor.address:
             await self.monitor.open(self.config.http)
-        server = grpc.aio.server(options=CHANNEL_OPTIONS, compression=grpc.Compression.NoCompression)
+        server = grpc.aio.server(
+            interceptors=self._interceptors,
+            options=CHANNEL_OPTIONS,
+            compression=grpc.Compression.NoCompression,
+        )
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
         add_policy_service(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -346,9 +370,8 @@ def _bind(server: Any, address: str, credentials: Any | None) -> str:
 
 def _describe(server: Any) -> None:
     """Server reflection for every service."""
-    files = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
-    names = [service.full_name for file in files for service in file.services_by_name.values()]
-    reflection.enable_server_reflection(names, server, oip.reflection_pool(files))
+    names = [service.full_name for file in _FILES for service in file.services_by_name.values()]
+    reflection.enable_server_reflection(names, server, oip.reflection_pool(_FILES))
 
 
 def _log_fault(error: BaseException, **fields: object) -> None:

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from rsm_serve.errors import InvalidRequestError, NotReadyError
+from rsm_serve.access import while_granted
+from rsm_serve.errors import InvalidRequestError, NotReadyError, RequestError
 
 STREAM_WINDOW = 64
 """Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
@@ -50,8 +51,8 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self._pending = asyncio.Queue()
         self._in_flight: asyncio.Future[Answer] | None = None
         self.ended_by_server = False
-        self.unreadable = False
-        """A message came that is none of the protocol's; nothing can be read behind it."""
+        self.failure: RequestError | None = None
+        """Why nothing more was read."""
 
     async def read(self, requests: AsyncIterator[Request]) -> None:
         """Submit requests as they come."""
@@ -59,8 +60,10 @@ class OrderedStream(Generic[Request, Answer, Response]):
             async for request in requests:
                 await self._window.acquire()
                 self._pending.put_nowait((request, self._submitted(request)))
+        except RequestError as error:
+            self.failure = error
         except Exception:
-            self.unreadable = True
+            self.failure = InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
         finally:
             self._pending.put_nowait(None)
 
@@ -122,19 +125,20 @@ class OpenStreams:
         Raises:
             NotReadyError: the server ended it.
             InvalidRequestError: a message could not be read.
+            UnauthenticatedError: the caller's token was revoked.
         """
         if self._draining:
             stream.end()
         self._streams.add(stream)
         self._changed(+1)
-        reader = asyncio.create_task(stream.read(requests))
+        reader = asyncio.create_task(stream.read(while_granted(requests)))
         try:
             async for response in stream.responses():
                 yield response
             if stream.ended_by_server:
                 raise NotReadyError(SHUTTING_DOWN)
-            if stream.unreadable:
-                raise InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
+            if stream.failure is not None:
+                raise stream.failure
         finally:
             self._streams.discard(stream)
             self._changed(-1)
