@@ -90,6 +90,24 @@ class ServerConfig:
     max_queue_delay_us: int = field(
         default=0, metadata={"help": "Microseconds that an idle worker waits for a fuller batch."}
     )
+    max_connections: int = field(
+        default=16_384, metadata={"help": "Most connections at the same time; further ones are closed."}
+    )
+    max_calls_per_connection: int = field(
+        default=16_384,
+        metadata={"help": "Most calls and streams that one connection has open; further ones wait there."},
+    )
+    max_streams: int = field(
+        default=16_384,
+        metadata={"help": "Most streams at the same time; further ones are refused (RESOURCE_EXHAUSTED)."},
+    )
+    max_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most requests a second of one client_id, or of one address without; more are refused "
+            "(RESOURCE_EXHAUSTED).  [default: any]"
+        },
+    )
     latest_wins: bool = field(
         default=False,
         metadata={"help": "Whether a request takes the place of the waiting one of the same client_id."},
@@ -111,6 +129,14 @@ class ServerConfig:
             raise ConfigError(
                 f"wanted poll > 0 and keep_versions >= 0, got {self.poll} s and {self.keep_versions}"
             )
+        limits = (self.max_connections, self.max_calls_per_connection, self.max_streams)
+        if min(limits) < 1:
+            raise ConfigError(
+                "wanted max_connections, max_calls_per_connection and max_streams >= 1, got "
+                f"{min(limits)}; leave it out for the default"
+            )
+        if self.max_rate is not None and not self.max_rate > 0:
+            raise ConfigError(f"wanted max_rate > 0 requests a second, got {self.max_rate:g}; or leave it out")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -1,6 +1,6 @@
 """Where every request enters, whatever its protocol: to its lane, and under the eyes of whoever observes.
 
-Nothing here knows of gRPC; a call is what has gRPC's `time_remaining` and `invocation_metadata`.
+Nothing here knows of gRPC; a call is what has gRPC's `time_remaining`, `peer` and `invocation_metadata`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from rsm_serve.batcher import Answered
+from rsm_serve.errors import LimitReachedError
+from rsm_serve.limits import RateLimiter
 from rsm_serve.observer import Observer, refuse, watch
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
 from rsm_serve.registry import Lane, Registry
@@ -25,6 +27,10 @@ class Call(Protocol):
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline; None without one."""
+        ...
+
+    def peer(self) -> str:
+        """Where the caller is: kind, host and port."""
         ...
 
     def invocation_metadata(self) -> Iterable[tuple[str, Any]] | None:
@@ -56,17 +62,40 @@ class Intake:
         registry: what is served.
         observer: hears of every request; None: nobody does.
         tracer: records every request; None: nothing is recorded.
+        max_streams: streams that may be open; None: any number.
+        max_rate: requests a second of one client; None: any number.
     """
 
     def __init__(
-        self, registry: Registry, observer: Observer | None = None, tracer: Tracer | None = None
+        self,
+        registry: Registry,
+        observer: Observer | None = None,
+        tracer: Tracer | None = None,
+        *,
+        max_streams: int | None = None,
+        max_rate: float | None = None,
     ) -> None:
         self.registry = registry
         self._observer = observer
         self._tracer = tracer
+        self._open_streams = 0
+        self._max_streams = max_streams
+        self._limiter = None if max_rate is None else RateLimiter(max_rate)
 
     def streams(self, change: int) -> None:
-        """+1: a stream was opened, -1: closed."""
+        """+1: a stream is opened, -1: was closed.
+
+        Raises:
+            LimitReachedError: there are too many; this one does not count.
+        """
+        if change > 0 and self._max_streams is not None and self._open_streams >= self._max_streams:
+            error = LimitReachedError(
+                f"wanted at most {self._max_streams} open streams, got another; "
+                "close some, or try again or elsewhere"
+            )
+            refuse(self._observer, None, "", error, started_s=time.perf_counter())
+            raise error
+        self._open_streams += change
         if self._observer is not None:
             self._observer.streams(change)
 
@@ -97,6 +126,8 @@ class Intake:
         lane: Lane | None = None
         try:
             who = caller()
+            if self._limiter is not None:
+                self._limiter.take(who.client_id, call.peer(), started_s)
             lane = self.registry.find(policy, version, client_id=who.client_id, seed=who.seed, fixed=who.fixed)
             request = decode(lane.spec)
             timeout_s = _shorter(call.time_remaining(), request.timeout_s)

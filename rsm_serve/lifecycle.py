@@ -214,7 +214,7 @@ class LifeCycle:
             self._refuse_when_stopping()
             if not self._registry.ready(name):
                 names = ", ".join(self._registry.names) or "no policies"
-                raise PolicyNotFoundError(f"wanted to unload policy {name!r}, this server has {names}")
+                raise PolicyNotFoundError(f"wanted to unload policy {name!r:.90}, this server has {names}")
             self._wishes.unloaded.add(name)
             self._wishes.pinned.pop(name, None)
             await self._drop(name, "it was unloaded by request")

@@ -46,6 +46,8 @@ SERVICE: str = _DESCRIPTOR.full_name
 SERVER_NAME = "rsm-serve"
 READY = "READY"
 MAX_VERSION_DIGITS = 19
+MAX_ECHO = 90
+"""Characters of a caller's own name that come back to it; those of policies are shorter."""
 
 EXTENSIONS = ("model_configuration", "parameters", "statistics")
 """Of Triton's, those that always work."""
@@ -251,8 +253,8 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
     def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         self._log_fault(error)
         response = pb.ModelStreamInferResponse(error_message=": ".join(wire_status(error)))
-        response.infer_response.model_name = request.model_name
-        response.infer_response.model_version = request.model_version
+        response.infer_response.model_name = request.model_name[:MAX_ECHO]
+        response.infer_response.model_version = request.model_version[:MAX_ECHO]
         response.infer_response.id = request.id
         return response
 

@@ -51,6 +51,10 @@ logger = logging.getLogger(__name__)
 _Context = Any  # grpc has no type stubs
 
 SERVICE = "rsm.v1.PolicyService"
+HANDSHAKE_MS = 10_000
+"""For a new connection to become one of HTTP/2, and of TLS; then it is closed."""
+MAX_METADATA_BYTES = 16 * 1024
+"""Of a call; gRPC itself refuses more, with RESOURCE_EXHAUSTED."""
 FLUSH_S = 0.5
 """Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
 
@@ -213,7 +217,14 @@ class PolicyServer:
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
-        intake, version = Intake(self.registry, observer, self._tracer), metadata.version("rsm-toolkit")
+        intake = Intake(
+            self.registry,
+            observer,
+            self._tracer,
+            max_streams=config.max_streams,
+            max_rate=config.max_rate,
+        )
+        version = metadata.version("rsm-toolkit")
         self._service = PolicyService(intake, version)
         self._inference = oip.InferenceService(
             intake,
@@ -235,7 +246,7 @@ class PolicyServer:
             await self.monitor.open(self.config.http)
         server = grpc.aio.server(
             interceptors=self._interceptors,
-            options=CHANNEL_OPTIONS,
+            options=_channel_options(self.config),
             compression=grpc.Compression.NoCompression,
         )
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
@@ -352,6 +363,18 @@ def _new_monitor() -> Monitor:
     from rsm_serve.monitor import Monitor  # prometheus_client alone takes 0.06 s to import
 
     return Monitor()
+
+
+def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    return (
+        *CHANNEL_OPTIONS,
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        # Below the hard limit gRPC refuses by lot from its soft one on; what is refused is not to be a lot's.
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.max_concurrent_streams", config.max_calls_per_connection),
+    )
 
 
 def _bind(server: Any, address: str, credentials: Any | None) -> str:

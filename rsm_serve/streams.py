@@ -109,7 +109,7 @@ class OpenStreams:
     """The open streams of a service, which end together when the server drains.
 
     Args:
-        changed: told +1 when a stream opens and -1 when it closes.
+        changed: told +1 when a stream opens, which it may refuse by raising, and -1 when it closes.
     """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
@@ -123,14 +123,15 @@ class OpenStreams:
         """The responses of a stream, until its caller or the server ends it.
 
         Raises:
+            LimitReachedError: there are too many.
             NotReadyError: the server ended it.
             InvalidRequestError: a message could not be read.
             UnauthenticatedError: the caller's token was revoked.
         """
+        self._changed(+1)
         if self._draining:
             stream.end()
         self._streams.add(stream)
-        self._changed(+1)
         reader = asyncio.create_task(stream.read(while_granted(requests)))
         try:
             async for response in stream.responses():
