@@ -1,6 +1,6 @@
 """`rsm-serve` against an echo of the same stack, against the bare graph, and against other policy servers.
 
-    python benchmarks/serving.py [--only SECTION ...] [--peer-python PATH] [--rounds 5] [--seconds 5] [--out FILE]
+    python benchmarks/serving.py [--only SECTION]... [--peer-python PATH] [--out FILE]
 
 The graph is HalfCheetah's size with T = 20 and one particle (n1) or 32 (n32), random weights, on one thread.
 Load comes from a process of its own (`load.py`) that sends prepared messages; the servers of one section run in

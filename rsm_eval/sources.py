@@ -27,7 +27,7 @@ _WANTED = (
 )
 _CONFIG_FILE = "config.json"
 _NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?::(?P<version>[1-9][0-9]*))?"
-_TCP = re.compile(rf"grpc://(?P<address>[^/]+:[0-9]+)/{_NAME}")
+_TCP = re.compile(rf"(?P<address>grpcs?://[^/]+:[0-9]+)/{_NAME}")
 _UNIX = re.compile(rf"grpc:(?P<address>unix:.*[^/])/{_NAME}")
 
 
@@ -63,7 +63,8 @@ def open_policy(source: str, backend: str = "auto") -> OpenedPolicy:
     Args:
         source: a run directory or a checkpoint of rsm-train; a bundle (a policy directory, which means
             its newest version, or a version directory); a bare model.onnx of rsm-export;
-            grpc://host:port/name[:version] or grpc:unix:path/name[:version].
+            grpc://host:port/name[:version], with TLS grpcs://..., or grpc:unix:path/name[:version]; see
+            `rsm_serve.client.PolicyClient` for certificates and tokens.
         backend: what is to run a bundle, see `rsm_serve.sessions.choice`; other sources ignore it.
 
     Raises:
@@ -72,7 +73,7 @@ def open_policy(source: str, backend: str = "auto") -> OpenedPolicy:
         RequestError: the server does not answer or has no such policy.
         MissingExtraError: what the source needs is not installed.
     """
-    if source.startswith("grpc:"):
+    if source.startswith(("grpc:", "grpcs:")):
         return _open_server(source)
     path = Path(source)
     if path.suffix == MODEL_SUFFIX and path.is_file():
@@ -131,7 +132,8 @@ def _open_server(source: str) -> OpenedPolicy:
     match = _TCP.fullmatch(source) or _UNIX.fullmatch(source)
     if match is None:
         raise UsageError(
-            "wanted a server as grpc://host:port/name or grpc:unix:path/name, with :version at will, "
+            "wanted a server as grpc://host:port/name, grpcs:// for TLS, or grpc:unix:path/name, with :version "
+            "at will, "
             f"got {source!r}; rsm-serve prints its address and the names of its policies when it starts"
         )
     from rsm_serve.client import PolicyClient

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 from rsm_serve.errors import AddressError
 
@@ -35,6 +37,31 @@ def unix_path(address: str) -> Path | None:
     return Path(address.removeprefix(UNIX)) if address.startswith(UNIX) else None
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host name or number, brackets or not, stays on this machine; names are not looked up."""
+    host = host.strip("[]").lower()
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_unexposed(address: str) -> None:
+    """Make sure that nobody but this machine reaches a server at the address.
+
+    Raises:
+        AddressError: others do, or nobody can say, or it is no address.
+    """
+    if unix_path(address) is not None:
+        return
+    host, port = split_address(address)
+    if not all(is_loopback(str(info[4][0])) for info in _look_up(address, host, port)):
+        raise AddressError(
+            f"wanted TLS, because other machines reach {address}, where every machine could read and act "
+            "otherwise; give --tls-cert and --tls-key, choose 127.0.0.1, or accept that with --insecure"
+        )
+
+
 def check_free(address: str) -> None:
     """Make sure that a server can listen on the address, with the reason if not.
 
@@ -49,12 +76,7 @@ def check_free(address: str) -> None:
         _check_unix(address, path)
         return
     host, port = split_address(address)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise AddressError(
-            f"wanted to listen on {address}, got: {error.strerror}; use a host name or number of this machine"
-        ) from None
+    found = _look_up(address, host, port)
     failures = [failure for info in found if (failure := _try_bind(info[0], info[4])) is not None]
     busy = [failure for failure in failures if failure.errno == errno.EADDRINUSE]
     if busy:
@@ -66,6 +88,16 @@ def check_free(address: str) -> None:
         raise AddressError(
             f"wanted to listen on {address}, got: {failures[0].strerror}; choose another --address"
         )
+
+
+def _look_up(address: str, host: str, port: int) -> list[tuple[Any, ...]]:
+    try:
+        return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AddressError(
+            f"wanted to listen on {address}, got: {reason}; use a host name or number of this machine"
+        ) from None
 
 
 def _try_bind(family: int, where: tuple[object, ...]) -> OSError | None:

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -23,79 +22,21 @@ import grpc
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.codec import ERROR_MARK, MAX_MESSAGE_BYTES, RETRY_AFTER, decode_response, encode_request
-from rsm_serve.errors import (
-    DeadlineExpiredError,
-    InvalidRequestError,
-    NotReadyError,
-    RequestError,
-    error_from_status,
-)
+from rsm_serve.codec import decode_response, encode_request
+from rsm_serve.connection import Connection, Target, Tls, methods
+from rsm_serve.errors import InvalidRequestError, NotReadyError, RequestError
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, act_rows, check_env
 from rsm_serve.scheduling import check_client_id, check_priority
 
-SERVICE = "rsm.v1.PolicyService"
-SCHEME = "grpc://"
 CONNECT_TIMEOUT_S = 5.0
-
-_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A silent network loss is noticed within 30 s even while no call is open.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.enable_retries", 0),
-    # Its own connection per client: a dead one is never shared.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Which policy of which server."""
-
-    address: str
-    """host:port or unix:/path."""
-    policy: str
-    """May be empty if the server has exactly one."""
-    version: str
-    """Empty for the current one."""
-
-    @classmethod
-    def parse(cls, address: str, policy: str | None = None, version: int | str | None = None) -> Target:
-        """From 'host:port', 'unix:/path' or 'grpc://host:port/NAME[:VERSION]'.
-
-        Raises:
-            InvalidRequestError: none of these, or two different policies or versions.
-        """
-        name, number = policy or "", "" if version is None else str(version)
-        if address.startswith(SCHEME):
-            address, _, path = address.removeprefix(SCHEME).partition("/")
-            url_name, _, url_number = path.partition(":")
-            if (url_name and name not in ("", url_name)) or (url_number and number not in ("", url_number)):
-                raise InvalidRequestError(
-                    f"wanted one policy, got {path!r} in the address and {name!r} {number!r} beside it; "
-                    "leave one of them out"
-                )
-            name, number = name or url_name, number or url_number
-        if "://" in address or ":" not in address:
-            raise InvalidRequestError(
-                f"wanted an address such as 127.0.0.1:8001, unix:/path or grpc://127.0.0.1:8001/NAME, "
-                f"got {address!r}"
-            )
-        return cls(address, name, number)
-
-    def __str__(self) -> str:
-        return self.address
 
 
 class PolicyClient:
     """A policy on a server, as a `Policy`; connects when constructed, and may be used from several threads.
 
     Args:
-        address: 'host:port', 'unix:/path', or 'grpc://host:port/NAME[:VERSION]'.
+        address: 'host:port', 'unix:/path', or 'grpc://host:port/NAME[:VERSION]'; 'grpcs://...' for TLS.
         policy: its name; may be left out if the server has exactly one.
         version: a number; None for the current one.
         timeout_s: deadline of every call.
@@ -103,9 +44,13 @@ class PolicyClient:
         client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version,
             and a server that limits how far an action moves per step counts from this robot's last one.
         priority: from -10 to 10; requests of higher priority go first.
+        tls: how to trust the server, and the client's own certificate; None: for grpcs:// what RSM_TLS_CA,
+            RSM_TLS_CERT and RSM_TLS_KEY say, else plaintext.
+        token: for a server with --act-token-file; None: what RSM_TOKEN says, if anything.
 
     Raises:
         InvalidRequestError: an argument is out of range.
+        UnauthenticatedError: the server does not know the token, or its certificate is not to be trusted.
         NotReadyError: no server answers at the address, or it is shutting down.
         PolicyNotFoundError: no such policy or version.
     """
@@ -120,30 +65,25 @@ class PolicyClient:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         client_id: str = "",
         priority: int = 0,
+        tls: Tls | None = None,
+        token: str | None = None,
     ) -> None:
         self.target = Target.parse(address, policy, version)
+        self._connection = Connection.to(self.target, tls, token)
         self.timeout_s = _positive(timeout_s)
         self.client_id = check_client_id(client_id)
         self.priority = check_priority(priority)
         self._connected: _Call | None = None
-        self._channel = grpc.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
-        self._act = self._channel.unary_unary(
-            f"/{SERVICE}/Act", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
-        )
-        self._act_stream = self._channel.stream_stream(
-            f"/{SERVICE}/ActStream", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
-        )
-        get_spec = self._channel.unary_unary(
-            f"/{SERVICE}/GetSpec", pb.GetSpecRequest.SerializeToString, pb.GetSpecResponse.FromString
-        )
+        self._channel = self._connection.channel()
+        get_spec, self._act, self._act_stream = methods(self._channel, self._connection)
         request = pb.GetSpecRequest(policy=self.target.policy, version=self.target.version)
         try:
             info = get_spec(request, timeout=connect_timeout_s)
         except grpc.RpcError as error:
             self.close()
-            raise _translate(error, self.target, connect_timeout_s) from None
+            raise self._connection.error(error, connect_timeout_s) from None
         self._call = self._connected = _Call(
-            self.target, PolicySpec.from_json(info.spec_json), self.client_id, self.priority
+            self._connection, PolicySpec.from_json(info.spec_json), self.client_id, self.priority
         )
         self.max_batch_size: int = info.max_batch_size
         """Most rows that one call may carry."""
@@ -180,7 +120,7 @@ class PolicyClient:
         try:
             response = self._act(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
-            raise _translate(error, self.target, self.timeout_s) from None
+            raise self._connection.error(error, self.timeout_s) from None
         return self._call.result(rows, request, response, started)
 
     def stream(self, *, timeout_s: float | None = None) -> PolicyStream:
@@ -259,13 +199,13 @@ class PolicyStream:
             expired = self._watchdog.disarm()
             self._drop()  # also when interrupted: the answer that is under way belongs to nobody
             if expired:
-                raise _too_late(self._call.target, self._timeout_s) from None
+                raise self._call.connection.too_late(self._timeout_s) from None
             if isinstance(error, StopIteration):
                 raise NotReadyError(
                     f"the server at {self._call.target} ended the stream; connect again"
                 ) from None
             if isinstance(error, grpc.RpcError):
-                raise _translate(error, self._call.target, self._timeout_s) from None
+                raise self._call.connection.error(error, self._timeout_s) from None
             raise
         if self._watchdog.disarm():
             self._drop()  # cancelled just as the answer came: the answer is good, the stream is not
@@ -368,8 +308,11 @@ class AsyncPolicyClient:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         client_id: str = "",
         priority: int = 0,
+        tls: Tls | None = None,
+        token: str | None = None,
     ) -> None:
         self.target = Target.parse(address, policy, version)
+        self._connection = Connection.to(self.target, tls, token)
         self.timeout_s = _positive(timeout_s)
         self.client_id = check_client_id(client_id)
         self.priority = check_priority(priority)
@@ -386,26 +329,16 @@ class AsyncPolicyClient:
             NotReadyError: no server answers at the address, or it is shutting down.
             PolicyNotFoundError: no such policy or version.
         """
-        import grpc.aio
-
-        self._channel = grpc.aio.insecure_channel(self.target.address, options=_CHANNEL_OPTIONS)
-        self._act = self._channel.unary_unary(
-            f"/{SERVICE}/Act", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
-        )
-        self._act_stream = self._channel.stream_stream(
-            f"/{SERVICE}/ActStream", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
-        )
-        get_spec = self._channel.unary_unary(
-            f"/{SERVICE}/GetSpec", pb.GetSpecRequest.SerializeToString, pb.GetSpecResponse.FromString
-        )
+        self._channel = self._connection.aio_channel()
+        get_spec, self._act, self._act_stream = methods(self._channel, self._connection)
         request = pb.GetSpecRequest(policy=self.target.policy, version=self.target.version)
         try:
             info = await get_spec(request, timeout=self._connect_timeout_s)
         except grpc.RpcError as error:
             await self.close()
-            raise _translate(error, self.target, self._connect_timeout_s) from None
+            raise self._connection.error(error, self._connect_timeout_s) from None
         self._connected = _Call(
-            self.target, PolicySpec.from_json(info.spec_json), self.client_id, self.priority
+            self._connection, PolicySpec.from_json(info.spec_json), self.client_id, self.priority
         )
         self.max_batch_size = info.max_batch_size
         self.server_version = info.server_version
@@ -431,7 +364,7 @@ class AsyncPolicyClient:
         try:
             response = await self._act(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
-            raise _translate(error, self.target, self.timeout_s) from None
+            raise self._connection.error(error, self.timeout_s) from None
         return self._call.result(rows, request, response, started)
 
     def stream(self, *, timeout_s: float | None = None) -> AsyncPolicyStream:
@@ -497,9 +430,9 @@ class AsyncPolicyStream:
         except BaseException as error:
             await self.close()  # also when cancelled: the answer that is under way belongs to nobody
             if isinstance(error, asyncio.TimeoutError):
-                raise _too_late(self._call.target, self._timeout_s) from None
+                raise self._call.connection.too_late(self._timeout_s) from None
             if isinstance(error, grpc.RpcError):
-                raise _translate(error, self._call.target, self._timeout_s) from None
+                raise self._call.connection.error(error, self._timeout_s) from None
             raise
         return self._call.result(rows, request, response, started)
 
@@ -531,18 +464,20 @@ class AsyncPolicyStream:
 _HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 
 
-def check_health(address: str, policy: str = "", *, timeout_s: float = 1.0) -> str:
-    """Ask `grpc.health.v1.Health/Check`.
+def check_health(address: str, policy: str = "", *, timeout_s: float = 1.0, tls: Tls | None = None) -> str:
+    """Ask `grpc.health.v1.Health/Check`, which needs no token.
 
     Args:
-        address: 'host:port' or 'unix:/path'.
+        address: as for `PolicyClient`.
         policy: empty for the whole server.
         timeout_s: how long to wait.
+        tls: as for `PolicyClient`.
 
     Returns:
         "SERVING", "NOT_SERVING", "UNKNOWN", or "SERVICE_UNKNOWN" if there is no such policy.
 
     Raises:
+        UnauthenticatedError: the server's certificate is not to be trusted.
         NotReadyError: no server answers.
         DeadlineExpiredError: none within `timeout_s`.
     """
@@ -553,13 +488,14 @@ def check_health(address: str, policy: str = "", *, timeout_s: float = 1.0) -> s
     # Two messages of one field each (string service = 1; enum status = 1), written out, because the
     # package with the generated code is not part of the base install.
     request = b"\x0a" + bytes([len(name)]) + name if name else b""
-    with grpc.insecure_channel(target.address, options=_CHANNEL_OPTIONS) as channel:
+    connection = Connection.to(target, tls, token="")
+    with connection.channel() as channel:
         try:
             response: bytes = channel.unary_unary("/grpc.health.v1.Health/Check")(request, timeout=timeout_s)
         except grpc.RpcError as error:
             if getattr(error, "code", lambda: None)() is grpc.StatusCode.NOT_FOUND:
                 return "SERVICE_UNKNOWN"
-            raise _translate(error, target, timeout_s) from None
+            raise connection.error(error, timeout_s) from None
     state = response[1] if len(response) >= 2 and response[0] == 0x08 else 0
     return _HEALTH_STATES[state] if state < len(_HEALTH_STATES) else "UNKNOWN"
 
@@ -580,8 +516,9 @@ async def _within(timeout_s: float, step: Coroutine[Any, Any, pb.ActResponse]) -
 class _Call:
     """What the four kinds of call share: arguments to message, message to answer."""
 
-    def __init__(self, target: Target, spec: PolicySpec, client_id: str, priority: int) -> None:
-        self.target = target
+    def __init__(self, connection: Connection, spec: PolicySpec, client_id: str, priority: int) -> None:
+        self.connection = connection
+        self.target = connection.target
         self.spec = spec
         self._client_id = client_id
         self._priority = priority
@@ -628,33 +565,3 @@ def _positive(timeout_s: float) -> float:
     if not 0 < timeout_s < float("inf"):
         raise InvalidRequestError(f"wanted a finite timeout_s > 0, got {timeout_s}; every call has a deadline")
     return timeout_s
-
-
-def _too_late(target: Target, timeout_s: float) -> DeadlineExpiredError:
-    return DeadlineExpiredError(
-        f"no answer from {target} within {timeout_s:g} s; allow more time (timeout_s) or send less"
-    )
-
-
-def _translate(error: Any, target: Target, timeout_s: float) -> RequestError:
-    """The typed error for a failed call: the server's own, or a sentence about the connection."""
-    code, details = error.code().name, error.details() or ""
-    metadata = [tuple(pair) for pair in error.trailing_metadata() or ()]
-    if ERROR_MARK in metadata:
-        hint = str(dict(metadata).get(RETRY_AFTER, ""))
-        return error_from_status(code, details, int(hint) if hint.isdecimal() else None)
-    if code == "UNAVAILABLE":
-        return NotReadyError(
-            f"no policy server answers at {target} ({details}); start one with rsm-serve, or check the address"
-        )
-    if code == "DEADLINE_EXCEEDED":
-        return _too_late(target, timeout_s)
-    if code == "CANCELLED":  # not by us: a server that closes cuts off the calls that come too late
-        return NotReadyError(
-            f"the server at {target} has closed ({details}); connect to another, or again later"
-        )
-    if code == "RESOURCE_EXHAUSTED":  # by gRPC itself: the message is too large
-        return InvalidRequestError(f"the message to or from {target} is too large ({details}); send fewer rows")
-    if code == "UNIMPLEMENTED":
-        return NotReadyError(f"the server at {target} is not an rsm-serve ({details}); check the address")
-    return RequestError(f"the call to {target} failed: {code}: {details}")

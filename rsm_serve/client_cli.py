@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,58 @@ from numpy.typing import NDArray
 
 from rsm_serve import recording
 from rsm_serve import replay as replaying
-from rsm_serve.client import PolicyClient, Target, check_health
+from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.commandline import EXIT_OK, run_command
+from rsm_serve.connection import (
+    CA_VARIABLE,
+    CERT_VARIABLE,
+    KEY_VARIABLE,
+    TLS_SCHEME,
+    TOKEN_VARIABLE,
+    Target,
+    Tls,
+)
 from rsm_serve.errors import UsageError
 from rsm_serve.policy import ActResult, Adjustment, PolicySpec, Timing
+from rsm_serve.tokens import read_tokens
 
 EXIT_NOT_SERVING = 1
 EXIT_DIFFERENT = 1
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 STAGES = ("queue", "batch", "compute", "network", "total")
+
+
+def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of TLS and token, which go past the subcommand to `_client`.
+
+    No option takes a token itself: every user of the machine sees the arguments of its processes.
+    """
+
+    def keep(context: click.Context, option: click.Parameter, value: Path | None) -> None:
+        context.ensure_object(dict)[option.name] = value
+
+    for name, text in (
+        ("--token-file", f"File with a token.  [default: {TOKEN_VARIABLE}, if set]"),
+        ("--tls-key", f"PEM private key of the certificate.  [default: {KEY_VARIABLE}]"),
+        ("--tls-cert", f"PEM certificate chain of this client.  [default: {CERT_VARIABLE}]"),
+        ("--tls-ca", f"PEM certificates of trusted authorities; switches TLS on.  [default: {CA_VARIABLE}]"),
+    ):
+        path = click.Path(path_type=Path)
+        function = click.option(name, type=path, help=text, expose_value=False, callback=keep)(function)
+    return function
+
+
+def _tls() -> Tls | None:
+    """What the options say on top of the environment; None without options."""
+    given = {name: click.get_current_context().obj[f"tls_{name}"] for name in ("ca", "cert", "key")}
+    chosen = {name: path for name, path in given.items() if path is not None}
+    return replace(Tls.from_environment(), **chosen) if chosen else None
+
+
+def _client(address: str, policy: str | None, version: str | None, timeout_s: float) -> PolicyClient:
+    path = click.get_current_context().obj["token_file"]
+    token = None if path is None else read_tokens(path)[0]
+    return PolicyClient(address, policy, version, timeout_s=timeout_s, tls=_tls(), token=token)
 
 
 def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,11 +80,11 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
             "--address",
             default=DEFAULT_ADDRESS,
             show_default=True,
-            help="host:port, unix:/path or grpc://host:port/NAME[:VERSION].",
+            help="host:port, unix:/path or grpc://host:port/NAME[:VERSION]; grpcs:// for TLS.",
         ),
     ):
         function = option(function)
-    return function
+    return _credentials(function)
 
 
 @click.group("rsm-client", context_settings={"max_content_width": 110})
@@ -53,7 +97,7 @@ def command() -> None:
 @_connection
 def info(address: str, policy: str | None, version: str | None, timeout_s: float) -> int:
     """Print the specification of a policy as JSON."""
-    with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
+    with _client(address, policy, version, timeout_s) as client:
         content = json.loads(client.spec.to_json())
         content["server"] = {
             "address": client.target.address,
@@ -81,7 +125,7 @@ def act(
     deterministic: bool,
 ) -> int:
     """Sample an action and print it as JSON."""
-    with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
+    with _client(address, policy, version, timeout_s) as client:
         rows = _observation(client.spec, obs, obs_file)
         result = client.act(rows, seed=seed, deterministic=deterministic)
     click.echo(json.dumps(_as_json(result), indent=2))
@@ -92,9 +136,10 @@ def act(
 @click.option("--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
 @click.option("--policy", default="", help="Ask for one policy instead of the whole server.")
 @click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds.")
+@_credentials
 def health(address: str, policy: str, timeout_s: float) -> int:
     """Exit with 0 if ready, 1 if not, 2 if none answers."""
-    status = check_health(address, policy, timeout_s=timeout_s)
+    status = check_health(address, policy, timeout_s=timeout_s, tls=_tls())
     click.echo(status)
     return EXIT_OK if status == "SERVING" else EXIT_NOT_SERVING
 
@@ -119,7 +164,7 @@ def bench(
 ) -> int:
     """Measure the latency of one client in a closed loop."""
     report: dict[str, Any] = {"steps": steps, "rows": rows}
-    with PolicyClient(address, policy, version, timeout_s=timeout_s) as client:
+    with _client(address, policy, version, timeout_s) as client:
         obs = np.zeros((rows, client.spec.observation.size), np.float32)
         report["policy"] = f"{client.spec.name}:{client.spec.version}"
         if mode in ("act", "both"):
@@ -151,6 +196,7 @@ def bench(
 )
 @click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds per call.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_credentials
 def replay(
     records: tuple[Path, ...],
     against: str,
@@ -183,9 +229,8 @@ def _answering(against: str, version: str, timeout_s: float) -> replaying.Agains
     if Path(against).exists():
         return replaying.Bundles(Path(against), version)
     target = Target.parse(against, version=version or None)
-    return replaying.Server(
-        target, lambda name, number: PolicyClient(target.address, name, number, timeout_s=timeout_s)
-    )
+    address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
+    return replaying.Server(target, lambda name, number: _client(address, name, number, timeout_s))
 
 
 def _nothing_compared(report: replaying.Report) -> str:

@@ -26,6 +26,29 @@ class ServerConfig:
     repo: Path = field(metadata={"help": "Repository of bundles, as rsm-export writes it."})
     addresses: tuple[str, ...] = (DEFAULT_ADDRESS,)
     """host:port (port 0: any free one) or unix:/path."""
+    tls_cert: Path | None = field(
+        default=None,
+        metadata={"help": "PEM certificate chain of the server: serve TLS.  [default: none, plaintext]"},
+    )
+    tls_key: Path | None = field(
+        default=None, metadata={"help": "PEM private key of the certificate, without a password."}
+    )
+    tls_client_ca: Path | None = field(
+        default=None,
+        metadata={"help": "PEM certificates of authorities: only clients that one of them signed are served."},
+    )
+    act_token_file: Path | None = field(
+        default=None,
+        metadata={"help": "File of tokens, one a line: only who shows one of them may act."},
+    )
+    admin_token_file: Path | None = field(
+        default=None,
+        metadata={"help": "File of tokens that may act, load and unload.  [default: none, nobody loads]"},
+    )
+    insecure: bool = field(
+        default=False,
+        metadata={"help": "Listen without TLS on addresses that other machines reach too."},
+    )
     http: str | None = field(
         default=None,
         metadata={
@@ -67,6 +90,24 @@ class ServerConfig:
     )
     max_queue_delay_us: int = field(
         default=0, metadata={"help": "Microseconds that an idle worker waits for a fuller batch."}
+    )
+    max_connections: int = field(
+        default=16_384, metadata={"help": "Most connections at the same time; further ones are closed."}
+    )
+    max_calls_per_connection: int = field(
+        default=16_384,
+        metadata={"help": "Most calls and streams that one connection has open; further ones wait there."},
+    )
+    max_streams: int = field(
+        default=16_384,
+        metadata={"help": "Most streams at the same time; further ones are refused (RESOURCE_EXHAUSTED)."},
+    )
+    max_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most requests a second of one client_id, or of one address without; more are refused "
+            "(RESOURCE_EXHAUSTED).  [default: any]"
+        },
     )
     latest_wins: bool = field(
         default=False,
@@ -110,10 +151,23 @@ class ServerConfig:
             raise ConfigError(
                 f"wanted poll > 0 and keep_versions >= 0, got {self.poll} s and {self.keep_versions}"
             )
+        limits = (self.max_connections, self.max_calls_per_connection, self.max_streams)
+        if min(limits) < 1:
+            raise ConfigError(
+                "wanted max_connections, max_calls_per_connection and max_streams >= 1, got "
+                f"{min(limits)}; leave it out for the default"
+            )
+        if self.max_rate is not None and not self.max_rate > 0:
+            raise ConfigError(f"wanted max_rate > 0 requests a second, got {self.max_rate:g}; or leave it out")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
         if self.record_max_mb < 1:
             raise ConfigError(f"wanted record_max_mb >= 1, got {self.record_max_mb}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given = self.tls_cert or self.tls_key
+            raise ConfigError(f"wanted --tls-cert and --tls-key together, got only {given}; give both")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("wanted --tls-cert and --tls-key beside --tls-client-ca, got none; give both")
         self._check_canaries()
         if not self.addresses:
             raise ConfigError("wanted at least one address such as 127.0.0.1:8001, got none")

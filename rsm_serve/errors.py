@@ -14,7 +14,10 @@ RsmError
     ├── InvalidRequestError     wrong name, dtype, shape, byte count, NaN or Inf
     ├── PolicyNotFoundError     no such policy or version
     ├── NotReadyError           loading, draining, or no server at that address
+    ├── UnauthenticatedError    no token or certificate that the other side knows
+    ├── PermissionDeniedError   the token does not allow what was asked for
     ├── QueueFullError          load was shed
+    │   └── LimitReachedError   too many requests a second of one client, or too many streams
     ├── DeadlineExpiredError    too late to be worth computing
     ├── SupersededError         a newer request of the same client took its place
     ├── RequestCancelledError   the caller went away
@@ -86,6 +89,14 @@ class NotReadyError(RequestError):
     """The policy is loading or draining, or no server answers."""
 
 
+class UnauthenticatedError(RequestError):
+    """One side does not know who the other is: no token or certificate, or one that is unknown."""
+
+
+class PermissionDeniedError(RequestError):
+    """The caller is known, and may not do what was asked for."""
+
+
 class QueueFullError(RequestError):
     """The policy's queue is full: the request was shed.
 
@@ -97,6 +108,13 @@ class QueueFullError(RequestError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LimitReachedError(QueueFullError):
+    """A limit of the server on one client or on all: requests a second, open streams.
+
+    A remote caller meets it as QueueFullError: the status is the same, and so is what to do.
+    """
 
 
 class DeadlineExpiredError(RequestError):
@@ -135,13 +153,16 @@ class WireStatus:
     public: str | None = None
 
 
-# The one table of error type -> gRPC status -> public sentence. Most specific first is not needed:
-# the types are leaves.
+# The one table of error type -> gRPC status -> public sentence, by exact type. Of two types with one status,
+# a client raises the first.
 WIRE_STATUS: dict[type[RequestError], WireStatus] = {
     InvalidRequestError: WireStatus("INVALID_ARGUMENT"),
     PolicyNotFoundError: WireStatus("NOT_FOUND"),
     NotReadyError: WireStatus("UNAVAILABLE"),
+    UnauthenticatedError: WireStatus("UNAUTHENTICATED"),
+    PermissionDeniedError: WireStatus("PERMISSION_DENIED"),
     QueueFullError: WireStatus("RESOURCE_EXHAUSTED"),
+    LimitReachedError: WireStatus("RESOURCE_EXHAUSTED"),
     DeadlineExpiredError: WireStatus("DEADLINE_EXCEEDED"),
     SupersededError: WireStatus("ABORTED"),
     RequestCancelledError: WireStatus("CANCELLED"),

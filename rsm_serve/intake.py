@@ -1,6 +1,6 @@
 """Where every request enters, whatever its protocol: to its lane, and under the eyes of whoever observes.
 
-Nothing here knows of gRPC; a call is what has gRPC's `time_remaining` and `invocation_metadata`.
+Nothing here knows of gRPC; a call is what has gRPC's `time_remaining`, `peer` and `invocation_metadata`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rsm_serve.batcher import Answered
+from rsm_serve.errors import LimitReachedError
 from rsm_serve.guard import GuardedAnswers
+from rsm_serve.limits import RateLimiter
 from rsm_serve.observer import Observer, refuse, watch
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
 from rsm_serve.registry import Lane, Registry
@@ -29,6 +31,10 @@ class Call(Protocol):
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline; None without one."""
+        ...
+
+    def peer(self) -> str:
+        """Where the caller is: kind, host and port."""
         ...
 
     def invocation_metadata(self) -> Iterable[tuple[str, Any]] | None:
@@ -62,6 +68,8 @@ class Intake:
         tracer: traces every request; None: nothing is traced.
         recorder: writes every request and its answer to files; None: nothing is written.
         guard: stands between the answers and their callers; None: answers are the policies' own.
+        max_streams: streams that may be open; None: any number.
+        max_rate: requests a second of one client; None: any number.
     """
 
     def __init__(
@@ -71,15 +79,33 @@ class Intake:
         tracer: Tracer | None = None,
         recorder: Recorder | None = None,
         guard: GuardedAnswers | None = None,
+        *,
+        max_streams: int | None = None,
+        max_rate: float | None = None,
     ) -> None:
         self.registry = registry
         self._observer = observer
         self._tracer = tracer
         self._recorder = recorder
         self._guard = guard
+        self._open_streams = 0
+        self._max_streams = max_streams
+        self._limiter = None if max_rate is None else RateLimiter(max_rate)
 
     def streams(self, change: int) -> None:
-        """+1: a stream was opened, -1: closed."""
+        """+1: a stream is opened, -1: was closed.
+
+        Raises:
+            LimitReachedError: there are too many; this one does not count.
+        """
+        if change > 0 and self._max_streams is not None and self._open_streams >= self._max_streams:
+            error = LimitReachedError(
+                f"wanted at most {self._max_streams} open streams, got another; "
+                "close some, or try again or elsewhere"
+            )
+            refuse(self._observer, None, "", error, started_s=time.perf_counter())
+            raise error
+        self._open_streams += change
         if self._observer is not None:
             self._observer.streams(change)
 
@@ -113,6 +139,8 @@ class Intake:
         who: Caller | None = None
         try:
             who = caller()
+            if self._limiter is not None:
+                self._limiter.take(who.client_id, call.peer(), started_s)
             lane = self.registry.find(policy, version, client_id=who.client_id, seed=who.seed, fixed=who.fixed)
             request = decode(lane.spec)
             if self._guard is not None:

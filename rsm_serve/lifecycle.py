@@ -13,10 +13,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rsm_serve.bundle import check_policy_name, list_policies
 from rsm_serve.config import ServerConfig
@@ -166,14 +166,25 @@ class LifeCycle:
             check_policy_name(name)
         except BundleError as error:
             raise InvalidRequestError(str(error)) from None
-        # A task of its own: a caller that gives up would leave a thread at work, and a second load beside it.
-        loading = asyncio.ensure_future(self._load_one(name, version))
-        self._tasks.add(loading)
-        loading.add_done_callback(self._loaded)
+        await self._to_the_end(self._load_one(name, version))
+
+    async def unload(self, name: str) -> None:
+        """See `RepositoryControl.unload`."""
+        await self._to_the_end(self._unload_one(name))
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await what is not cancelled with its caller.
+
+        A load whose caller gives up would leave a thread at work, and a second load beside it; an unload, a
+        policy that health still calls ready.
+        """
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._settled)
         try:
-            await asyncio.shield(loading)
+            await asyncio.shield(task)
         except asyncio.CancelledError:
-            if loading.cancelled():
+            if task.cancelled():
                 self._refuse_when_stopping()
             raise
 
@@ -198,13 +209,12 @@ class LifeCycle:
             self._found[name] = found
             await self._settle(name, current)
 
-    async def unload(self, name: str) -> None:
-        """See `RepositoryControl.unload`."""
+    async def _unload_one(self, name: str) -> None:
         async with self._one_at_a_time:
             self._refuse_when_stopping()
             if not self._registry.ready(name):
                 names = ", ".join(self._registry.names) or "no policies"
-                raise PolicyNotFoundError(f"wanted to unload policy {name!r}, this server has {names}")
+                raise PolicyNotFoundError(f"wanted to unload policy {name!r:.90}, this server has {names}")
             self._wishes.unloaded.add(name)
             self._wishes.pinned.pop(name, None)
             await self._drop(name, "it was unloaded by request")
@@ -430,7 +440,7 @@ class LifeCycle:
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    def _loaded(self, task: asyncio.Task[None]) -> None:
+    def _settled(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever still waits hears of it, and the log has it already

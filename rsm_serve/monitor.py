@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import ipaddress
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.addresses import split_address
+from rsm_serve.addresses import is_loopback, split_address
 from rsm_serve.errors import InvalidRequestError, NotReadyError, QueueFullError, RequestError, wire_status
 from rsm_serve.http_server import HttpServer, Request, Response
 from rsm_serve.policy import ActRows, act_rows
@@ -278,15 +277,6 @@ def parse_observation(text: str, lane: Lane) -> NDArray[np.float32]:
 def _checked(lane: Lane, obs: ArrayLike) -> NDArray[np.float32]:
     obs_O: NDArray[np.float32] = act_rows(lane.spec, obs, seed=0).obs_BO[0]
     return obs_O
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or number, brackets or not, stays on this machine."""
-    host = host.strip("[]").lower()
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _whole_number(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

@@ -15,11 +15,14 @@ from rsm_serve.errors import (
     BackendError,
     DeadlineExpiredError,
     InvalidRequestError,
+    LimitReachedError,
     NotReadyError,
+    PermissionDeniedError,
     PolicyNotFoundError,
     QueueFullError,
     RequestCancelledError,
     SupersededError,
+    UnauthenticatedError,
     wire_status,
 )
 
@@ -27,7 +30,10 @@ REASONS: dict[type[BaseException], str] = {
     InvalidRequestError: "invalid",
     PolicyNotFoundError: "unknown_policy",
     NotReadyError: "not_ready",
+    UnauthenticatedError: "unauthenticated",
+    PermissionDeniedError: "forbidden",
     QueueFullError: "queue_full",
+    LimitReachedError: "limit",
     DeadlineExpiredError: "expired",
     RequestCancelledError: "cancelled",
     SupersededError: "superseded",
@@ -95,7 +101,7 @@ class Observer(Protocol):
         ...
 
     def refused(self, method: str, code: str, reason: str) -> None:
-        """A request named no policy that is here."""
+        """A request named no policy that is here, or was not looked at."""
         ...
 
     def loaded(self, policy: str, seconds: float, *, failed: bool) -> None:

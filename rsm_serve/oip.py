@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 
+from rsm_serve.access import GRANT, Role
 from rsm_serve.batcher import Answered
 from rsm_serve.errors import (
     InvalidRequestError,
@@ -45,12 +46,18 @@ SERVICE: str = _DESCRIPTOR.full_name
 SERVER_NAME = "rsm-serve"
 READY = "READY"
 MAX_VERSION_DIGITS = 19
+MAX_ECHO = 90
+"""Characters of a caller's own name that come back to it; those of policies are shorter."""
 
 EXTENSIONS = ("model_configuration", "parameters", "statistics")
 """Of Triton's, those that always work."""
 CONTROL_EXTENSION = "model_repository"
 
-SWITCHED_OFF = "loading and unloading policies is switched off; start rsm-serve with an admin token"
+SWITCHED_OFF = (
+    "loading and unloading policies is switched off; start rsm-serve with an admin token (--admin-token-file)"
+)
+NOT_LOADED = "did not load; the server's log, and an admin, can say why"
+"""Instead of a reason that may name files of the server."""
 
 Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
 """Ends a call with the status of an exception."""
@@ -189,8 +196,12 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         except RequestError as error:
             await self._abort(context, error)
         entries = self._loaded() if self._control is None else self._control.index()
+        grant = GRANT.get()
+        hidden = grant is not None and grant.role is not Role.ADMIN
         response = pb.RepositoryIndexResponse()
         for name, version, state, reason in entries:
+            if self._control is not None and reason and hidden:
+                reason = NOT_LOADED
             if state == READY or not request.ready:
                 response.models.add(name=name, version=version, state=state, reason=reason)
         return response
@@ -245,8 +256,8 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
     def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         self._log_fault(error)
         response = pb.ModelStreamInferResponse(error_message=": ".join(wire_status(error)))
-        response.infer_response.model_name = request.model_name
-        response.infer_response.model_version = request.model_version
+        response.infer_response.model_name = request.model_name[:MAX_ECHO]
+        response.infer_response.model_version = request.model_version[:MAX_ECHO]
         response.infer_response.id = request.id
         return response
 

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rsm_serve.client import PolicyClient, Target
+from rsm_serve.client import PolicyClient
 from rsm_serve.commandline import aligned
+from rsm_serve.connection import Target
 from rsm_serve.errors import BundleError, NotReadyError, PolicyNotFoundError, RequestError, UsageError
 from rsm_serve.policy import ActResult, Policy, PolicySpec, Timing
 from rsm_serve.recording import Record

@@ -20,11 +20,12 @@ from rsm_serve.bundle import (
     parse_version,
 )
 from rsm_serve.errors import BundleError
+from rsm_serve.watched import FileStamp, file_stamp
 
 MAX_POINTER_BYTES = 64
 
-Stamp = tuple[tuple[int, int, int] | None, ...]
-"""What changes when a version's files do: modification time, size and inode of each, None for a missing one."""
+Stamp = tuple[FileStamp, ...]
+"""What changes when a version's files do."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,4 @@ def _is_name(text: str) -> bool:
 
 def stamp(version_dir: Path) -> Stamp:
     """See `Stamp`."""
-    return tuple(_file_stamp(version_dir / name) for name in (MANIFEST_FILE, *PAYLOAD_FILES))
-
-
-def _file_stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return tuple(file_stamp(version_dir / name) for name in (MANIFEST_FILE, *PAYLOAD_FILES))

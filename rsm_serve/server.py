@@ -18,7 +18,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from rsm_serve import oip
-from rsm_serve.addresses import check_free
+from rsm_serve.access import Access
+from rsm_serve.addresses import UNIX, check_free, check_unexposed
 from rsm_serve.batcher import Answered
 from rsm_serve.codec import (
     ERROR_MARK,
@@ -30,6 +31,7 @@ from rsm_serve.codec import (
 )
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
+from rsm_serve.gate import Gate
 from rsm_serve.guard import GuardedAnswers
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
@@ -39,6 +41,7 @@ from rsm_serve.policy import ActResult, ActRows
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller, check_client_id
 from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
+from rsm_serve.tls import server_credentials
 from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -52,6 +55,10 @@ logger = logging.getLogger(__name__)
 _Context = Any  # grpc has no type stubs
 
 SERVICE = "rsm.v1.PolicyService"
+HANDSHAKE_MS = 10_000
+"""For a new connection to become one of HTTP/2, and of TLS; then it is closed."""
+MAX_METADATA_BYTES = 16 * 1024
+"""Of a call; gRPC itself refuses more, with RESOURCE_EXHAUSTED."""
 FLUSH_S = 0.5
 """Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
 
@@ -65,6 +72,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+_FILES = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
+_METHODS = frozenset(
+    f"/{service.full_name}/{method}"
+    for file in _FILES
+    for service in file.services_by_name.values()
+    for method in service.methods_by_name
+)
+"""Full names of all that the server answers."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,8 @@ class PolicyServer:
 
     Raises:
         BundleError: a policy does not load.
+        ConfigError: certificates or tokens cannot be used.
+        AddressError: other machines reach an address, and there is neither TLS nor `insecure`.
         MissingExtraError: the backend is not installed.
         ConfigError: the directory for records cannot be written to.
     """
@@ -188,6 +206,12 @@ class PolicyServer:
         tracer: Tracer | None = None,
     ) -> None:
         self.config = config
+        self._credentials = server_credentials(config)
+        if self._credentials is None and not config.insecure:
+            for address in config.addresses:
+                check_unexposed(address)
+        tokens = (config.act_token_file, config.admin_token_file)
+        access = None if tokens == (None, None) else Access(*tokens)
         self.monitor = monitor or (None if config.http is None else _new_monitor())
         observer = None if self.monitor is None else self.monitor.telemetry
         self._tracer = tracer or (Tracer() if config.otel else None)
@@ -207,11 +231,25 @@ class PolicyServer:
         )
         if self.monitor is not None and self._recorder is not None:
             self.monitor.telemetry.recorded = self._recorder.counts
-        guard = GuardedAnswers(config.guard) if config.guard.active else None
-        intake = Intake(self.registry, observer, self._tracer, self._recorder, guard)
+        intake = Intake(
+            self.registry,
+            observer,
+            self._tracer,
+            self._recorder,
+            GuardedAnswers(config.guard) if config.guard.active else None,
+            max_streams=config.max_streams,
+            max_rate=config.max_rate,
+        )
         version = metadata.version("rsm-toolkit")
         self._service = PolicyService(intake, version)
-        self._inference = oip.InferenceService(intake, version, abort=_abort, log_fault=_log_fault)
+        self._inference = oip.InferenceService(
+            intake,
+            version,
+            abort=_abort,
+            log_fault=_log_fault,
+            control=None if config.admin_token_file is None else self.lifecycle,
+        )
+        self._interceptors = () if access is None else (Gate(access, _abort, _METHODS, observer),)
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -222,13 +260,17 @@ class PolicyServer:
         """
         if self.monitor is not None and self.config.http is not None and not self.monitor.address:
             await self.monitor.open(self.config.http)
-        server = grpc.aio.server(options=CHANNEL_OPTIONS, compression=grpc.Compression.NoCompression)
+        server = grpc.aio.server(
+            interceptors=self._interceptors,
+            options=_channel_options(self.config),
+            compression=grpc.Compression.NoCompression,
+        )
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
         add_policy_service(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         oip.add_to_server(self._inference, server)
         _describe(server)
-        self.addresses = tuple([_bind(server, address) for address in self.config.addresses])
+        self.addresses = tuple([_bind(server, address, self._credentials) for address in self.config.addresses])
         self.lifecycle.start(self._set_health)
         await server.start()
         self._server = server
@@ -353,23 +395,36 @@ def _new_recorder(directory: Path, max_bytes: int) -> Recorder:
     return Recorder(directory, max_bytes)
 
 
-def _bind(server: Any, address: str) -> str:
-    """Listen on the address; returns it with the port filled in."""
+def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    return (
+        *CHANNEL_OPTIONS,
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        # Below the hard limit gRPC refuses by lot from its soft one on; what is refused is not to be a lot's.
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.max_concurrent_streams", config.max_calls_per_connection),
+    )
+
+
+def _bind(server: Any, address: str, credentials: Any | None) -> str:
+    """Listen on the address, with TLS if there are credentials; returns it with the port filled in."""
     check_free(address)
+    unix = address.startswith(UNIX)  # who may use one is a matter of its file's permissions
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None or unix:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise AddressError(f"wanted to listen on {address}, got: {error}; choose another --address") from None
-    if address.startswith("unix:"):
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"
+    return address if unix else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _describe(server: Any) -> None:
     """Server reflection for every service."""
-    files = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
-    names = [service.full_name for file in files for service in file.services_by_name.values()]
-    reflection.enable_server_reflection(names, server, oip.reflection_pool(files))
+    names = [service.full_name for file in _FILES for service in file.services_by_name.values()]
+    reflection.enable_server_reflection(names, server, oip.reflection_pool(_FILES))
 
 
 def _log_fault(error: BaseException, **fields: object) -> None:

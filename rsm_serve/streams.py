@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from rsm_serve.errors import InvalidRequestError, NotReadyError
+from rsm_serve.access import while_granted
+from rsm_serve.errors import InvalidRequestError, NotReadyError, RequestError
 
 STREAM_WINDOW = 64
 """Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
@@ -53,8 +54,8 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self._moved: asyncio.Future[None] | None = None
         self._read_all = False
         self.ended_by_server = False
-        self.unreadable = False
-        """A message came that is none of the protocol's; nothing can be read behind it."""
+        self.failure: RequestError | None = None
+        """Why nothing more was read."""
 
     async def read(self, requests: AsyncIterator[Request]) -> None:
         """Submit requests as they come."""
@@ -66,8 +67,10 @@ class OrderedStream(Generic[Request, Answer, Response]):
                     break
                 self._pending.append((request, self._submitted(request)))
                 self._wake()
+        except RequestError as error:
+            self.failure = error
         except Exception:
-            self.unreadable = True
+            self.failure = InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
         finally:
             self._read_all = True
             self._wake()
@@ -125,7 +128,7 @@ class OpenStreams:
     """The open streams of a service, which end together when the server drains.
 
     Args:
-        changed: told +1 when a stream opens and -1 when it closes.
+        changed: told +1 when a stream opens, which it may refuse by raising, and -1 when it closes.
     """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
@@ -140,20 +143,22 @@ class OpenStreams:
         """The responses of a stream, until its caller or the server ends it.
 
         Raises:
+            LimitReachedError: there are too many.
             NotReadyError: at the end of the block, if the server ended it.
             InvalidRequestError: at the end of the block, if a message could not be read.
+            UnauthenticatedError: at the end of the block, if the caller's token was revoked.
         """
+        self._changed(+1)
         if self._draining:
             stream.end()
         self._streams.add(stream)
-        self._changed(+1)
-        reader = asyncio.create_task(stream.read(requests))
+        reader = asyncio.create_task(stream.read(while_granted(requests)))
         try:
             yield stream.responses()
             if stream.ended_by_server:
                 raise NotReadyError(SHUTTING_DOWN)
-            if stream.unreadable:
-                raise InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
+            if stream.failure is not None:
+                raise stream.failure
         finally:
             self._streams.discard(stream)
             self._changed(-1)

@@ -57,6 +57,10 @@ NO_GRPC = (
     "logs",
     "guard",
     "recorder",
+    "watched",
+    "tokens",
+    "access",
+    "limits",
 )
 PURE_TRAINING = (
     "diffusion",

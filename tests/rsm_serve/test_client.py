@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rsm_serve.client import AsyncPolicyClient, PolicyClient, Target, check_health
+from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
 from rsm_serve.config import ServerConfig
+from rsm_serve.connection import Target
 from rsm_serve.errors import (
     AddressError,
     DeadlineExpiredError,
@@ -52,6 +53,7 @@ def unused_port() -> str:
         (("grpc://[::1]:1/p",), Target("[::1]:1", "p", "")),
         (("grpc://h:1", "p"), Target("h:1", "p", "")),
         (("grpc://h:1/p", "p"), Target("h:1", "p", "")),
+        (("grpcs://h:1/p:3",), Target("h:1", "p", "3", tls=True)),
         (("unix:/a/b", "p"), Target("unix:/a/b", "p", "")),
     ],
 )

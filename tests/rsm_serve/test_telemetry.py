@@ -21,6 +21,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from rsm_serve import http_server
+from rsm_serve.addresses import is_loopback
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.bundle import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
@@ -35,7 +36,7 @@ from rsm_serve.errors import (
 )
 from rsm_serve.http_server import HttpServer, Request, Response
 from rsm_serve.local import LocalPolicy, open_policy
-from rsm_serve.monitor import Monitor, is_loopback
+from rsm_serve.monitor import Monitor
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.registry import Lane, Registry
