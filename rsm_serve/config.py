@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rsm_serve.addresses import unix_path
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.canary import Canary, check_shares
 from rsm_serve.errors import ConfigError
@@ -113,6 +114,15 @@ class ServerConfig:
         default=False,
         metadata={"help": "Whether a request takes the place of the waiting one of the same client_id."},
     )
+    processes: int = field(
+        default=1,
+        metadata={
+            "help": "Server processes that share the port, each with sessions, queues and limits of its own, "
+            "for when one event loop is the limit."
+        },
+    )
+    shares_ports: bool = False
+    """Other processes listen on the same ports; set for those of `processes`."""
     workers: int | None = field(
         default=None,
         metadata={"help": "Most policies that compute at the same moment, in turn.  [default: all]"},
@@ -168,6 +178,7 @@ class ServerConfig:
             raise ConfigError(f"wanted --tls-cert and --tls-key together, got only {given}; give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("wanted --tls-cert and --tls-key beside --tls-client-ca, got none; give both")
+        self._check_processes()
         self._check_canaries()
         if not self.addresses:
             raise ConfigError("wanted at least one address such as 127.0.0.1:8001, got none")
@@ -189,6 +200,21 @@ class ServerConfig:
     def record_max_bytes(self) -> int:
         """`record_max_mb` in bytes."""
         return self.record_max_mb * 2**20
+
+    def _check_processes(self) -> None:
+        if self.processes < 1:
+            raise ConfigError(f"wanted processes >= 1, got {self.processes}")
+        if self.processes == 1:
+            return
+        if any(unix_path(address) for address in self.addresses):
+            raise ConfigError(
+                "wanted --processes 1 beside a unix socket, which processes cannot share; use a port"
+            )
+        if self.admin_token_file is not None:
+            raise ConfigError(
+                "wanted --processes 1 beside --admin-token-file, because a request to load would reach one "
+                "process alone; let all of them follow the repository with --poll"
+            )
 
     def _check_canaries(self) -> None:
         check_shares(self.canaries)

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from rsm_serve import oip
 from rsm_serve.access import Access
-from rsm_serve.addresses import UNIX, check_free, check_unexposed
+from rsm_serve.addresses import UNIX, check_free, check_unexposed, with_port
 from rsm_serve.batcher import Answered
 from rsm_serve.codec import (
     ERROR_MARK,
@@ -63,8 +63,6 @@ FLUSH_S = 0.5
 """Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # Otherwise a second server would silently share the port, and clients be split between two policies.
-    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -270,6 +268,9 @@ class PolicyServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         oip.add_to_server(self._inference, server)
         _describe(server)
+        if not self.config.shares_ports:
+            for address in self.config.addresses:
+                check_free(address)
         self.addresses = tuple([_bind(server, address, self._credentials) for address in self.config.addresses])
         self.lifecycle.start(self._set_health)
         await server.start()
@@ -398,6 +399,8 @@ def _new_recorder(directory: Path, max_bytes: int) -> Recorder:
 def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
     return (
         *CHANNEL_OPTIONS,
+        # Otherwise a second server would silently share the port, and clients be split between two policies.
+        ("grpc.so_reuseport", int(config.shares_ports)),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         # Below the hard limit gRPC refuses by lot from its soft one on; what is refused is not to be a lot's.
@@ -409,7 +412,6 @@ def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
 
 def _bind(server: Any, address: str, credentials: Any | None) -> str:
     """Listen on the address, with TLS if there are credentials; returns it with the port filled in."""
-    check_free(address)
     unix = address.startswith(UNIX)  # who may use one is a matter of its file's permissions
     try:
         if credentials is None or unix:
@@ -418,7 +420,7 @@ def _bind(server: Any, address: str, credentials: Any | None) -> str:
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise AddressError(f"wanted to listen on {address}, got: {error}; choose another --address") from None
-    return address if unix else f"{address.rpartition(':')[0]}:{port}"
+    return address if unix else with_port(address, port)
 
 
 def _describe(server: Any) -> None:
