@@ -64,7 +64,9 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
         while not signals.came:
             due_s = [process.due_s for process in processes if process.due_s is not None]
             timeout_s = max(0.0, min(due_s) - time.monotonic()) if due_s else None
-            wait([signals.fd, *_sentinels(processes)], timeout_s)
+            # Of one that has died meanwhile too: its sentinel ends the wait.
+            running = [process.sentinel for process in processes if process.due_s is None]
+            wait([signals.fd, *running], timeout_s)
             for process in processes:
                 process.tend()
         return _stop(processes, signals)
