@@ -63,15 +63,26 @@ class Server:
 
     @property
     def rss_mb(self) -> float:
-        """Resident memory."""
+        """Resident memory of the main process."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     @property
     def cpu_s(self) -> float:
-        """User and system time of all threads."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """User and system time of all threads, of its child processes too."""
+        return sum(map(_cpu_s, _family(self.process.pid)))
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            yield from _family(int(child))
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -230,6 +241,10 @@ def measure_clients(repository: Path, seconds: float) -> dict[str, Any]:
             report[f"echo_{kind}"] = load(floor, method, message, seconds, *clients)
             report[f"rsm_{kind}"] = load(server, method, message, seconds, *clients, "--reads-batches")
         report["rsm_infer"] = load(server, INFER, infer_message("n1"), seconds, *clients)
+    with rsm_serve(repository, "n1", "--processes", "2") as server:
+        for kind, method in (("stream", STREAM), ("unary", UNARY)):
+            options = (*clients, "--reads-batches")
+            report[f"rsm_{kind}_two_processes"] = load(server, method, message, seconds, *options)
     for kind in ("stream", "unary"):
         reached, floor_load = report[f"rsm_{kind}"], report[f"echo_{kind}"]
         alone = rows_per_s(repository / "n1" / "1", max(1, round(reached["mean_batch_rows"])))
@@ -322,7 +337,7 @@ def measure_start(repository: Path, times: int = 5) -> dict[str, Any]:
 def measure_streams(repository: Path, steps: int = 500) -> dict[str, Any]:
     """Idle streams cost memory, and nobody's time."""
     obs, message = np.zeros(OBS_SIZE, np.float32), act_message("n1")
-    with rsm_serve(repository, "n1", *_stream_options()) as server, tempfile.NamedTemporaryFile() as payload:
+    with rsm_serve(repository, "n1") as server, tempfile.NamedTemporaryFile() as payload:
         payload.write(message)
         payload.flush()
         with PolicyClient(server.address, timeout_s=10) as client, client.stream() as stream:
@@ -346,10 +361,6 @@ def measure_streams(repository: Path, steps: int = 500) -> dict[str, Any]:
         "one_client_before": percentiles(before),
         "one_client_during": percentiles(during),
     }
-
-
-def _stream_options() -> tuple[str, ...]:
-    return ()
 
 
 def main() -> None:
