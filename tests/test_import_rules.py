@@ -56,6 +56,7 @@ NO_GRPC = (
     "monitor",
     "logs",
     "watched",
+    "pem",
     "tokens",
     "access",
     "limits",

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,11 +274,22 @@ class TestMistakes:
             ("grpcs://unix:/nowhere", None, "unix socket"),
             ("127.0.0.1:1", Tls("/no/ca.pem"), "/no/ca.pem.*No such file"),
             ("127.0.0.1:1", Tls(cert="robot.pem"), "cert and key together"),
+            ("127.0.0.1:1", Tls("server.key"), "wanted certificates of authorities"),
+            ("127.0.0.1:1", Tls("ca.pem", "robot.pem", "server.key"), "KEY_VALUES_MISMATCH"),
         ],
     )
-    def test_a_clients_own(self, address, tls, sentence):
+    def test_a_clients_own(self, address, tls, sentence, authority, monkeypatch):
+        monkeypatch.chdir(authority.folder)
         with pytest.raises(InvalidRequestError, match=sentence):
             PolicyClient(address, tls=tls)
+
+
+def test_rsm_client_says_one_sentence(tls_address, stranger):
+    command = [sys.executable, "-m", "rsm_serve.client_cli", "info", "--address", f"grpcs://{tls_address}"]
+    command += ["--tls-ca", str(stranger.ca)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"rsm-client: wanted a certificate signed by .*\n", done.stderr)
 
 
 class TestExposure:
