@@ -12,30 +12,22 @@ outputs, as in serving.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from random_policy import make_bundle
 from record import write_record
-from rsm_export.chain import fold
-from rsm_export.onnx_graph import build_graph
 
-from rsm_serve.bundle import Bundle, Probe
-from rsm_serve.policy import BoxSpec, PolicySpec
+from rsm_serve.bundle import Bundle
+from rsm_serve.policy import PolicySpec
 from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions.choice import open_session
 from rsm_serve.sessions.openvino import OpenVINOSession
-from rsm_train.critic import init_critics
-from rsm_train.diffusion import SamplerSettings
-from rsm_train.networks import init_denoiser
-from rsm_train.policy import PolicyWeights
 
-OBS_SIZE, ACTION_SIZE, HIDDEN = 17, 6, [256, 256, 256]
 BATCH_SIZES = (1, 3, 5, 8, 33, 64)
 """3, 5 and 33 leave rows of OpenVINO's fixed batches idle, or take two of them."""
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
@@ -43,27 +35,6 @@ BASE = "onnxruntime"
 WARM_UP, FEWEST = 3, 20
 
 Run = Callable[[NDArray[np.float32], NDArray[np.float32]], object]
-
-
-def make_bundle(steps: int, particles: int) -> Bundle:
-    """A policy of random weights; its probe is not used."""
-    obs_box = BoxSpec(tuple(f"o{i}" for i in range(OBS_SIZE)), (None,) * OBS_SIZE, (None,) * OBS_SIZE)
-    box = BoxSpec(tuple(f"a{i}" for i in range(ACTION_SIZE)), (-1.0,) * ACTION_SIZE, (1.0,) * ACTION_SIZE)
-    spec = PolicySpec(
-        "random", "dpmd", "none", obs_box, box, steps=steps, particles=particles, has_q=particles > 1
-    )
-    g = torch.Generator().manual_seed(0)
-    weights = PolicyWeights.prepare(
-        init_denoiser(OBS_SIZE, ACTION_SIZE, HIDDEN, g),
-        init_critics(OBS_SIZE, ACTION_SIZE, HIDDEN, g),
-        SamplerSettings("cosine", steps, particles, 1.0),
-        spec,
-    )
-    empty = np.empty((0,), np.float32)
-    if particles == 1:
-        weights = dataclasses.replace(weights, critics={})
-    model = build_graph(fold(weights)).SerializeToString()
-    return Bundle(Path(), spec, model, Probe(empty, empty, empty))
 
 
 def any_batch(bundle: Bundle) -> Run:

@@ -32,6 +32,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def with_port(address: str, port: int) -> str:
+    """'host:port' with another port."""
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
 def unix_path(address: str) -> Path | None:
     """The path of 'unix:/path', or None for another kind of address."""
     return Path(address.removeprefix(UNIX)) if address.startswith(UNIX) else None

@@ -274,6 +274,37 @@ class _Job(Generic[Request, Answer]):
     future: asyncio.Future[Answered[Answer]]
 
 
+class _Bell:
+    """A `threading.Condition` for one waiting thread, at a third of its cost: one lock serves all waits.
+
+    `ring` and `wait` are called with `lock` held; `wait` lets go of it while it sleeps.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._asleep = False
+
+    def ring(self) -> None:
+        """Wake the thread that waits, if one does."""
+        if self._asleep:
+            self._asleep = False
+            self._gate.release()
+
+    def wait(self, timeout_s: float = -1) -> None:
+        """Sleep until `ring`, at most so long; negative: without limit."""
+        self._asleep = True
+        self._lock.release()
+        try:
+            rung = self._gate.acquire(timeout=timeout_s)
+        finally:
+            self._lock.acquire()
+        if not rung and not self._asleep:  # rung after the time was up
+            self._gate.acquire()
+        self._asleep = False
+
+
 Compute = Callable[[Sequence[Request]], Sequence[Answer | RequestError]]
 """Answers a batch, in order; a request may fail alone by a RequestError in its place."""
 
@@ -305,7 +336,8 @@ class Batcher(Generic[Request, Answer]):
         self._name = name
         self._clock = clock
         self._queue: BatchQueue[_Job[Request, Answer]] = BatchQueue(limits)
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._bell = _Bell(self._lock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped: asyncio.Event | None = None
 
@@ -350,29 +382,29 @@ class Batcher(Generic[Request, Answer]):
         future: asyncio.Future[Answered[Answer]] = self._loop.create_future()
         now = self._clock()
         deadline_s = None if timeout_s is None else now + timeout_s
-        with self._changed:
+        with self._lock:
             entry = self._queue.put(
                 _Job(request, future), rows, now, deadline_s, priority=priority, client_id=client_id
             )
-            self._changed.notify()
+            self._bell.ring()
         if entry.replaced is not None:
             self._settle([(entry.replaced.item.future, _superseded())])
             entry.replaced = None
 
         def forget(done: asyncio.Future[Answered[Answer]]) -> None:
             if done.cancelled():
-                with self._changed:
+                with self._lock:
                     self._queue.cancel(entry)
-                    self._changed.notify()
+                    self._bell.ring()
 
         future.add_done_callback(forget)
         return future
 
     def close(self) -> None:
         """Refuse further requests; what is queued is still answered."""
-        with self._changed:
+        with self._lock:
             self._queue.close()
-            self._changed.notify()
+            self._bell.ring()
 
     async def drained(self) -> None:
         """Wait, after `close`, until everything queued is answered."""
@@ -386,30 +418,30 @@ class Batcher(Generic[Request, Answer]):
                 # Taken only now: what came, expired or was cancelled while another lane computed counts.
                 batch = self._take()
                 outcomes = self._answer(batch)
-            if batch.entries:
-                with self._changed:
-                    self._queue.computed(batch.rows, self._clock() - waited_from_s)
             if outcomes and not self._deliver(self._settle, outcomes):
                 return
+            if batch.entries:  # after the answers are on their way
+                with self._lock:
+                    self._queue.computed(batch.rows, self._clock() - waited_from_s)
         assert self._stopped is not None
         self._deliver(self._stopped.set)
 
     def _wait(self) -> bool:
         """Block until there is work; False when closed and empty."""
-        with self._changed:
+        with self._lock:
             while not self._queue.finished:
                 ready_at = self._queue.ready_at()
                 now = self._clock()
                 if ready_at is None:
-                    self._changed.wait()
+                    self._bell.wait()
                 elif ready_at > now:
-                    self._changed.wait(ready_at - now)
+                    self._bell.wait(ready_at - now)
                 else:
                     return True
             return False
 
     def _take(self) -> Batch[_Job[Request, Answer]]:
-        with self._changed:
+        with self._lock:
             return self._queue.take(self._clock())
 
     def _answer(

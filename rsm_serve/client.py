@@ -41,7 +41,8 @@ class PolicyClient:
         version: a number; None for the current one.
         timeout_s: deadline of every call.
         connect_timeout_s: deadline of the first call, which fetches the specification.
-        client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version.
+        client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version,
+            and a server that limits how far an action moves per step counts from this robot's last one.
         priority: from -10 to 10; requests of higher priority go first.
         tls: how to trust the server, and the client's own certificate; None: for grpcs:// what RSM_TLS_CA,
             RSM_TLS_CERT and RSM_TLS_KEY say, else plaintext.
@@ -100,8 +101,11 @@ class PolicyClient:
         seed: Seed = None,
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
+        client_id: str | None = None,
     ) -> ActResult:
         """Sample actions; see `rsm_serve.policy.Policy.act`.
+
+        `client_id` says who asks this time, for a caller that asks for several; None: the client itself.
 
         Raises:
             InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
@@ -112,7 +116,7 @@ class PolicyClient:
             BackendError: the policy failed.
         """
         started = time.perf_counter()
-        rows, request = self._call.request(obs, seed, noise, deterministic)
+        rows, request = self._call.request(obs, seed, noise, deterministic, client_id)
         try:
             response = self._act(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
@@ -352,10 +356,11 @@ class AsyncPolicyClient:
         seed: Seed = None,
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
+        client_id: str | None = None,
     ) -> ActResult:
         """Sample actions; arguments and errors as `PolicyClient.act`. Cancelling it cancels the request."""
         started = time.perf_counter()
-        rows, request = self._call.request(obs, seed, noise, deterministic)
+        rows, request = self._call.request(obs, seed, noise, deterministic, client_id)
         try:
             response = await self._act(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
@@ -522,20 +527,24 @@ class _Call:
         self._last_id = 0
 
     def request(
-        self, obs: ArrayLike, seed: Seed, noise: NDArray[np.float32] | None, deterministic: bool
+        self,
+        obs: ArrayLike,
+        seed: Seed,
+        noise: NDArray[np.float32] | None,
+        deterministic: bool,
+        client_id: str | None = None,
     ) -> tuple[ActRows, pb.ActRequest]:
         if self.closed:
             raise NotReadyError(f"the client of {self.target} was closed here; create another")
-        rows = act_rows(self.spec, obs, seed=seed, noise=noise, deterministic=deterministic)
+        rows = act_rows(self.spec, obs, seed=seed, noise=noise, deterministic=deterministic, draw=deterministic)
         self._last_id += 1  # only for logs and traces: two threads may draw the same
         message = encode_request(
             rows,
             policy=self.target.policy,
             version=self.target.version,
             request_id=self._last_id,
-            draw=seed is None,
             deterministic=deterministic,
-            client_id=self._client_id,
+            client_id=self._client_id if client_id is None else check_client_id(client_id),
             priority=self._priority,
         )
         return rows, message

@@ -15,14 +15,25 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_serve import recording
+from rsm_serve import replay as replaying
 from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.commandline import EXIT_OK, run_command
-from rsm_serve.connection import CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE, TOKEN_VARIABLE, Tls
+from rsm_serve.connection import (
+    CA_VARIABLE,
+    CERT_VARIABLE,
+    KEY_VARIABLE,
+    TLS_SCHEME,
+    TOKEN_VARIABLE,
+    Target,
+    Tls,
+)
 from rsm_serve.errors import UsageError
-from rsm_serve.policy import ActResult, PolicySpec, Timing
+from rsm_serve.policy import ActResult, Adjustment, PolicySpec, Timing
 from rsm_serve.tokens import read_tokens
 
 EXIT_NOT_SERVING = 1
+EXIT_DIFFERENT = 1
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 STAGES = ("queue", "batch", "compute", "network", "total")
 
@@ -168,6 +179,72 @@ def bench(
     return EXIT_OK
 
 
+@command.command()
+@click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR_OR_FILES...")
+@click.option(
+    "--against",
+    required=True,
+    metavar="TARGET",
+    help="Who answers now: host:port, unix:/path, grpc://host:port/NAME[:VERSION], or a bundle's directory.",
+)
+@click.option("--policy", default="", help="Whose records to ask.  [default: the target's, or everybody's]")
+@click.option(
+    "--version", default="", help="Version to ask.  [default: of each record the one that answered it]"
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many records.  [default: all]")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1),
+    help="Largest difference, as a fraction of the action range.  [default: the policy's]",
+)
+@click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds per call.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_credentials
+def replay(
+    records: tuple[Path, ...],
+    against: str,
+    policy: str,
+    version: str,
+    limit: int | None,
+    tolerance: float | None,
+    timeout_s: float,
+    as_json: bool,
+) -> int:
+    """Ask the requests that rsm-serve --record wrote again, and compare the actions.
+
+    Exits with 0 if all agree, 1 if some do not.
+    """
+    reader = recording.read(*records)
+    report = replaying.Report(against, tolerance)
+    target = _answering(against, version, timeout_s)
+    try:
+        replaying.replay(reader, target, report, policy=policy, limit=limit)
+    finally:
+        target.close()
+    report.unreadable = reader.unreadable
+    if not report.compared and not report.failed_now:
+        raise UsageError(_nothing_compared(report))
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else replaying.table(report))
+    return EXIT_OK if report.agrees else EXIT_DIFFERENT
+
+
+def _answering(against: str, version: str, timeout_s: float) -> replaying.Against:
+    if Path(against).exists():
+        return replaying.Bundles(Path(against), version)
+    target = Target.parse(against, version=version or None)
+    address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
+    return replaying.Server(target, lambda name, number: _client(address, name, number, timeout_s))
+
+
+def _nothing_compared(report: replaying.Report) -> str:
+    for what, why in report.missing.items():
+        return f"wanted answers for {what} to compare, got none: {why}"
+    return (
+        f"wanted records of answered requests, got none among {report.records} ({report.other_policies} of "
+        f"other policies, {report.unreadable} unreadable); check the path and --policy"
+    )
+
+
 def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArray[Any]:
     if text is not None and path is not None:
         raise UsageError("wanted --obs or --obs-file, got both; leave one of them out")
@@ -188,9 +265,10 @@ def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArr
 def _as_json(result: ActResult) -> dict[str, Any]:
     return {
         "action": result.action.tolist(),
-        "q": None if result.q is None else result.q.tolist(),
+        "q": None if result.q is None else _numbers(result.q),
+        **({} if result.adjusted is None else {"adjusted": _names(result.adjusted)}),
         # Text, because JSON readers round numbers beyond 2**53.
-        "seed": None if result.seed is None else np.vectorize(str, otypes=[object])(result.seed).tolist(),
+        "seed": None if result.seed is None else _each(result.seed, str),
         "version": result.version,
         "timing_us": {
             "queue": round(result.timing.queue_us, 1),
@@ -200,6 +278,22 @@ def _as_json(result: ActResult) -> dict[str, Any]:
             "batch_rows": result.timing.batch_rows,
         },
     }
+
+
+def _numbers(values: NDArray[np.float32]) -> Any:
+    """As JSON has it: null for what is not a number, such as the value of a fallback."""
+    return _each(values, lambda value: None if np.isnan(value) else float(value))
+
+
+def _names(adjusted: NDArray[np.int32]) -> Any:
+    names = {kind.value: kind.name.lower() for kind in Adjustment}
+    # A newer server may know another one.
+    return _each(adjusted, lambda value: names.get(value, str(value)))
+
+
+def _each(array: NDArray[Any], convert: Callable[[Any], Any]) -> Any:
+    """The converted numbers, in lists as deep as the array."""
+    return np.vectorize(convert, otypes=[object])(array).tolist()
 
 
 def _measure(

@@ -18,7 +18,8 @@ from rsm_serve.errors import (
     wire_status,
 )
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows
+from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows, require_finite
+from rsm_serve.seeds import resolve_seeds
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ERROR_MARK = ("rsm-error", "1")
@@ -46,7 +47,8 @@ def decode_request(spec: PolicySpec, request: pb.ActRequest) -> ActRows:
         return act_rows(spec, obs, noise=_from_bytes("noise", request.noise, (rows, *spec.noise_shape)))
     count = len(request.seeds)
     seed = None if count == 0 else request.seeds[0] if count == 1 else np.array(request.seeds[:], np.uint64)
-    return act_rows(spec, obs, seed=seed, deterministic=request.deterministic)
+    require_finite("observation", obs)  # all that `act_rows` has left to check: shape and dtype are ours
+    return ActRows(obs, resolve_seeds(seed, rows, deterministic=request.deterministic), None, single=False)
 
 
 def encode_request(
@@ -55,12 +57,11 @@ def encode_request(
     policy: str,
     version: str,
     request_id: int,
-    draw: bool,
     deterministic: bool,
     client_id: str = "",
     priority: int = 0,
 ) -> pb.ActRequest:
-    """The message for a validated call; `draw` leaves the seeds to the server."""
+    """The message for a validated call; rows without seeds and noise leave both to the server."""
     request = pb.ActRequest(
         policy=policy,
         version=version,
@@ -73,32 +74,37 @@ def encode_request(
     )
     if rows.noise_BTNA is not None:
         request.noise = _to_bytes(rows.noise_BTNA)
-    elif not (draw or deterministic):
-        assert rows.seeds_B is not None
+    elif rows.seeds_B is not None and not deterministic:
         request.seeds.extend(rows.seeds_B.tolist())
     return request
 
 
 def encode_response(request_id: int, result: ActResult, queue_us: float) -> pb.ActResponse:
     """The message for an answer with a batch axis."""
-    timing = result.timing
     response = pb.ActResponse(
         request_id=request_id,
         version=result.version,
         rows=len(result.action),
         action=_to_bytes(result.action),
-        timing=pb.Timing(
-            queue_us=queue_us,
-            batch_us=timing.batch_us,
-            compute_us=timing.compute_us,
-            batch_rows=timing.batch_rows,
-        ),
+        timing=encode_timing(result.timing, queue_us),
     )
     if result.q is not None:
         response.q = _to_bytes(result.q)
     if result.seed is not None:
         response.seeds.extend(result.seed.tolist())
+    if result.adjusted is not None:
+        response.adjusted.extend(result.adjusted.tolist())
     return response
+
+
+def encode_timing(timing: Timing, queue_us: float) -> pb.Timing:
+    """Where the time went on the server; the total is the caller's to measure."""
+    return pb.Timing(
+        queue_us=queue_us,
+        batch_us=timing.batch_us,
+        compute_us=timing.compute_us,
+        batch_rows=timing.batch_rows,
+    )
 
 
 def encode_error(request_id: int, error: BaseException) -> pb.ActResponse:
@@ -126,27 +132,28 @@ def decode_response(spec: PolicySpec, rows: ActRows, response: pb.ActResponse, *
         q = _from_bytes("q", response.q, (count,)).copy() if response.q else None
     except InvalidRequestError as error:
         raise RequestError(f"the server's answer is damaged: {error}") from None
-    seeds = np.array(response.seeds[:], np.uint64) if len(response.seeds) == count else None
-    timing = Timing(
-        queue_us=response.timing.queue_us,
-        batch_us=response.timing.batch_us,
-        compute_us=response.timing.compute_us,
-        batch_rows=response.timing.batch_rows,
-        total_us=total_us,
-    )
+    timing = decode_timing(response.timing, total_us)
+    seeds = np.array(response.seeds, np.uint64) if len(response.seeds) == count else None
+    adjusted = np.array(response.adjusted, np.int32) if len(response.adjusted) == count else None
     answered = ActRows(rows.obs_BO, seeds, rows.noise_BTNA, rows.single)
-    return answered.result(action, q, version=response.version, timing=timing)
+    return answered.result(action, q, version=response.version, timing=timing, adjusted_B=adjusted)
+
+
+def decode_timing(message: pb.Timing, total_us: float) -> Timing:
+    """Where the time went on the server, and in all."""
+    return Timing(message.queue_us, message.batch_us, message.compute_us, message.batch_rows, total_us)
 
 
 def _to_bytes(array: NDArray[np.float32]) -> bytes:
-    return array.astype(WIRE_FLOAT, copy=False).tobytes()
+    return (array if array.dtype == WIRE_FLOAT else array.astype(WIRE_FLOAT)).tobytes()
 
 
 def _from_bytes(name: str, content: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    wanted = WIRE_FLOAT.itemsize * math.prod(shape)
+    wanted = 4 * math.prod(shape)
     if len(content) != wanted:
         raise InvalidRequestError(
             f"wanted {wanted} bytes of {name} (float32 {list(shape)}), got {len(content)}; "
             "send raw little-endian float32 in row-major order"
         )
-    return np.ndarray(shape, WIRE_FLOAT, content).astype(np.float32, copy=False)
+    array: NDArray[np.float32] = np.ndarray(shape, WIRE_FLOAT, content)
+    return array if WIRE_FLOAT.isnative else array.astype(np.float32)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rsm_serve.addresses import unix_path
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.canary import Canary, check_shares
 from rsm_serve.errors import ConfigError
+from rsm_serve.guard import Fallback, GuardLimits
 from rsm_serve.registry import Selection
 from rsm_serve.sessions.choice import Backend
 
@@ -112,9 +114,39 @@ class ServerConfig:
         default=False,
         metadata={"help": "Whether a request takes the place of the waiting one of the same client_id."},
     )
+    processes: int = field(
+        default=1,
+        metadata={
+            "help": "Server processes that share the port, each with sessions, queues and limits of its own, "
+            "for when one event loop is the limit."
+        },
+    )
+    shares_ports: bool = False
+    """Other processes listen on the same ports; set for those of `processes`."""
     workers: int | None = field(
         default=None,
         metadata={"help": "Most policies that compute at the same moment, in turn.  [default: all]"},
+    )
+    max_action_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest change of each action element from one step of a client to its next, as a "
+            "fraction of the element's range.  [default: any]"
+        },
+    )
+    fallback: Fallback = field(
+        default="fail",
+        metadata={
+            "help": "What a client gets when the policy fails or its action is unsound: an error, its last "
+            "action, or the centre of the bounds."
+        },
+    )
+    record: Path | None = field(
+        default=None,
+        metadata={"help": "Directory where every request and its answer are recorded.  [default: nowhere]"},
+    )
+    record_max_mb: int = field(
+        default=1024, metadata={"help": "Megabytes of records that are kept; the oldest go first."}
     )
     drain_seconds: float = field(
         default=10.0, metadata={"help": "Seconds that SIGTERM leaves for queued requests to finish."}
@@ -139,15 +171,18 @@ class ServerConfig:
             raise ConfigError(f"wanted max_rate > 0 requests a second, got {self.max_rate:g}; or leave it out")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
+        if self.record_max_mb < 1:
+            raise ConfigError(f"wanted record_max_mb >= 1, got {self.record_max_mb}")
         if (self.tls_cert is None) != (self.tls_key is None):
             given = self.tls_cert or self.tls_key
             raise ConfigError(f"wanted --tls-cert and --tls-key together, got only {given}; give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("wanted --tls-cert and --tls-key beside --tls-client-ca, got none; give both")
+        self._check_processes()
         self._check_canaries()
         if not self.addresses:
             raise ConfigError("wanted at least one address such as 127.0.0.1:8001, got none")
-        _ = self.limits
+        _ = self.limits, self.guard
 
     @property
     def limits(self) -> BatchLimits:
@@ -155,6 +190,31 @@ class ServerConfig:
         return BatchLimits(
             self.max_batch_size, self.max_queue_rows, 1e-6 * self.max_queue_delay_us, self.latest_wins
         )
+
+    @property
+    def guard(self) -> GuardLimits:
+        """The same action guard for every policy."""
+        return GuardLimits(self.max_action_step, self.fallback)
+
+    @property
+    def record_max_bytes(self) -> int:
+        """`record_max_mb` in bytes."""
+        return self.record_max_mb * 2**20
+
+    def _check_processes(self) -> None:
+        if self.processes < 1:
+            raise ConfigError(f"wanted processes >= 1, got {self.processes}")
+        if self.processes == 1:
+            return
+        if any(unix_path(address) for address in self.addresses):
+            raise ConfigError(
+                "wanted --processes 1 beside a unix socket, which processes cannot share; use a port"
+            )
+        if self.admin_token_file is not None:
+            raise ConfigError(
+                "wanted --processes 1 beside --admin-token-file, because a request to load would reach one "
+                "process alone; let all of them follow the repository with --poll"
+            )
 
     def _check_canaries(self) -> None:
         check_shares(self.canaries)

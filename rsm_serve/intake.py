@@ -8,16 +8,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rsm_serve.batcher import Answered
 from rsm_serve.errors import LimitReachedError
+from rsm_serve.guard import GuardedAnswers
 from rsm_serve.limits import RateLimiter
 from rsm_serve.observer import Observer, refuse, watch
 from rsm_serve.policy import ActResult, ActRows, PolicySpec
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller
 from rsm_serve.tracing import Tracer
+
+if TYPE_CHECKING:
+    from rsm_serve.recorder import Recorder
 
 Future = asyncio.Future[Answered[ActResult]]
 
@@ -61,7 +65,9 @@ class Intake:
     Args:
         registry: what is served.
         observer: hears of every request; None: nobody does.
-        tracer: records every request; None: nothing is recorded.
+        tracer: traces every request; None: nothing is traced.
+        recorder: writes every request and its answer to files; None: nothing is written.
+        guard: stands between the answers and their callers; None: answers are the policies' own.
         max_streams: streams that may be open; None: any number.
         max_rate: requests a second of one client; None: any number.
     """
@@ -71,6 +77,8 @@ class Intake:
         registry: Registry,
         observer: Observer | None = None,
         tracer: Tracer | None = None,
+        recorder: Recorder | None = None,
+        guard: GuardedAnswers | None = None,
         *,
         max_streams: int | None = None,
         max_rate: float | None = None,
@@ -78,6 +86,8 @@ class Intake:
         self.registry = registry
         self._observer = observer
         self._tracer = tracer
+        self._recorder = recorder
+        self._guard = guard
         self._open_streams = 0
         self._max_streams = max_streams
         self._limiter = None if max_rate is None else RateLimiter(max_rate)
@@ -107,6 +117,7 @@ class Intake:
         version: str,
         caller: Callable[[], Caller],
         decode: Callable[[PolicySpec], Request],
+        stream: object | None = None,
     ) -> tuple[Lane, Request, Future]:
         """Queue a request: its lane, what was decoded, and the future of its answer.
 
@@ -117,6 +128,7 @@ class Intake:
             version: a number, or empty for the current one.
             caller: reads who asks.
             decode: reads the rest, for the policy that was found.
+            stream: an object of the request's stream alone; None outside of streams.
 
         Raises:
             RequestError: whatever is wrong with the request, or the queue.
@@ -124,21 +136,36 @@ class Intake:
         started_s = time.perf_counter()
         label = method.rpartition("/")[2]
         lane: Lane | None = None
+        who: Caller | None = None
         try:
             who = caller()
             if self._limiter is not None:
                 self._limiter.take(who.client_id, call.peer(), started_s)
             lane = self.registry.find(policy, version, client_id=who.client_id, seed=who.seed, fixed=who.fixed)
             request = decode(lane.spec)
+            if self._guard is not None:
+                self._guard.admit(who.client_id or stream)
             timeout_s = _shorter(call.time_remaining(), request.timeout_s)
             future = lane.submit(request.rows, timeout_s, priority=who.priority, client_id=who.client_id)
         except Exception as error:
             refuse(self._observer, lane.observer if lane else None, label, error, started_s=started_s)
+            if self._recorder is not None:
+                asked = (lane.spec.name, lane.spec.version) if lane else (policy, version)
+                self._recorder.refused(label, *asked, who, error)
             raise
         rows = len(request.rows.obs_BO)
+        sampled = future
+        if self._guard is not None:
+            future = self._guard.follow(
+                sampled, lane.spec, who.client_id or stream, request.rows, lane.observer
+            )
         watch(future, lane.observer, label, rows=rows, started_s=started_s, timeout_s=timeout_s)
         if self._tracer is not None:
             self._tracer.follow(future, method, lane.spec, call.invocation_metadata(), started_s=started_s)
+        if self._recorder is not None:
+            self._recorder.follow(
+                future, sampled, label, lane.spec, who, request.rows, started_s=started_s, timeout_s=timeout_s
+            )
         return lane, request, future
 
 

@@ -41,6 +41,8 @@ REASONS: dict[type[BaseException], str] = {
 }
 """A short name per error type; a fixed set, because it becomes a label. "fault" is whatever is not listed."""
 
+OK = "OK"
+
 LATE_SLACK_S = 0.01
 """A caller that gives up at its deadline does so by its own clock, a little before the deadline by ours."""
 
@@ -75,6 +77,15 @@ class LaneObserver(Protocol):
 
     def execution_failed(self) -> None:
         """A batch failed as a whole; in the worker thread."""
+        ...
+
+    def adjusted(self, *, limited_rows: int, fallback: bool) -> None:
+        """The action guard changed an answer; in the event loop.
+
+        Args:
+            limited_rows: actions that were clipped towards the ones before.
+            fallback: the policy failed, and something else was given out.
+        """
         ...
 
     def closed(self) -> None:
@@ -126,18 +137,26 @@ def watch(
 
     def settled(done: asyncio.Future[Any]) -> None:
         seconds = time.perf_counter() - started_s
-        if done.cancelled():
-            late = timeout_s is not None and seconds > timeout_s - LATE_SLACK_S
-            code, reason = ("DEADLINE_EXCEEDED", "late") if late else ("CANCELLED", "cancelled")
-            observer.request(method, code, reason, rows, seconds, None)
-            return
-        error = done.exception()
-        if error is None:
-            observer.request(method, "OK", "", rows, seconds, 1e-6 * done.result().queue_us)
-        else:
-            observer.request(method, *_status(error), rows, seconds, None)
+        code, reason = outcome(done, seconds, timeout_s)
+        queue_s = 1e-6 * done.result().queue_us if code == OK else None
+        observer.request(method, code, reason, rows, seconds, queue_s)
 
     future.add_done_callback(settled)
+
+
+def outcome(done: asyncio.Future[Any], seconds: float, timeout_s: float | None) -> tuple[str, str]:
+    """(name of the gRPC status, reason) of a settled request; see `LaneObserver.request`.
+
+    Args:
+        done: as `Lane.submit` gives it, settled.
+        seconds: from its arrival.
+        timeout_s: what the caller allowed, from then.
+    """
+    if done.cancelled():
+        late = timeout_s is not None and seconds > timeout_s - LATE_SLACK_S
+        return ("DEADLINE_EXCEEDED", "late") if late else ("CANCELLED", "cancelled")
+    error = done.exception()
+    return (OK, "") if error is None else status(error)
 
 
 def refuse(
@@ -150,9 +169,9 @@ def refuse(
 ) -> None:
     """Tell of a request that was refused before it was queued; `lane` is None if it named none that is here."""
     if lane is not None:
-        lane.request(method, *_status(error), 0, time.perf_counter() - started_s, None)
+        lane.request(method, *status(error), 0, time.perf_counter() - started_s, None)
     elif observer is not None:
-        observer.refused(method, *_status(error))
+        observer.refused(method, *status(error))
 
 
 @contextlib.contextmanager
@@ -169,5 +188,6 @@ def loading(observer: Observer | None, policy: str) -> Iterator[None]:
         observer.loaded(policy, time.perf_counter() - started_s, failed=False)
 
 
-def _status(error: BaseException) -> tuple[str, str]:
+def status(error: BaseException) -> tuple[str, str]:
+    """(name of the gRPC status, reason) of an error."""
     return wire_status(error)[0], REASONS.get(type(error), "fault")

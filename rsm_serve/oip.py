@@ -176,12 +176,14 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         self, requests: AsyncIterator[pb.ModelInferRequest], context: _Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Sample actions at every control step, in order, several in flight."""
+        identity = object()
         stream: _InferStream = OrderedStream(
-            lambda request: self._submit_streamed(request, context), self._refused
+            lambda request: self._submit_streamed(request, context, identity), self._refused
         )
         try:
-            async for response in self._streams.responses(stream, requests):
-                yield response
+            async with self._streams.open(stream, requests) as responses:
+                async for response in responses:
+                    yield response
         except RequestError as error:
             await self._abort(context, error)
 
@@ -232,7 +234,7 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         await self._abort(context, error)
 
     def _submit(
-        self, method: str, request: pb.ModelInferRequest, context: _Context
+        self, method: str, request: pb.ModelInferRequest, context: _Context, stream: object | None = None
     ) -> Submitted[_Answer, pb.ModelInferResponse]:
         lane, call, future = self._intake.submit(
             f"{SERVICE}/{method}",
@@ -241,13 +243,14 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             request.model_version,
             lambda: decode_caller(request),
             lambda spec: decode_infer(spec, request),
+            stream,
         )
         return Submitted(future, partial(encode_infer, lane.spec, call, request.id))
 
     def _submit_streamed(
-        self, request: pb.ModelInferRequest, context: _Context
+        self, request: pb.ModelInferRequest, context: _Context, stream: object
     ) -> Submitted[_Answer, pb.ModelStreamInferResponse]:
-        submitted = self._submit("ModelStreamInfer", request, context)
+        submitted = self._submit("ModelStreamInfer", request, context, stream)
         return Submitted(submitted.future, lambda answered: _streamed(submitted.encode(answered)))
 
     def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rsm_serve.batcher import Answered, BatchLimits
 from rsm_serve.errors import InvalidRequestError
 from rsm_serve.pb import oip_pb2 as pb
-from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, act_rows
+from rsm_serve.policy import ActResult, ActRows, Adjustment, PolicySpec, Seed, act_rows
 from rsm_serve.scheduling import MAX_PRIORITY, Caller, check_client_id
 from rsm_serve.statistics import Durations, LaneStatistics
 
@@ -297,6 +297,9 @@ def _tell(parameters: _Parameters, answered: Answered[ActResult]) -> None:
     parameters["batch_us"].double_param = timing.batch_us
     parameters["compute_us"].double_param = timing.compute_us
     parameters["batch_rows"].int64_param = timing.batch_rows
+    if result.adjusted is not None:
+        names = [Adjustment(value).name.lower() for value in result.adjusted.tolist()]
+        parameters["adjusted"].string_param = ",".join(names)
     if result.seed is None:  # the request carried noise
         return
     if len(result.seed) == 1:

@@ -7,6 +7,8 @@ by wrapping. Shape legend: B rows, O observation size, A action size, T denoisin
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ environment."""
 MAX_NOISE_SIZE = 2**24
 """Most numbers of one row's noise, T N A (64 MiB): what is asked for in a file must not exhaust the memory."""
 
+FLOAT32 = np.dtype(np.float32)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Seed = int | NDArray[np.uint64] | list[int] | None
@@ -62,7 +65,7 @@ class BoxSpec:
             if not isinstance(name, str):
                 raise BundleError(f"a box needs text as names, got {name!r:.60}")
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of elements."""
         return len(self.names)
@@ -138,7 +141,7 @@ class PolicySpec:
             if not isinstance(value, Mapping) and (value is not None or key == "provenance"):
                 raise BundleError(f"a policy needs named values as {key}, got {value!r:.60}")
 
-    @property
+    @functools.cached_property
     def noise_shape(self) -> tuple[int, int, int]:
         """(T, N, A): the shape of one row's noise."""
         return (self.steps, self.particles, self.action.size)
@@ -222,6 +225,19 @@ class Timing:
     """As the caller saw it, transport included."""
 
 
+class Adjustment(enum.IntEnum):
+    """What a server did to an action before it gave it out; as in policy.proto."""
+
+    NONE = 0
+    """Nothing: the policy's own action."""
+    LIMITED = 1
+    """Clipped towards the action before, because a step may be no larger."""
+    HELD = 2
+    """The policy failed: the client's last action again."""
+    CENTERED = 3
+    """The policy failed: the centre of the action bounds, or a step towards it."""
+
+
 @dataclass(frozen=True)
 class ActResult:
     """An answer; the leading B is absent if the observation came without it."""
@@ -234,6 +250,8 @@ class ActResult:
     """[] or [B], replays the answer; None if the caller gave the noise itself."""
     version: str
     timing: Timing
+    adjusted: NDArray[np.int32] | None = None
+    """[] or [B], an `Adjustment` per row; None if every action is the policy's own."""
 
 
 class Policy(Protocol):
@@ -268,7 +286,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class ActRows:
-    """A validated act call: always with a batch axis, always with noise or seeds."""
+    """A validated act call, always with a batch axis; with noise or seeds, unless a server is to draw them."""
 
     obs_BO: NDArray[np.float32]
     seeds_B: NDArray[np.uint64] | None
@@ -290,15 +308,18 @@ class ActRows:
         *,
         version: str,
         timing: Timing,
+        adjusted_B: NDArray[np.int32] | None = None,
     ) -> ActResult:
         """The answer in the shape the caller used."""
-        pick = 0 if self.single else slice(None)
+        if not self.single:
+            return ActResult(action_BA, q_B, self.seeds_B, version, timing, adjusted_B)
         return ActResult(
-            action=action_BA[pick],
-            q=None if q_B is None else np.asarray(q_B[pick]),
-            seed=None if self.seeds_B is None else np.asarray(self.seeds_B[pick]),
+            action=action_BA[0],
+            q=None if q_B is None else np.asarray(q_B[0]),
+            seed=None if self.seeds_B is None else np.asarray(self.seeds_B[0]),
             version=version,
             timing=timing,
+            adjusted=None if adjusted_B is None else np.asarray(adjusted_B[0]),
         )
 
 
@@ -309,15 +330,21 @@ def act_rows(
     seed: Seed = None,
     noise: NDArray[np.float32] | None = None,
     deterministic: bool = False,
+    draw: bool = True,
 ) -> ActRows:
     """Validate the arguments of `Policy.act` against a specification.
+
+    Args:
+        spec: of the policy.
+        obs, seed, noise, deterministic: see `Policy.act`.
+        draw: False leaves out the seeds where none is given: a server will draw them.
 
     Raises:
         InvalidRequestError: see `Policy.act`.
     """
     obs_size = spec.observation.size
     array = _as_array("observation", obs)
-    if array.dtype.kind not in "fiub":
+    if array.dtype != FLOAT32 and array.dtype.kind not in "fiub":
         raise InvalidRequestError(
             f"wanted a float32 observation for policy {spec.name!r}, got dtype {array.dtype}; "
             "convert it to float32"
@@ -327,16 +354,17 @@ def act_rows(
             f"wanted an observation of shape [{obs_size}] or [B, {obs_size}] for policy {spec.name!r}, "
             f"got {list(array.shape)}; check that policy and environment belong together"
         )
-    if array.dtype == np.float32:
-        obs_BO = np.ascontiguousarray(array.reshape(-1, obs_size))
+    single, rows = array.ndim == 1, array.size // obs_size
+    if array.dtype == FLOAT32:
+        obs_BO = np.ascontiguousarray(array.reshape(rows, obs_size))
     else:
         with np.errstate(over="ignore"):  # becomes Inf, which is refused below
-            obs_BO = np.ascontiguousarray(array.reshape(-1, obs_size), dtype=np.float32)
-    _require_finite("observation", obs_BO)
-    rows = len(obs_BO)
+            obs_BO = np.ascontiguousarray(array.reshape(rows, obs_size), dtype=np.float32)
+    require_finite("observation", obs_BO)
     if noise is None:
-        seeds = resolve_seeds(seed, rows, deterministic=deterministic)
-        return ActRows(obs_BO, seeds, None, array.ndim == 1)
+        draws = draw or seed is not None
+        seeds = resolve_seeds(seed, rows, deterministic=deterministic) if draws else None
+        return ActRows(obs_BO, seeds, None, single)
     if seed is not None or deterministic:
         raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
     noise_array = _as_array("noise", noise)
@@ -350,8 +378,8 @@ def act_rows(
             f"wanted noise of shape {[rows, *spec.noise_shape]} for policy {spec.name!r}, "
             f"got {list(noise_BTNA.shape)}; its axes are row, denoising step, particle, action"
         )
-    _require_finite("noise", noise_BTNA)
-    return ActRows(obs_BO, None, noise_BTNA, array.ndim == 1)
+    require_finite("noise", noise_BTNA)
+    return ActRows(obs_BO, None, noise_BTNA, single)
 
 
 def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:
@@ -363,9 +391,10 @@ def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:
         ) from None
 
 
-def _require_finite(what: str, array: NDArray[np.float32]) -> None:
+def require_finite(what: str, array: NDArray[np.float32]) -> None:
+    """Raise InvalidRequestError, which names the place, for an array with NaN or Inf."""
     finite = np.isfinite(array)
-    if not finite.all():
+    if not np.logical_and.reduce(finite, axis=None):
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise InvalidRequestError(
             f"wanted finite numbers, got {array[where]} in the {what} at index {list(where)}; "

@@ -8,7 +8,8 @@ of any batch, after a reload and on every backend.
 from __future__ import annotations
 
 import operator
-import secrets
+import os
+import random
 import threading
 from typing import Any
 
@@ -19,6 +20,12 @@ from rsm_serve.errors import InvalidRequestError
 
 DETERMINISTIC_SEED = 0x5253_4D5F_5345_4544  # "RSM_SEED" in ASCII
 """The seed of every row of a request with deterministic=True."""
+
+# Where nobody gave a seed. Not the operating system's generator: each of its numbers is a system call, during
+# which the server's worker thread takes the interpreter away from the event loop.
+_fresh = random.Random()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fresh.seed)  # a child must not draw its parent's seeds
 
 _GOLDEN_GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
 _MASK64 = (1 << 64) - 1
@@ -62,7 +69,7 @@ def resolve_seeds(
             )
         return np.full(rows, DETERMINISTIC_SEED, dtype=np.uint64)
     if seed is None:
-        return expand_seed(secrets.randbits(64), rows)
+        return expand_seed(_fresh.getrandbits(64), rows)
     if isinstance(seed, np.ndarray) and seed.dtype == np.uint64:
         given = seed.reshape(-1)
     else:

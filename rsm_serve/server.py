@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from rsm_serve import oip
 from rsm_serve.access import Access
-from rsm_serve.addresses import UNIX, check_free, check_unexposed
+from rsm_serve.addresses import UNIX, check_free, check_unexposed, with_port
 from rsm_serve.batcher import Answered
 from rsm_serve.codec import (
     ERROR_MARK,
@@ -32,6 +32,7 @@ from rsm_serve.codec import (
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
 from rsm_serve.gate import Gate
+from rsm_serve.guard import GuardedAnswers
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
@@ -44,7 +45,10 @@ from rsm_serve.tls import server_credentials
 from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rsm_serve.monitor import Monitor
+    from rsm_serve.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +63,6 @@ FLUSH_S = 0.5
 """Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # Otherwise a second server would silently share the port, and clients be split between two policies.
-    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -127,16 +129,19 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[pb.ActResponse]:
         """Sample actions at every control step, in order, several in flight."""
 
+        identity = object()
+
         def submit(request: pb.ActRequest) -> Submitted[Answered[ActResult], pb.ActResponse]:
-            future = self._submit("ActStream", request, context)
+            future = self._submit("ActStream", request, context, identity)
             return Submitted(
                 future, lambda done: encode_response(request.request_id, done.answer, done.queue_us)
             )
 
         stream: _ActStream = OrderedStream(submit, _refused)
         try:
-            async for response in self._streams.responses(stream, requests):
-                yield response
+            async with self._streams.open(stream, requests) as responses:
+                async for response in responses:
+                    yield response
         except RequestError as error:
             await _abort(context, error)
 
@@ -145,7 +150,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._streams.drain()
 
     def _submit(
-        self, method: str, request: pb.ActRequest, context: _Context
+        self, method: str, request: pb.ActRequest, context: _Context, stream: object | None = None
     ) -> asyncio.Future[Answered[ActResult]]:
         _, _, future = self._intake.submit(
             f"{SERVICE}/{method}",
@@ -154,6 +159,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             request.version,
             lambda: _caller(request),
             lambda spec: _Decoded(decode_request(spec, request)),
+            stream,
         )
         return future
 
@@ -187,6 +193,7 @@ class PolicyServer:
         ConfigError: certificates or tokens cannot be used.
         AddressError: other machines reach an address, and there is neither TLS nor `insecure`.
         MissingExtraError: the backend is not installed.
+        ConfigError: the directory for records cannot be written to.
     """
 
     def __init__(
@@ -217,10 +224,17 @@ class PolicyServer:
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
+        self._recorder = (
+            None if config.record is None else _new_recorder(config.record, config.record_max_bytes)
+        )
+        if self.monitor is not None and self._recorder is not None:
+            self.monitor.telemetry.recorded = self._recorder.counts
         intake = Intake(
             self.registry,
             observer,
             self._tracer,
+            self._recorder,
+            GuardedAnswers(config.guard) if config.guard.active else None,
             max_streams=config.max_streams,
             max_rate=config.max_rate,
         )
@@ -254,10 +268,15 @@ class PolicyServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         oip.add_to_server(self._inference, server)
         _describe(server)
+        if not self.config.shares_ports:
+            for address in self.config.addresses:
+                check_free(address)
         self.addresses = tuple([_bind(server, address, self._credentials) for address in self.config.addresses])
         self.lifecycle.start(self._tell_health)
         await server.start()
         self._server = server
+        if self._recorder is not None:
+            self._recorder.start()
         await self._tell_readiness()
         for name in self.registry.names:
             await self._set_health(name, True)
@@ -294,6 +313,7 @@ class PolicyServer:
             self.monitor.close()
         if self._tracer is not None:
             self._tracer.close()
+        self._stop_recording()
         return finished
 
     async def close(self) -> None:
@@ -303,6 +323,11 @@ class PolicyServer:
         await self._server.stop(None)
         if self.monitor is not None:
             self.monitor.close()
+        self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
 
     async def _tell_health(self, policy: str, ready: bool) -> None:
         await self._set_health(policy, ready)
@@ -375,9 +400,17 @@ def _new_monitor() -> Monitor:
     return Monitor()
 
 
+def _new_recorder(directory: Path, max_bytes: int) -> Recorder:
+    from rsm_serve.recorder import Recorder  # file locks, which not every system has
+
+    return Recorder(directory, max_bytes)
+
+
 def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
     return (
         *CHANNEL_OPTIONS,
+        # Otherwise a second server would silently share the port, and clients be split between two policies.
+        ("grpc.so_reuseport", int(config.shares_ports)),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         # Below the hard limit gRPC refuses by lot from its soft one on; what is refused is not to be a lot's.
@@ -389,7 +422,6 @@ def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
 
 def _bind(server: Any, address: str, credentials: Any | None) -> str:
     """Listen on the address, with TLS if there are credentials; returns it with the port filled in."""
-    check_free(address)
     unix = address.startswith(UNIX)  # who may use one is a matter of its file's permissions
     try:
         if credentials is None or unix:
@@ -398,7 +430,7 @@ def _bind(server: Any, address: str, credentials: Any | None) -> str:
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise AddressError(f"wanted to listen on {address}, got: {error}; choose another --address") from None
-    return address if unix else f"{address.rpartition(':')[0]}:{port}"
+    return address if unix else with_port(address, port)
 
 
 def _describe(server: Any) -> None:

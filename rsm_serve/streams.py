@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +21,7 @@ Answer = TypeVar("Answer")
 Response = TypeVar("Response")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Submitted(Generic[Answer, Response]):
     """A request that was queued."""
 
@@ -45,11 +47,12 @@ class OrderedStream(Generic[Request, Answer, Response]):
     ) -> None:
         self._submit = submit
         self._refuse = refuse
-        self._window = asyncio.Semaphore(window)
-        # A request with what became of it; None ends the stream.
-        self._pending: asyncio.Queue[tuple[Request, Submitted[Answer, Response] | Exception] | None]
-        self._pending = asyncio.Queue()
-        self._in_flight: asyncio.Future[Answer] | None = None
+        self._window = window
+        # A request with what became of it; the first one is the one that is being answered.
+        self._pending: deque[tuple[Request, Submitted[Answer, Response] | Exception]] = deque()
+        # At most one side waits: the reader while the window is full, the writer while nothing is pending.
+        self._moved: asyncio.Future[None] | None = None
+        self._read_all = False
         self.ended_by_server = False
         self.failure: RequestError | None = None
         """Why nothing more was read."""
@@ -58,14 +61,19 @@ class OrderedStream(Generic[Request, Answer, Response]):
         """Submit requests as they come."""
         try:
             async for request in requests:
-                await self._window.acquire()
-                self._pending.put_nowait((request, self._submitted(request)))
+                while len(self._pending) >= self._window:
+                    await self._move()
+                if self.ended_by_server:
+                    break
+                self._pending.append((request, self._submitted(request)))
+                self._wake()
         except RequestError as error:
             self.failure = error
         except Exception:
             self.failure = InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
         finally:
-            self._pending.put_nowait(None)
+            self._read_all = True
+            self._wake()
 
     def _submitted(self, request: Request) -> Submitted[Answer, Response] | Exception:
         try:
@@ -75,34 +83,45 @@ class OrderedStream(Generic[Request, Answer, Response]):
 
     async def responses(self) -> AsyncIterator[Response]:
         """One per request, in the order of the requests."""
-        while (item := await self._pending.get()) is not None:
-            yield await self._response(*item)
-            self._window.release()
-
-    async def _response(self, request: Request, submitted: Submitted[Answer, Response] | Exception) -> Response:
-        if isinstance(submitted, Exception):
-            return self._refuse(request, submitted)
-        self._in_flight = submitted.future
-        try:
-            return submitted.encode(await submitted.future)
-        except Exception as error:
-            return self._refuse(request, error)
+        while True:
+            while not self._pending:
+                if self._read_all or self.ended_by_server:
+                    return
+                await self._move()
+            request, submitted = self._pending[0]
+            try:
+                if isinstance(submitted, Exception):
+                    raise submitted
+                response = submitted.encode(await submitted.future)
+            except Exception as error:
+                response = self._refuse(request, error)
+            yield response
+            self._pending.popleft()
+            self._wake()
 
     def end(self) -> None:
         """Answer what has been read, then stop."""
         self.ended_by_server = True
-        self._pending.put_nowait(None)
+        self._wake()
 
     def cancel(self) -> None:
         """Nobody waits any more."""
-        futures = [self._in_flight]
-        while not self._pending.empty():
-            item = self._pending.get_nowait()
-            if item and isinstance(item[1], Submitted):
-                futures.append(item[1].future)
-        for future in futures:
-            if future is not None and not future.cancel() and not future.cancelled():
-                future.exception()  # marks it as seen
+        for _, submitted in self._pending:
+            if isinstance(submitted, Submitted):
+                future = submitted.future
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # marks it as seen
+
+    async def _move(self) -> None:
+        """Wait until the other side has done something."""
+        self._moved = asyncio.get_running_loop().create_future()
+        await self._moved
+
+    def _wake(self) -> None:
+        if self._moved is not None:
+            if not self._moved.done():
+                self._moved.set_result(None)
+            self._moved = None
 
 
 class OpenStreams:
@@ -117,16 +136,17 @@ class OpenStreams:
         self._streams: set[OrderedStream[Any, Any, Any]] = set()
         self._draining = False
 
-    async def responses(
+    @asynccontextmanager
+    async def open(
         self, stream: OrderedStream[Request, Any, Response], requests: AsyncIterator[Request]
-    ) -> AsyncIterator[Response]:
+    ) -> AsyncIterator[AsyncIterator[Response]]:
         """The responses of a stream, until its caller or the server ends it.
 
         Raises:
             LimitReachedError: there are too many.
-            NotReadyError: the server ended it.
-            InvalidRequestError: a message could not be read.
-            UnauthenticatedError: the caller's token was revoked.
+            NotReadyError: at the end of the block, if the server ended it.
+            InvalidRequestError: at the end of the block, if a message could not be read.
+            UnauthenticatedError: at the end of the block, if the caller's token was revoked.
         """
         self._changed(+1)
         if self._draining:
@@ -134,8 +154,7 @@ class OpenStreams:
         self._streams.add(stream)
         reader = asyncio.create_task(stream.read(while_granted(requests)))
         try:
-            async for response in stream.responses():
-                yield response
+            yield stream.responses()
             if stream.ended_by_server:
                 raise NotReadyError(SHUTTING_DOWN)
             if stream.failure is not None:

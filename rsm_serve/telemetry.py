@@ -16,11 +16,15 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
+
+if TYPE_CHECKING:
+    from rsm_serve.recorder import RecordCounts
 
 LATENCY_BOUNDS_S = (
     *(50e-6, 75e-6, 100e-6, 150e-6, 200e-6, 300e-6, 500e-6, 750e-6),
@@ -83,6 +87,8 @@ class LaneMetrics:
         self.rows = 0
         self.request_s = Histogram(LATENCY_BOUNDS_S)
         self.queue_s = Histogram(LATENCY_BOUNDS_S)
+        self.limited_rows = 0
+        self.fallbacks = 0
         # Written by the worker thread:
         self.compute_s = Histogram(LATENCY_BOUNDS_S)
         self.batch_rows = Histogram(ROWS_BOUNDS)
@@ -110,6 +116,11 @@ class LaneMetrics:
         """See `LaneObserver`."""
         self.failed_executions += 1
 
+    def adjusted(self, *, limited_rows: int, fallback: bool) -> None:
+        """See `LaneObserver`."""
+        self.limited_rows += limited_rows
+        self.fallbacks += fallback
+
     def closed(self) -> None:
         """See `LaneObserver`."""
         self._forget(self)
@@ -130,6 +141,8 @@ class Telemetry:
         self.load_s: dict[str, float] = {}
         """How long a policy's last successful load took."""
         self.open_streams = 0
+        self.recorded: RecordCounts | None = None
+        """What became of the records of `--record`; None without it."""
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -207,6 +220,12 @@ class Telemetry:
             for policy, last_s in self.load_s.items():
                 seconds.add_metric((policy,), last_s)
         yield from (loads, seconds)
+        if self.recorded is not None:
+            yield CounterMetricFamily("rsm_records", "Requests recorded.", value=self.recorded.written)
+            dropped = CounterMetricFamily("rsm_dropped_records", "Not recorded.", labels=("reason",))
+            for reason, count in self.recorded.dropped.items():
+                dropped.add_metric((reason,), count)
+            yield dropped
 
     def _requests(self, lanes: Sequence[LaneMetrics]) -> Metric:
         requests = CounterMetricFamily(
@@ -233,6 +252,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[LaneMetrics], int]], ...] = (
         "Requests refused because an action or value was not finite or out of bounds.",
         lambda lane: lane.unsound,
     ),
+    ("rsm_limited_actions", "Actions clipped by --max-action-step.", lambda lane: lane.limited_rows),
+    ("rsm_fallback_answers", "Requests answered by --fallback.", lambda lane: lane.fallbacks),
 )
 
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[LaneMetrics], Histogram]], ...] = (

@@ -55,6 +55,8 @@ NO_GRPC = (
     "http_server",
     "monitor",
     "logs",
+    "guard",
+    "recorder",
     "watched",
     "pem",
     "tokens",

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13rsm/v1/policy.proto\x12\x06rsm.v1\"1\n\x0eGetSpecRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"T\n\x0fGetSpecResponse\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\"\xb6\x01\n\nActRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x0b\n\x03obs\x18\x05 \x01(\x0c\x12\r\n\x05seeds\x18\x06 \x03(\x06\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\x12\r\n\x05noise\x18\x08 \x01(\x0c\x12\x11\n\tclient_id\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x11\"\xa8\x01\n\x0b\x41\x63tResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\x0c\x12\t\n\x01q\x18\x05 \x01(\x0c\x12\r\n\x05seeds\x18\x06 \x03(\x06\x12\x1e\n\x06timing\x18\x07 \x01(\x0b\x32\x0e.rsm.v1.Timing\x12\x1c\n\x05\x65rror\x18\x08 \x01(\x0b\x32\r.rsm.v1.Error\"T\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x02\x12\x10\n\x08\x62\x61tch_us\x18\x02 \x01(\x02\x12\x12\n\ncompute_us\x18\x03 \x01(\x02\x12\x12\n\nbatch_rows\x18\x04 \x01(\r\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r2\xb5\x01\n\rPolicyService\x12:\n\x07GetSpec\x12\x16.rsm.v1.GetSpecRequest\x1a\x17.rsm.v1.GetSpecResponse\x12.\n\x03\x41\x63t\x12\x12.rsm.v1.ActRequest\x1a\x13.rsm.v1.ActResponse\x12\x38\n\tActStream\x12\x12.rsm.v1.ActRequest\x1a\x13.rsm.v1.ActResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13rsm/v1/policy.proto\x12\x06rsm.v1\"1\n\x0eGetSpecRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"T\n\x0fGetSpecResponse\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\"\xb6\x01\n\nActRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x0b\n\x03obs\x18\x05 \x01(\x0c\x12\r\n\x05seeds\x18\x06 \x03(\x06\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\x12\r\n\x05noise\x18\x08 \x01(\x0c\x12\x11\n\tclient_id\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x11\"\xce\x01\n\x0b\x41\x63tResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\x0c\x12\t\n\x01q\x18\x05 \x01(\x0c\x12\r\n\x05seeds\x18\x06 \x03(\x06\x12\x1e\n\x06timing\x18\x07 \x01(\x0b\x32\x0e.rsm.v1.Timing\x12\x1c\n\x05\x65rror\x18\x08 \x01(\x0b\x32\r.rsm.v1.Error\x12$\n\x08\x61\x64justed\x18\t \x03(\x0e\x32\x12.rsm.v1.Adjustment\"T\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x02\x12\x10\n\x08\x62\x61tch_us\x18\x02 \x01(\x02\x12\x12\n\ncompute_us\x18\x03 \x01(\x02\x12\x12\n\nbatch_rows\x18\x04 \x01(\r\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r*g\n\nAdjustment\x12\x13\n\x0f\x41\x44JUSTMENT_NONE\x10\x00\x12\x16\n\x12\x41\x44JUSTMENT_LIMITED\x10\x01\x12\x13\n\x0f\x41\x44JUSTMENT_HELD\x10\x02\x12\x17\n\x13\x41\x44JUSTMENT_CENTERED\x10\x03\x32\xb5\x01\n\rPolicyService\x12:\n\x07GetSpec\x12\x16.rsm.v1.GetSpecRequest\x1a\x17.rsm.v1.GetSpecResponse\x12.\n\x03\x41\x63t\x12\x12.rsm.v1.ActRequest\x1a\x13.rsm.v1.ActResponse\x12\x38\n\tActStream\x12\x12.rsm.v1.ActRequest\x1a\x13.rsm.v1.ActResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rsm.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ADJUSTMENT']._serialized_start=712
+  _globals['_ADJUSTMENT']._serialized_end=815
   _globals['_GETSPECREQUEST']._serialized_start=31
   _globals['_GETSPECREQUEST']._serialized_end=80
   _globals['_GETSPECRESPONSE']._serialized_start=82
@@ -38,11 +40,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTREQUEST']._serialized_start=169
   _globals['_ACTREQUEST']._serialized_end=351
   _globals['_ACTRESPONSE']._serialized_start=354
-  _globals['_ACTRESPONSE']._serialized_end=522
-  _globals['_TIMING']._serialized_start=524
-  _globals['_TIMING']._serialized_end=608
-  _globals['_ERROR']._serialized_start=610
-  _globals['_ERROR']._serialized_end=672
-  _globals['_POLICYSERVICE']._serialized_start=675
-  _globals['_POLICYSERVICE']._serialized_end=856
+  _globals['_ACTRESPONSE']._serialized_end=560
+  _globals['_TIMING']._serialized_start=562
+  _globals['_TIMING']._serialized_end=646
+  _globals['_ERROR']._serialized_start=648
+  _globals['_ERROR']._serialized_end=710
+  _globals['_POLICYSERVICE']._serialized_start=818
+  _globals['_POLICYSERVICE']._serialized_end=999
 # @@protoc_insertion_point(module_scope)

@@ -1,9 +1,21 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Adjustment(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADJUSTMENT_NONE: _ClassVar[Adjustment]
+    ADJUSTMENT_LIMITED: _ClassVar[Adjustment]
+    ADJUSTMENT_HELD: _ClassVar[Adjustment]
+    ADJUSTMENT_CENTERED: _ClassVar[Adjustment]
+ADJUSTMENT_NONE: Adjustment
+ADJUSTMENT_LIMITED: Adjustment
+ADJUSTMENT_HELD: Adjustment
+ADJUSTMENT_CENTERED: Adjustment
 
 class GetSpecRequest(_message.Message):
     __slots__ = ("policy", "version")
@@ -48,7 +60,7 @@ class ActRequest(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., version: _Optional[str] = ..., request_id: _Optional[int] = ..., rows: _Optional[int] = ..., obs: _Optional[bytes] = ..., seeds: _Optional[_Iterable[int]] = ..., deterministic: bool = ..., noise: _Optional[bytes] = ..., client_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ActResponse(_message.Message):
-    __slots__ = ("request_id", "version", "rows", "action", "q", "seeds", "timing", "error")
+    __slots__ = ("request_id", "version", "rows", "action", "q", "seeds", "timing", "error", "adjusted")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +69,7 @@ class ActResponse(_message.Message):
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    ADJUSTED_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     version: str
     rows: int
@@ -65,7 +78,8 @@ class ActResponse(_message.Message):
     seeds: _containers.RepeatedScalarFieldContainer[int]
     timing: Timing
     error: Error
-    def __init__(self, request_id: _Optional[int] = ..., version: _Optional[str] = ..., rows: _Optional[int] = ..., action: _Optional[bytes] = ..., q: _Optional[bytes] = ..., seeds: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    adjusted: _containers.RepeatedScalarFieldContainer[Adjustment]
+    def __init__(self, request_id: _Optional[int] = ..., version: _Optional[str] = ..., rows: _Optional[int] = ..., action: _Optional[bytes] = ..., q: _Optional[bytes] = ..., seeds: _Optional[_Iterable[int]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., adjusted: _Optional[_Iterable[_Union[Adjustment, str]]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_us", "batch_us", "compute_us", "batch_rows")

@@ -1,0 +1,129 @@
+"""One server process, from loading to its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from rsm_serve.commandline import EXIT_INTERRUPTED, EXIT_OK
+from rsm_serve.config import ServerConfig
+from rsm_serve.lifecycle import LOADER, in_thread
+
+if TYPE_CHECKING:
+    from rsm_serve.server import PolicyServer
+
+logger = logging.getLogger(__name__)
+
+EXIT_NOT_DRAINED = 1
+
+Stop = Callable[[str], None]
+"""Stops a server, in its event loop; takes the reason."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Where a server serves, and what."""
+
+    addresses: tuple[str, ...]
+    policies: tuple[str, ...]
+    """NAME:VERSION of each."""
+    https: tuple[str, ...]
+    """Addresses of its HTTP port, if it has one."""
+
+    @classmethod
+    def of(cls, server: PolicyServer) -> Ready:
+        """Of a server that has started."""
+        names = [f"{lane.spec.name}:{lane.spec.version}" for lane in server.registry.lanes]
+        http = () if server.monitor is None else (server.monitor.address,)
+        return cls(server.addresses, tuple(names), http)
+
+    def print(self) -> None:
+        """The one machine-readable line on stdout."""
+        http = f" http={','.join(self.https)}" if self.https else ""
+        addresses, policies = ",".join(self.addresses), ",".join(self.policies)
+        print(f"rsm-serve ready: address={addresses} policies={policies}{http}", flush=True)
+
+
+def run_process(config: ServerConfig) -> int:
+    """Serve in this process until a signal; returns the exit status."""
+    from rsm_serve.server import run_loop
+
+    try:
+        status: int = run_loop(lambda: serve(config, Ready.print, on_signals))
+    except KeyboardInterrupt:
+        leave_if_loading(EXIT_INTERRUPTED, "rsm-serve: interrupted")
+        raise
+    leave_if_loading(status)
+    return status
+
+
+def on_signals(stop: Stop) -> None:
+    """Stop at SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number.name)
+
+
+async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: Callable[[Stop], None]) -> int:
+    """Load, announce, serve until stopped; returns the exit status.
+
+    Args:
+        config: what to serve.
+        announce: told where, when it serves.
+        stops: given the function that stops the server; a second call stops it at once.
+    """
+    from rsm_serve.server import PolicyServer
+
+    server = await load_monitored(config) if config.http is not None else PolicyServer(config)
+    await server.start()
+    reasons: asyncio.Queue[str] = asyncio.Queue()
+    stops(reasons.put_nowait)
+    # What has been loaded stays: the collector need not walk it again, a pause of milliseconds each time.
+    gc.collect()
+    gc.freeze()
+    announce(Ready.of(server))
+    logger.info("%s: draining for at most %g s", await reasons.get(), config.drain_seconds)
+    drain = asyncio.ensure_future(server.drain())
+    second = asyncio.ensure_future(reasons.get())
+    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    if drain.done() and drain.result():
+        second.cancel()
+        logger.info("drained")
+        return EXIT_OK
+    logger.warning("stopped with requests unanswered")
+    if not drain.done():
+        drain.cancel()
+        await server.close()
+    second.cancel()
+    return EXIT_NOT_DRAINED
+
+
+async def load_monitored(config: ServerConfig) -> PolicyServer:
+    """Load while the HTTP port says that the server is loading."""
+    from rsm_serve.monitor import Monitor
+    from rsm_serve.server import PolicyServer
+
+    assert config.http is not None
+    monitor = Monitor()
+    await monitor.open(config.http)
+    return await in_thread(lambda: PolicyServer(config, monitor=monitor))
+
+
+def leave_if_loading(status: int, message: str = "") -> None:
+    """End the process at once: a runtime that is torn down in the midst of a load would abort it."""
+    if any(thread.name == LOADER for thread in threading.enumerate()):
+        if message:
+            click.echo(message, err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
