@@ -1,9 +1,15 @@
 # The serve role as a container: `make image`, or  docker build --target serve -t rsm-serve .
 #
-#     docker run --rm -p 8001:8001 -v "$PWD/models:/models:ro" rsm-serve
+#     docker run --rm -p 127.0.0.1:8001:8001 -p 127.0.0.1:8002:8002 -v "$PWD/models:/models:ro" rsm-serve
 #
-# serves every policy of ./models on port 8001, as a user without rights. Nothing is written in the
-# container, so --read-only works. Further rsm-serve options go after the image's name and replace CMD.
+# serves every policy of ./models on port 8001, metrics and /healthz on 8002, as a user without rights. Nothing is
+# written in the container, so --read-only works. Options after the image's name replace CMD. On a network that
+# others use too, with certificates and tokens of ./secrets, and a health check that trusts them:
+#
+#     docker run --rm -p 8001:8001 -v "$PWD/models:/models:ro" -v "$PWD/secrets:/secrets:ro" \
+#         -e RSM_TLS_CA=/secrets/ca.pem --health-cmd "rsm-client health --address grpcs://localhost:8001" \
+#         rsm-serve --repo /models --address 0.0.0.0:8001 --http 0.0.0.0:8002 \
+#         --tls-cert /secrets/server.pem --tls-key /secrets/server.key --act-token-file /secrets/act_tokens
 #
 # BASE_IMAGE is any glibc image with python3 (3.10 or newer) and its venv module; both stages use the same.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
@@ -36,10 +42,12 @@ COPY --from=build /opt/rsm /opt/rsm
 ENV PATH=/opt/rsm/bin:$PATH PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 USER rsm
 WORKDIR /models
-EXPOSE 8001
+EXPOSE 8001 8002
 # Drains: new requests are refused, queued ones answered.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["rsm-client", "health", "--address", "127.0.0.1:8001"]
 ENTRYPOINT ["rsm-serve"]
-CMD ["--repo", "/models", "--address", "0.0.0.0:8001"]
+# A container is reached through its network alone, so loopback would reach nobody. Plaintext is right only where
+# the port is published to loopback, or the network is trusted: --insecure says so.
+CMD ["--repo", "/models", "--address", "0.0.0.0:8001", "--http", "0.0.0.0:8002", "--insecure"]

@@ -45,7 +45,7 @@ def _command(typed: str) -> click.Command:
         multiple=True,
         required=True,
         metavar="SOURCE",
-        help="Run directory, checkpoint, bundle directory, model.onnx, grpc://host:port/name or "
+        help="Run directory, checkpoint, bundle directory, model.onnx, grpc[s]://host:port/name or "
         "grpc:unix:path/name; repeat to compare.",
     )
     @dataclass_options(EvalConfig)

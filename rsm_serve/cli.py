@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -69,6 +70,8 @@ def command(
     SIGTERM and SIGINT drain: new requests are refused, queued ones are answered; a second signal ends the
     server at once.
     """
+    # gRPC writes a line, past our log, for every failed handshake: whoever scans the port would fill the disk.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     require_extra("rsm-serve", extra_of(settings["backend"]), EXTRA_MODULES)
     require_backend("rsm-serve", settings["backend"])
     config = ServerConfig(

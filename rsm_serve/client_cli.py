@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +92,8 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.version_option(package_name="rsm-toolkit")
 def command() -> None:
     """Ask a policy server."""
+    # What is wrong with a connection is said in our own sentence alone.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @command.command()

@@ -106,14 +106,19 @@ class Tls:
         """gRPC's.
 
         Raises:
-            InvalidRequestError: a file cannot be read, or only one of cert and key is there.
+            InvalidRequestError: a file cannot be used, or only one of cert and key is there.
         """
+        from rsm_serve.pem import read_pems  # ssl, which plaintext does without, takes its time to import
+
         if (self.cert is None) != (self.key is None):
             raise InvalidRequestError(
                 f"wanted cert and key together, got only {self.cert or self.key}; give both, or neither"
             )
-        ca, cert, key = map(_content, (self.ca, self.cert, self.key))
-        return grpc.ssl_channel_credentials(ca, key, cert)
+        try:
+            pems = read_pems(self.ca, self.cert, self.key)
+        except ConfigError as error:
+            raise InvalidRequestError(str(error)) from None
+        return grpc.ssl_channel_credentials(pems.ca, pems.key, pems.cert)
 
 
 @dataclass(frozen=True)
@@ -239,10 +244,3 @@ def methods(channel: Any, connection: Connection) -> tuple[Callable[..., Any], .
         method(channel.unary_unary, "Act", pb.ActRequest, pb.ActResponse),
         method(channel.stream_stream, "ActStream", pb.ActRequest, pb.ActResponse),
     )
-
-
-def _content(path: str | Path | None) -> bytes | None:
-    try:
-        return None if path is None else Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidRequestError(f"wanted to read {path}, got: {error.strerror}; check the path") from None

@@ -478,8 +478,10 @@ def load_repository(
         wanted = wishes.current(name, policies.get(name))
         if str(wanted) in [lane.spec.version for lane in loaded]:
             currents[name] = int(str(wanted))
-    if not lanes:
+    if not lanes and (problem is not None or config.poll is None):
         raise problem or _nothing_to_serve(config.repo)
+    if not lanes:
+        logger.warning("%s has no policy yet; the server is ready when the first has come", config.repo)
     registry = Registry(lanes, observer, config.canaries)
     for name, current in currents.items():
         registry.set_current(name, current)

@@ -37,7 +37,7 @@ SAMPLE_CHUNK = 8
 SAMPLE_S = 10.0
 """For a whole sample."""
 
-LOADING, SERVING, DRAINING = "loading", "serving", "draining"
+LOADING, WAITING, SERVING, DRAINING = "loading", "waiting", "serving", "draining"
 
 _HTTP_STATUS: Mapping[str, HTTPStatus] = {
     "INVALID_ARGUMENT": HTTPStatus.BAD_REQUEST,
@@ -108,13 +108,17 @@ class Monitor:
             code, message = wire_status(error)
             return _json({"error": message}, _HTTP_STATUS.get(code, HTTPStatus.INTERNAL_SERVER_ERROR))
 
+    @property
+    def _state(self) -> str:
+        """As `state`, or that there is no policy."""
+        return WAITING if self.state == SERVING and not self._registry.names else self.state
+
     def _health(self, *, known: bool) -> Response:
         if not known:
             return Response(b"unknown policy\n", status=HTTPStatus.NOT_FOUND)
-        ready = self.state == SERVING
-        return Response(
-            f"{self.state}\n".encode(), status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
-        )
+        state = self._state
+        status = HTTPStatus.OK if state == SERVING else HTTPStatus.SERVICE_UNAVAILABLE
+        return Response(f"{state}\n".encode(), status=status)
 
     def _refusal(self, request: Request) -> Response | None:
         """Of whatever is not for everybody; see the module's docstring."""
@@ -151,7 +155,7 @@ class Monitor:
     def _status(self) -> dict[str, Any]:
         metrics = {(lane.policy, lane.version): lane for lane in self.telemetry.lanes()}
         return {
-            "state": self.state,
+            "state": self._state,
             "toolkit": self.telemetry.toolkit,
             "uptime_s": round(self.telemetry.uptime_s, 3),
             "addresses": self._addresses,

@@ -110,8 +110,8 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerReady(  # noqa: N802
         self, request: pb.ServerReadyRequest, context: _Context
     ) -> pb.ServerReadyResponse:
-        """Whether requests are taken."""
-        return pb.ServerReadyResponse(ready=not self._draining)
+        """Whether requests are taken, for one policy at least."""
+        return pb.ServerReadyResponse(ready=not self._draining and bool(self._registry.names))
 
     async def ModelReady(  # noqa: N802
         self, request: pb.ModelReadyRequest, context: _Context

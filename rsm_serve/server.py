@@ -272,12 +272,13 @@ class PolicyServer:
             for address in self.config.addresses:
                 check_free(address)
         self.addresses = tuple([_bind(server, address, self._credentials) for address in self.config.addresses])
-        self.lifecycle.start(self._set_health)
+        self.lifecycle.start(self._tell_health)
         await server.start()
         self._server = server
         if self._recorder is not None:
             self._recorder.start()
-        for name in ("", SERVICE, oip.SERVICE, *self.registry.names):
+        await self._tell_readiness()
+        for name in self.registry.names:
             await self._set_health(name, True)
         if self.monitor is not None:
             self.monitor.serving(self.registry, self.addresses)
@@ -327,6 +328,15 @@ class PolicyServer:
     def _stop_recording(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
+
+    async def _tell_health(self, policy: str, ready: bool) -> None:
+        await self._set_health(policy, ready)
+        await self._tell_readiness()
+
+    async def _tell_readiness(self) -> None:
+        """A server without any policy is alive, and not ready."""
+        for name in ("", SERVICE, oip.SERVICE):
+            await self._set_health(name, bool(self.registry.names))
 
     async def _set_health(self, name: str, ready: bool) -> None:
         states = health_pb2.HealthCheckResponse

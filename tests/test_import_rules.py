@@ -58,6 +58,7 @@ NO_GRPC = (
     "guard",
     "recorder",
     "watched",
+    "pem",
     "tokens",
     "access",
     "limits",

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -235,9 +236,27 @@ def test_image_health_check_is_a_client_command(capsys: pytest.CaptureFixture[st
     assert health_check[0] == "rsm-client"
     assert main([*health_check[1:], "--help"]) == 0
     port = health_check[-1].rpartition(":")[2]
-    assert dockerfile_command("CMD")[-1] == f"0.0.0.0:{port}"
-    assert f"EXPOSE {port}\n" in text
+    options = dockerfile_command("CMD")
+    assert options[options.index("--address") + 1] == f"0.0.0.0:{port}"
+    http_port = options[options.index("--http") + 1].removeprefix("0.0.0.0:")
+    assert f"EXPOSE {port} {http_port}\n" in text
     assert "Exit with 0" in capsys.readouterr().out
+
+
+def test_the_images_options_serve_metrics(bundle_repo: Path) -> None:
+    """The server of the image, but for its ports and repository."""
+    options = [re.sub(r"^0\.0\.0\.0:\d+$", "0.0.0.0:0", part) for part in dockerfile_command("CMD")]
+    options[options.index("--repo") + 1] = str(bundle_repo)
+    command = [sys.executable, "-m", "rsm_serve.cli", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            port = ready.strip().rpartition(" http=0.0.0.0:")[2]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                assert b'rsm_policy_info{policy="tiny"' in answer.read()
+        finally:
+            process.kill()
 
 
 def test_image_installs_the_locked_serve_role_for_a_plain_user() -> None:

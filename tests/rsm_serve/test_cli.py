@@ -87,6 +87,23 @@ def test_serving_a_repository_until_sigterm(own_repo):
     assert [type(error) for error in refused] == [NotReadyError]
 
 
+def test_a_server_that_waits_for_its_first_policy_says_that_it_listens(tmp_path):
+    command = [sys.executable, "-m", "rsm_serve.cli", "--repo", str(tmp_path), "--poll", "1"]
+    command += ["--address", "127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            match = re.fullmatch(r"rsm-serve ready: address=(\S+) policies=\n", line)
+            assert match, line
+            assert client_cli.main(["health", "--address", match[1], "--timeout", "30"]) == 1
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, log
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_the_backend_is_chosen_and_named_in_the_log(bundle_repo, backend):
     pytest.importorskip(backend)

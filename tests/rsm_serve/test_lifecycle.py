@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 from rsm_serve.atomic import write_file
 from rsm_serve.batcher import BatchLimits
@@ -45,6 +46,7 @@ from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_spec, write_bundle
 from tests.rsm_serve.test_cli import serving
 from tests.rsm_serve.test_server import ANY_PORT, Gated, wait_until
+from tests.rsm_serve.test_telemetry import get, http_of
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of processes")
 
@@ -413,6 +415,32 @@ class TestPolling:
         shutil.rmtree(own_repo / "tiny" / "1")
         with pytest.raises(BundleError, match="sha256"), serve(own_repo, poll=100.0):
             pass
+
+    def test_an_empty_repository_is_waited_for(self, own_repo, tmp_path, caplog):
+        repo = tmp_path / "empty"
+        repo.mkdir()
+        with pytest.raises(BundleError, match="at least one policy"), serve(repo):
+            pass
+        with serve(repo, poll=0.02, http="127.0.0.1:0") as server:
+            address = server.addresses[0]
+            client = triton.InferenceServerClient(address)
+            health = f"{http_of(server)}/healthz"
+            assert "no policy yet" in caplog.text
+            assert check_health(address) == "NOT_SERVING"
+            assert client.is_server_live()
+            assert not client.is_server_ready()
+            assert get(health)[:2] == (503, "waiting\n")
+            with pytest.raises(PolicyNotFoundError, match="none at present"):
+                PolicyClient(address)
+            shutil.copytree(own_repo / "tiny", tmp_path / "new")
+            (tmp_path / "new").rename(repo / "tiny")
+            wait_until(lambda: check_health(address) == check_health(address, "tiny") == "SERVING", "ready")
+            assert acting_version(server) == "1"
+            assert client.is_server_ready()
+            assert get(health)[:2] == (200, "serving\n")
+            shutil.rmtree(repo / "tiny")
+            wait_until(lambda: check_health(address) == "NOT_SERVING", "waiting again")
+            client.close()
 
     def test_a_start_follows_the_pointer(self, own_repo):
         add_version(own_repo, 2)

@@ -6,7 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
+import signal
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +28,8 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.connection import Tls
 from rsm_serve.errors import AddressError, ConfigError, InvalidRequestError, NotReadyError, UnauthenticatedError
 from rsm_serve.server import PolicyServer, background_server
-from tests.certificates import Authority
+from tests.certificates import Authority, openssl
+from tests.rsm_serve.test_cli import serving as process
 
 ANY_PORT = ("127.0.0.1:0",)
 
@@ -191,6 +196,36 @@ class TestRenewal:
             with PolicyClient(address, tls=Tls(authority.ca), timeout_s=30) as later:
                 later.act(np.zeros(4))
 
+    def test_so_are_other_authorities_of_clients(self, bundle_repo, authority, stranger, tmp_path):
+        trusted = tmp_path / "clients.pem"
+        trusted.write_bytes(authority.ca.read_bytes())
+        with serving(bundle_repo, authority, tls_client_ca=trusted) as server:
+            address = server.addresses[0]
+            ours, theirs = robot(authority), robot(stranger, authority)
+            PolicyClient(address, tls=ours, timeout_s=30).close()
+            with pytest.raises(NotReadyError):
+                PolicyClient(address, tls=theirs)
+            replace(trusted, stranger.ca.read_bytes())
+            time.sleep(1.1)
+            PolicyClient(address, tls=theirs, timeout_s=30).close()
+            with pytest.raises(NotReadyError):
+                PolicyClient(address, tls=ours)
+
+
+def test_handshakes_that_fail_write_no_log(bundle_repo, authority):
+    folder = authority.folder
+    arguments = ["--repo", str(bundle_repo), "--address", "127.0.0.1:0", "--tls-client-ca", str(authority.ca)]
+    arguments += ["--tls-cert", str(folder / "server.pem"), "--tls-key", str(folder / "server.key")]
+    with process(arguments) as (server, address, _):
+        for tls in (None, Tls(authority.ca)):
+            with pytest.raises(NotReadyError):
+                PolicyClient(address, tls=tls)
+        PolicyClient(address, tls=robot(authority), timeout_s=30).close()
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert not [line for line in log.splitlines() if " rsm_serve" not in line]
+
 
 def replace(path: Path, content: bytes) -> None:
     beside = path.with_suffix(".new")
@@ -226,8 +261,6 @@ class TestMistakes:
         assert len(capsys.readouterr().err.splitlines()) == 1
 
     def test_an_encrypted_key_is_not_asked_for_its_password(self, authority, tmp_path):
-        from tests.certificates import openssl
-
         key = tmp_path / "locked.key"
         openssl("ec", "-aes128", "-passout", "pass:secret", "-in", authority.folder / "server.key", "-out", key)
         config = ServerConfig(repo=tmp_path, tls_cert=authority.folder / "server.pem", tls_key=key)
@@ -241,11 +274,22 @@ class TestMistakes:
             ("grpcs://unix:/nowhere", None, "unix socket"),
             ("127.0.0.1:1", Tls("/no/ca.pem"), "/no/ca.pem.*No such file"),
             ("127.0.0.1:1", Tls(cert="robot.pem"), "cert and key together"),
+            ("127.0.0.1:1", Tls("server.key"), "wanted certificates of authorities"),
+            ("127.0.0.1:1", Tls("ca.pem", "robot.pem", "server.key"), "KEY_VALUES_MISMATCH"),
         ],
     )
-    def test_a_clients_own(self, address, tls, sentence):
+    def test_a_clients_own(self, address, tls, sentence, authority, monkeypatch):
+        monkeypatch.chdir(authority.folder)
         with pytest.raises(InvalidRequestError, match=sentence):
             PolicyClient(address, tls=tls)
+
+
+def test_rsm_client_says_one_sentence(tls_address, stranger):
+    command = [sys.executable, "-m", "rsm_serve.client_cli", "info", "--address", f"grpcs://{tls_address}"]
+    command += ["--tls-ca", str(stranger.ca)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"rsm-client: wanted a certificate signed by .*\n", done.stderr)
 
 
 class TestExposure:
