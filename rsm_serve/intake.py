@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from rsm_serve.batcher import Answered
 from rsm_serve.observer import Observer, refuse, watch
-from rsm_serve.policy import ActResult, ActRows, PolicySpec
+from rsm_serve.policy import ActResult, ActRows
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller
 from rsm_serve.tracing import Tracer
@@ -77,7 +77,7 @@ class Intake:
         policy: str,
         version: str,
         caller: Callable[[], Caller],
-        decode: Callable[[PolicySpec], Request],
+        decode: Callable[[Lane], Request],
     ) -> tuple[Lane, Request, Future]:
         """Queue a request: its lane, what was decoded, and the future of its answer.
 
@@ -87,7 +87,7 @@ class Intake:
             policy: name, may be empty if exactly one is loaded.
             version: a number, or empty for the current one.
             caller: reads who asks.
-            decode: reads the rest, for the policy that was found.
+            decode: reads the rest, for the lane that was found.
 
         Raises:
             RequestError: whatever is wrong with the request, or the queue.
@@ -98,7 +98,7 @@ class Intake:
         try:
             who = caller()
             lane = self.registry.find(policy, version, client_id=who.client_id, seed=who.seed, fixed=who.fixed)
-            request = decode(lane.spec)
+            request = decode(lane)
             timeout_s = _shorter(call.time_remaining(), request.timeout_s)
             future = lane.submit(request.rows, timeout_s, priority=who.priority, client_id=who.client_id)
         except Exception as error:

@@ -5,7 +5,7 @@ Decode, submit to the lane, encode; what a message means is in `rsm_serve.oip_co
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,7 +24,9 @@ from rsm_serve.errors import (
 )
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import RepositoryControl
+from rsm_serve.malformed import Abort
 from rsm_serve.oip_codec import (
+    MAX_ECHO,
     decode_caller,
     decode_infer,
     encode_config,
@@ -52,8 +54,6 @@ CONTROL_EXTENSION = "model_repository"
 
 SWITCHED_OFF = "loading and unloading policies is switched off; start rsm-serve with an admin token"
 
-Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
-"""Ends a call with the status of an exception."""
 _Answer = Answered[ActResult]
 
 
@@ -229,7 +229,7 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             request.model_name,
             request.model_version,
             lambda: decode_caller(request),
-            lambda spec: decode_infer(spec, request),
+            lambda lane: decode_infer(lane.spec, request, lane.limits.max_batch_size),
         )
         return Submitted(future, partial(encode_infer, lane.spec, call, request.id))
 
@@ -242,9 +242,9 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
     def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         self._log_fault(error)
         response = pb.ModelStreamInferResponse(error_message=": ".join(wire_status(error)))
-        response.infer_response.model_name = request.model_name
-        response.infer_response.model_version = request.model_version
-        response.infer_response.id = request.id
+        response.infer_response.model_name = request.model_name[:MAX_ECHO]
+        response.infer_response.model_version = request.model_version[:MAX_ECHO]
+        response.infer_response.id = request.id[:MAX_ECHO]
         return response
 
     async def _lane(self, name: str, version: str, context: _Context) -> Lane:

@@ -324,13 +324,13 @@ class Registry:
                 return NotReadyError(f"policy {name!r} is being loaded; try again in a moment")
         if not self._policies:
             return PolicyNotFoundError("wanted a policy, this server has none at present; try again later")
-        wanted = f"policy {name!r}" if name else "a policy name, because several are loaded"
+        wanted = f"policy {name!r:.60}" if name else "a policy name, because several are loaded"
         return PolicyNotFoundError(
             f"wanted {wanted}, this server has {', '.join(self.names)}; name one of them"
         )
 
     def _unready(self, name: str, version: str) -> RequestError:
-        wanted = f"wanted version {version!r} of policy {name!r}"
+        wanted = f"wanted version {version!r:.60} of policy {name!r}"
         states = {
             status.state for status in self.index() if (status.name, str(status.version)) == (name, version)
         }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from rsm_serve import oip
 from rsm_serve.addresses import check_free
@@ -32,6 +32,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
+from rsm_serve.malformed import GuardedServer
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows
@@ -137,7 +138,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             request.policy,
             request.version,
             lambda: _caller(request),
-            lambda spec: _Decoded(decode_request(spec, request)),
+            lambda lane: _Decoded(decode_request(lane.spec, request, lane.limits.max_batch_size)),
         )
         return future
 
@@ -208,10 +209,11 @@ class PolicyServer:
             await self.monitor.open(self.config.http)
         server = grpc.aio.server(options=CHANNEL_OPTIONS, compression=grpc.Compression.NoCompression)
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
-        add_policy_service(self._service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        oip.add_to_server(self._inference, server)
-        _describe(server)
+        guarded = GuardedServer(server, _abort)
+        add_policy_service(self._service, guarded)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
+        oip.add_to_server(self._inference, guarded)
+        _describe(GuardedServer(server, _abort, streams=True))
         self.addresses = tuple([_bind(server, address) for address in self.config.addresses])
         self.lifecycle.start(self._set_health)
         await server.start()
@@ -339,7 +341,8 @@ def _describe(server: Any) -> None:
     """Server reflection for every service."""
     files = [file.DESCRIPTOR for file in (pb, oip_pb2, health_pb2, reflection_pb2)]
     names = [service.full_name for file in files for service in file.services_by_name.values()]
-    reflection.enable_server_reflection(names, server, oip.reflection_pool(files))
+    servicer = reflection.aio.ReflectionServicer(names, pool=oip.reflection_pool(files))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
 
 
 def _log_fault(error: BaseException, **fields: object) -> None:
@@ -354,5 +357,16 @@ async def _abort(context: _Context, error: Exception, **fields: object) -> NoRet
     code, message = wire_status(error)
     retry_ms = retry_after_ms(error)
     hint = () if retry_ms is None else ((RETRY_AFTER, str(retry_ms)),)
-    await context.abort(grpc.StatusCode[code], message, (ERROR_MARK, *hint))
+    try:
+        await context.abort(grpc.StatusCode[code], message, (ERROR_MARK, *hint))
+    except grpc.aio.AbortError as abort:
+        # The call keeps its exception, whose frames keep the call and the request: a circle that only the
+        # collector would open, while refused messages of 16 MiB pile up.
+        asyncio.get_running_loop().call_soon(_forget, abort)
+        raise
     raise AssertionError("abort raises")
+
+
+def _forget(error: BaseException) -> None:
+    """Let go of what an exception that nobody looks at any more holds."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None

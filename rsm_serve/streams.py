@@ -11,6 +11,7 @@ from rsm_serve.errors import InvalidRequestError, NotReadyError
 
 STREAM_WINDOW = 64
 """Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
+UNREADABLE = "wanted messages of the protocol, got one that cannot be read"
 SHUTTING_DOWN = "the server is shutting down; connect to another, or again later"
 
 Request = TypeVar("Request")
@@ -134,7 +135,7 @@ class OpenStreams:
             if stream.ended_by_server:
                 raise NotReadyError(SHUTTING_DOWN)
             if stream.unreadable:
-                raise InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
+                raise InvalidRequestError(UNREADABLE)
         finally:
             self._streams.discard(stream)
             self._changed(-1)
