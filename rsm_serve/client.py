@@ -642,7 +642,8 @@ def _translate(error: Any, target: Target, timeout_s: float) -> RequestError:
         return _too_late(target, timeout_s)
     if code == "CANCELLED":  # not by us: a server that closes cuts off the calls that come too late
         return NotReadyError(
-            f"the server at {target} has closed ({details}); connect to another, or again later"
+            f"the server at {target} has closed, or more calls wait than it reads ({details}); "
+            "connect to another, or again later"
         )
     if code == "RESOURCE_EXHAUSTED":  # by gRPC itself: the message is too large
         return InvalidRequestError(f"the message to or from {target} is too large ({details}); send fewer rows")

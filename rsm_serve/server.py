@@ -57,6 +57,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # From 1000 on, gRPC cancels some of the calls that wait to be read, by lot and in nobody's words; so many may
+    # come at once.
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # A robot may ping an idle connection every 10 s without being cut off.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

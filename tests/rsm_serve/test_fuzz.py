@@ -538,13 +538,15 @@ PARAMETER_VALUES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 @pytest.mark.parametrize("method", [ACT, INFER], ids=lambda method: method.descriptor.name)
 def test_absurd_claims(channel, method):
+    good: Any
+    spoil: Any
     good, spoil = (good_act, spoil_act) if method is ACT else (good_infer, spoil_infer)
     calls, right = Calls(channel), 0
     for name, generator in cases(method.path, 1200):
         request: Any = good(generator, generator.choice(("tiny", "other")))
         faults = generator.choice((0, 1, 1, 2, 3))
         for _ in range(faults):
-            spoil(generator, request)  # type: ignore[operator]
+            spoil(generator, request)
 
         def check(name: str, outcome: Outcome, request: Any = request, faults: int = faults) -> None:
             nonlocal right
@@ -563,6 +565,8 @@ def test_absurd_claims(channel, method):
 
 @pytest.mark.parametrize("method", [ACT_STREAM, INFER_STREAM], ids=lambda method: method.descriptor.name)
 def test_absurd_claims_in_a_stream_do_not_end_it(channel, method):
+    good: Any
+    spoil: Any
     good, spoil = (good_act, spoil_act) if method is ACT_STREAM else (good_infer, spoil_infer)
     calls, right = Calls(channel), 0
     for name, generator in cases(method.path, 60):
@@ -571,7 +575,7 @@ def test_absurd_claims_in_a_stream_do_not_end_it(channel, method):
             request = good(generator, generator.choice(("tiny", "other")))
             faults = generator.choice((0, 1, 1, 2))
             for _ in range(faults):
-                spoil(generator, request)  # type: ignore[operator]
+                spoil(generator, request)
             requests.append((faults, request))
 
         def check(name: str, outcome: Outcome, requests: Any = tuple(requests)) -> None:
@@ -620,7 +624,7 @@ def test_messages_at_the_limit_of_their_size(channel, server):
 def test_metadata_of_all_sizes(channel):
     calls, request = Calls(channel), good_act(random.Random(1)).SerializeToString()
     for name, generator in cases("metadata", 300):
-        metadata = [
+        metadata: list[tuple[str, str | bytes]] = [
             (
                 f"x-{generator.randrange(9)}-bin",
                 generator.randbytes(generator.choice((0, 10, 1000))),
@@ -828,7 +832,7 @@ SMALL_WINDOW = [
 
 @pytest.mark.parametrize("method", [ACT_STREAM, INFER_STREAM], ids=lambda method: method.descriptor.name)
 def test_callers_that_send_and_never_read(server, method):
-    good = good_act if method is ACT_STREAM else good_infer
+    good: Any = good_act if method is ACT_STREAM else good_infer
     drawn = (good(generator).SerializeToString() for _, generator in cases("slow", 99))
     content = next(content for content in drawn if len(content) > 1500)
     with ExitStack() as left_open:
