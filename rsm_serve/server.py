@@ -57,8 +57,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # From 1000 on, gRPC cancels some of the calls that wait to be read, by lot and in nobody's words; so many may
-    # come at once.
+    # From 1000 on, gRPC would cancel some of the calls that wait to be read, by lot and in nobody's words;
+    # as many may come at once.
     ("grpc.server.max_pending_requests", 10_000),
     ("grpc.server.max_pending_requests_hard_limit", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
