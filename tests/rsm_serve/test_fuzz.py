@@ -31,7 +31,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from rsm_serve.client import PolicyClient
-from rsm_serve.errors import RequestError
+from rsm_serve.errors import MAX_SENTENCE, RequestError
 from rsm_serve.pb import oip_pb2
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import PolicySpec
@@ -596,6 +596,37 @@ def test_absurd_claims_in_a_stream_do_not_end_it(channel, method):
     assert right > 300
 
 
+def test_a_sentence_that_repeats_what_was_sent_is_cut(channel):
+    request = oip_pb2.ModelInferRequest(model_name="tiny")
+    request.inputs.add(name="obs", datatype="FP32", shape=[64, 4])
+    request.raw_input_contents.append(bytes(64 * 16))
+    request.parameters["seed"].string_param = ",".join(["9" * 20] * 64)
+    outcome = INFER.finish(INFER.start(channel, [request.SerializeToString()], TIMEOUT_S))
+    assert outcome.code == "INVALID_ARGUMENT"
+    assert outcome.details.startswith("wanted seeds from 0 to")
+    assert len(outcome.details) == MAX_SENTENCE
+    assert outcome.details.endswith("…")
+
+
+@pytest.mark.parametrize("method", [ACT_STREAM, INFER_STREAM], ids=lambda method: method.descriptor.name)
+def test_requests_do_not_stay_in_memory(channel, server, method):
+    good: Any
+    spoil: Any
+    good, spoil = (good_act, spoil_act) if method is ACT_STREAM else (good_infer, spoil_infer)
+    contents = []
+    for _, generator in cases(f"memory {method.path}", 100):
+        request = good(generator)
+        contents.append(request.SerializeToString())
+        spoil(generator, request)
+        contents.append(request.SerializeToString())
+    rss = []
+    for rounds in (10, 20):  # the first ones fill pools and caches
+        outcome = method.finish(method.start(channel, rounds * contents, TIMEOUT_S))
+        assert (outcome.code, len(outcome.answers)) == ("OK", rounds * len(contents))
+        rss.append(server.rss_bytes)
+    assert rss[1] < rss[0] + 16 * MIB
+
+
 def test_messages_at_the_limit_of_their_size(channel, server):
     """16 MiB of anything is refused in a sentence, and does not come back."""
     size = 16 * MIB - 100
@@ -613,8 +644,17 @@ def test_messages_at_the_limit_of_their_size(channel, server):
         (INFER_STREAM, oip_pb2.ModelInferRequest(**infer, id=name[:-50])),
         (INFER_STREAM, oip_pb2.ModelInferRequest(model_name=name)),
     ]
-    for method, message in messages:
-        outcome = method.finish(method.start(channel, [message.SerializeToString()], TIMEOUT_S))
+    contents = [(method, message.SerializeToString()) for method, message in messages]
+    throw_large(channel, contents)
+    rss = server.rss_bytes
+    for _ in range(2):
+        throw_large(channel, contents)
+    assert server.rss_bytes < rss + 128 * MIB, "what was refused is kept"
+
+
+def throw_large(channel: Any, contents: Sequence[tuple[Method, bytes]]) -> None:
+    for method, content in contents:
+        outcome = method.finish(method.start(channel, [content], TIMEOUT_S))
         codes = [outcome.code, *(error_in(method, answer) for answer in outcome.answers)]
         assert codes in (["INVALID_ARGUMENT"], ["NOT_FOUND"], ["OK", "INVALID_ARGUMENT"], ["OK", "NOT_FOUND"])
         assert len(outcome.details) < 2000

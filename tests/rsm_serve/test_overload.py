@@ -44,7 +44,6 @@ import pytest
 from rsm_serve.batcher import BatchLimits
 from rsm_serve.bundle import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
-from rsm_serve.codec import MAX_MESSAGE_BYTES
 from rsm_serve.config import ServerConfig
 from rsm_serve.errors import (
     DeadlineExpiredError,
@@ -354,10 +353,10 @@ def test_a_message_of_more_than_16_mib(rig, slow_client, method):
                 list(channel.stream_stream(f"/{method}")(iter([content]), timeout=60))
             return caught.value
 
-        assert send(MAX_MESSAGE_BYTES).code().name == "INVALID_ARGUMENT", "it was let in, and is no message"
-        refused = send(MAX_MESSAGE_BYTES + 1)
+        assert send(16 * MIB).code().name == "INVALID_ARGUMENT", "it was let in, and is no message"
+        refused = send(16 * MIB + 1)
     assert refused.code().name == "RESOURCE_EXHAUSTED"
-    assert f"larger than max ({MAX_MESSAGE_BYTES + 1} vs. {MAX_MESSAGE_BYTES})" in refused.details()
+    assert f"larger than max ({16 * MIB + 1} vs. {16 * MIB})" in refused.details()
     assert slow_client.act(np.zeros(4)).action.shape == (2,)
 
 
@@ -395,7 +394,7 @@ def test_what_comes_back_is_bounded(rig):
         stamped.parameters["obs_stamp"].string_param = "s" * (MAX_ECHO + 1)
         with pytest.raises(grpc.RpcError, match="wanted an obs_stamp of at most 1024 characters"):
             stub.ModelInfer(stamped, timeout=30)
-        long = infer_request(id="i" * MAX_MESSAGE_BYTES)
+        long = infer_request(id="i" * 16 * MIB)
         long.id = long.id[:-200]
         (answer,) = stub.ModelStreamInfer(iter([long]), timeout=60)
         assert answer.error_message.startswith("INVALID_ARGUMENT: wanted an id")
