@@ -57,7 +57,7 @@ THREADS_GROWTH, FILES_GROWTH = 4, 16
 """Absolute; connections come and go."""
 
 MAX_BATCH = 16
-WORK = 60
+WORK = 150
 """Makes alpha slow enough that something waits when a version is replaced; see `make_model`."""
 TOLERANCE = 1e-5
 REPORT_S = 1.0
@@ -443,7 +443,7 @@ def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
     repository = folder / "repository"
     for policy in ("alpha", "beta", "gamma"):
         write_policy(repository, policy, 1)
-    arguments = ("--poll", "0.2", "--keep-versions", "1", "--max-batch-size", str(MAX_BATCH))
+    arguments = ("--poll", "0.2", "--max-batch-size", str(MAX_BATCH))
     with running_server(repository, folder / "server.log", *arguments) as server:
         with clients_of(server, folder, seed) as clients:
             versions = Versions(repository)
@@ -574,8 +574,8 @@ def failures(results: dict[str, Any]) -> list[str]:
         found.append(
             f"{results['steady']['version_changes_seen']} of {reloads['switched']} reloads took effect"
         )
-    if reloads["loaded"] < reloads["published"]:
-        found.append(f"{reloads['loaded']} of {reloads['published']} published versions were loaded")
+    if reloads["loaded"] <= reloads["switched"]:  # one at the start, then every version that became current
+        found.append(f"{reloads['loaded'] - 1} of {reloads['switched']} reloads loaded a version")
     if server["tracebacks"] or server["streams_open_at_the_end"]:
         found.append(
             f"{server['tracebacks']} tracebacks, {server['streams_open_at_the_end']} streams left open"
