@@ -20,13 +20,12 @@ from rsm_serve.errors import (
     BackendError,
     ConfigError,
     DeadlineExpiredError,
-    InvalidRequestError,
     NotReadyError,
     QueueFullError,
     RequestError,
     SupersededError,
 )
-from rsm_serve.scheduling import PRIORITY_STEP_S, check_priority
+from rsm_serve.scheduling import PRIORITY_STEP_S, check_priority, check_rows
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +136,7 @@ class BatchQueue(Generic[Item]):
         limits = self._limits
         if self._closed:
             raise NotReadyError("the policy is shutting down and takes no more requests; use another server")
-        if not 1 <= rows <= limits.max_batch_size:
-            raise InvalidRequestError(
-                f"wanted 1 to {limits.max_batch_size} rows in one request, got {rows}; "
-                "split it, or raise --max-batch-size of the server"
-            )
+        check_rows(rows, limits.max_batch_size)
         if priority:
             check_priority(priority)
         if deadline_s is not None and deadline_s <= now:

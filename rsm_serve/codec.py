@@ -19,6 +19,7 @@ from rsm_serve.errors import (
 )
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Timing, act_rows, require_finite
+from rsm_serve.scheduling import check_rows
 from rsm_serve.seeds import resolve_seeds
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -31,16 +32,18 @@ RETRY_AFTER = "retry-after-ms"
 WIRE_FLOAT = np.dtype("<f4")
 
 
-def decode_request(spec: PolicySpec, request: pb.ActRequest) -> ActRows:
+def decode_request(spec: PolicySpec, request: pb.ActRequest, max_rows: int) -> ActRows:
     """Validate a request.
 
     Raises:
-        InvalidRequestError: the byte counts are not those of the rows, NaN or Inf, or wrong seeds.
+        InvalidRequestError: the byte counts are not those of the rows, too many rows, NaN or Inf, or wrong
+            seeds.
     """
     rows = request.rows
     if rows < 1:
         raise InvalidRequestError("wanted rows >= 1, got 0; set it to the number of observations in obs")
     obs = _from_bytes("obs", request.obs, (rows, spec.observation.size))
+    check_rows(rows, max_rows)  # before anything is done with as many
     if request.noise:
         if request.seeds or request.deterministic:
             raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")

@@ -193,7 +193,8 @@ class Connection:
             return self.too_late(timeout_s)
         if code == "CANCELLED":  # not by us: a server that closes cuts off the calls that come too late
             return NotReadyError(
-                f"the server at {target} has closed ({details}); connect to another, or again later"
+                f"the server at {target} has closed, or more calls wait than it reads ({details}); "
+                "connect to another, or again later"
             )
         if code == "RESOURCE_EXHAUSTED":  # by gRPC itself: the message is too large
             return InvalidRequestError(

@@ -172,6 +172,11 @@ WIRE_STATUS: dict[type[RequestError], WireStatus] = {
 }
 
 
+MAX_SENTENCE = 600
+"""Characters that travel. A sentence repeats what a caller sent, and gRPC refuses a status of more than 8 KiB,
+of which one character may take 12 bytes: instead of our sentence the caller would read RESOURCE_EXHAUSTED."""
+
+
 def wire_status(error: BaseException) -> tuple[str, str]:
     """(gRPC status name, sentence for the caller) of any exception.
 
@@ -179,7 +184,8 @@ def wire_status(error: BaseException) -> tuple[str, str]:
     """
     status = WIRE_STATUS.get(type(error)) if isinstance(error, RequestError) else None
     status = status or WIRE_STATUS[BackendError]
-    return status.code, status.public or str(error)
+    sentence = status.public or str(error)
+    return status.code, sentence if len(sentence) <= MAX_SENTENCE else sentence[: MAX_SENTENCE - 1] + "…"
 
 
 def retry_after_ms(error: BaseException) -> int | None:

@@ -15,7 +15,7 @@ from rsm_serve.errors import LimitReachedError
 from rsm_serve.guard import GuardedAnswers
 from rsm_serve.limits import RateLimiter
 from rsm_serve.observer import Observer, refuse, watch
-from rsm_serve.policy import ActResult, ActRows, PolicySpec
+from rsm_serve.policy import ActResult, ActRows
 from rsm_serve.registry import Lane, Registry
 from rsm_serve.scheduling import Caller
 from rsm_serve.tracing import Tracer
@@ -116,7 +116,7 @@ class Intake:
         policy: str,
         version: str,
         caller: Callable[[], Caller],
-        decode: Callable[[PolicySpec], Request],
+        decode: Callable[[Lane], Request],
         stream: object | None = None,
     ) -> tuple[Lane, Request, Future]:
         """Queue a request: its lane, what was decoded, and the future of its answer.
@@ -127,7 +127,7 @@ class Intake:
             policy: name, may be empty if exactly one is loaded.
             version: a number, or empty for the current one.
             caller: reads who asks.
-            decode: reads the rest, for the policy that was found.
+            decode: reads the rest, for the lane that was found.
             stream: an object of the request's stream alone; None outside of streams.
 
         Raises:
@@ -142,7 +142,7 @@ class Intake:
             if self._limiter is not None:
                 self._limiter.take(who.client_id, call.peer(), started_s)
             lane = self.registry.find(policy, version, client_id=who.client_id, seed=who.seed, fixed=who.fixed)
-            request = decode(lane.spec)
+            request = decode(lane)
             if self._guard is not None:
                 self._guard.admit(who.client_id or stream)
             timeout_s = _shorter(call.time_remaining(), request.timeout_s)

@@ -69,6 +69,17 @@ class FloodFilter(logging.Filter):
         return True
 
 
+def is_no_departure(record: logging.LogRecord) -> bool:
+    """A filter: whether a record is of anything but a caller that left while its answer was being sent.
+
+    gRPC logs that as an error of the server, with a traceback of its own code.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    return not (
+        record.name == "grpc._cython.cygrpc" and kind is not None and kind.__name__ == "ExecuteBatchError"
+    )
+
+
 def set_up_logging(log_format: LogFormat, *, verbose: bool, stream: TextIO | None = None) -> None:
     """Send the log of this process to stderr, or to `stream`."""
     handler = logging.StreamHandler(stream or sys.stderr)
@@ -76,5 +87,6 @@ def set_up_logging(log_format: LogFormat, *, verbose: bool, stream: TextIO | Non
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(is_no_departure)
     handler.addFilter(FloodFilter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])

@@ -5,7 +5,7 @@ Decode, submit to the lane, encode; what a message means is in `rsm_serve.oip_co
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,7 +25,9 @@ from rsm_serve.errors import (
 )
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import RepositoryControl
+from rsm_serve.malformed import Abort
 from rsm_serve.oip_codec import (
+    MAX_ECHO,
     decode_caller,
     decode_infer,
     encode_config,
@@ -46,8 +48,8 @@ SERVICE: str = _DESCRIPTOR.full_name
 SERVER_NAME = "rsm-serve"
 READY = "READY"
 MAX_VERSION_DIGITS = 19
-MAX_ECHO = 90
-"""Characters of a caller's own name that come back to it; those of policies are shorter."""
+MAX_NAME_ECHO = 90
+"""Characters of a policy's name or version that come back with an error; those of policies are shorter."""
 
 EXTENSIONS = ("model_configuration", "parameters", "statistics")
 """Of Triton's, those that always work."""
@@ -59,8 +61,6 @@ SWITCHED_OFF = (
 NOT_LOADED = "did not load; the server's log, and an admin, can say why"
 """Instead of a reason that may name files of the server."""
 
-Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
-"""Ends a call with the status of an exception."""
 _Answer = Answered[ActResult]
 
 
@@ -242,7 +242,7 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             request.model_name,
             request.model_version,
             lambda: decode_caller(request),
-            lambda spec: decode_infer(spec, request),
+            lambda lane: decode_infer(lane.spec, request, lane.limits.max_batch_size),
             stream,
         )
         return Submitted(future, partial(encode_infer, lane.spec, call, request.id))
@@ -256,9 +256,9 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
     def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
         self._log_fault(error)
         response = pb.ModelStreamInferResponse(error_message=": ".join(wire_status(error)))
-        response.infer_response.model_name = request.model_name[:MAX_ECHO]
-        response.infer_response.model_version = request.model_version[:MAX_ECHO]
-        response.infer_response.id = request.id
+        response.infer_response.model_name = request.model_name[:MAX_NAME_ECHO]
+        response.infer_response.model_version = request.model_version[:MAX_NAME_ECHO]
+        response.infer_response.id = request.id[:MAX_ECHO]
         return response
 
     async def _lane(self, name: str, version: str, context: _Context) -> Lane:

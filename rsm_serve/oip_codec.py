@@ -26,10 +26,13 @@ from rsm_serve.batcher import Answered, BatchLimits
 from rsm_serve.errors import InvalidRequestError
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows, Adjustment, PolicySpec, Seed, act_rows
-from rsm_serve.scheduling import MAX_PRIORITY, Caller, check_client_id
+from rsm_serve.scheduling import MAX_PRIORITY, Caller, check_client_id, check_rows
 from rsm_serve.statistics import Durations, LaneStatistics
 
 SHARED_MEMORY = "shared_memory_region"
+MAX_ECHO = 1024
+"""Characters of what comes back as it came: no request may make an answer that is too large to be sent."""
+MAX_INPUTS = 3
 SEED_DIGITS = len(str(2**64 - 1))
 
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT64": np.dtype("<u8")}
@@ -96,7 +99,7 @@ def decode_caller(request: pb.ModelInferRequest) -> Caller:
         priority=max(-MAX_PRIORITY, MAX_PRIORITY + 1 - level) if level else 0,
         seed=_first_seed(request),
         fixed=bool(_parameter("deterministic", parameters, ("bool_param",)))
-        or any(tensor.name == "noise" for tensor in request.inputs),
+        or any(tensor.name == "noise" for tensor in request.inputs[:MAX_INPUTS]),
     )
 
 
@@ -105,7 +108,7 @@ def _first_seed(request: pb.ModelInferRequest) -> int | None:
         kinds = ("int64_param", "uint64_param", "string_param")
         text = str(_parameter("seed", request.parameters, kinds)).partition(",")[0]
         return int(text) if text.isascii() and text.isdecimal() and len(text) <= SEED_DIGITS else None
-    for index, tensor in enumerate(request.inputs):
+    for index, tensor in enumerate(request.inputs[:MAX_INPUTS]):
         if tensor.name == "seed":
             if tensor.contents.uint64_contents:
                 return int(tensor.contents.uint64_contents[0])
@@ -114,14 +117,16 @@ def _first_seed(request: pb.ModelInferRequest) -> int | None:
     return None
 
 
-def decode_infer(spec: PolicySpec, request: pb.ModelInferRequest) -> InferCall:
+def decode_infer(spec: PolicySpec, request: pb.ModelInferRequest, max_rows: int) -> InferCall:
     """Validate a request.
 
     Raises:
         InvalidRequestError: a tensor that is unknown, missing, or of another datatype, shape or byte count; NaN
-            or Inf; contents in two places; an unknown output; or a parameter of the wrong type.
+            or Inf; contents in two places; an unknown output; a parameter of the wrong type; or an id or
+            obs_stamp that is too long.
     """
-    arrays = _read_inputs(input_tensors(spec), request)
+    _check_echoes(request)
+    arrays = _read_inputs(input_tensors(spec), request, max_rows)
     if "obs" not in arrays:
         raise InvalidRequestError(
             f"wanted the input 'obs' (FP32, [B, {spec.observation.size}]), got "
@@ -144,9 +149,25 @@ def decode_infer(spec: PolicySpec, request: pb.ModelInferRequest) -> InferCall:
     )
 
 
-def _read_inputs(tensors: Sequence[Tensor], request: pb.ModelInferRequest) -> dict[str, NDArray[Any]]:
+def _check_echoes(request: pb.ModelInferRequest) -> None:
+    stamp = request.parameters["obs_stamp"].string_param if "obs_stamp" in request.parameters else ""
+    for name, text in (("id", request.id), ("obs_stamp", stamp)):
+        if len(text) > MAX_ECHO:
+            raise InvalidRequestError(
+                f"wanted an {name} of at most {MAX_ECHO} characters, got {len(text)}; use a number or a UUID"
+            )
+
+
+def _read_inputs(
+    tensors: Sequence[Tensor], request: pb.ModelInferRequest, max_rows: int
+) -> dict[str, NDArray[Any]]:
     known = {tensor.name: tensor for tensor in tensors}
     raw = request.raw_input_contents
+    if len(request.inputs) > MAX_INPUTS:  # before anything is done with as many
+        raise InvalidRequestError(
+            f"wanted each of the inputs {_names(known)} at most once, got {len(request.inputs)} inputs; "
+            "see ModelMetadata"
+        )
     if raw and any(message.HasField("contents") for message in request.inputs):
         raise InvalidRequestError(
             "wanted either raw_input_contents or contents, got both in one request; use one for all inputs"
@@ -163,11 +184,13 @@ def _read_inputs(tensors: Sequence[Tensor], request: pb.ModelInferRequest) -> di
                 f"wanted each of the inputs {_names(known)} at most once, got {message.name!r:.60}; "
                 "see ModelMetadata"
             )
-        arrays[message.name] = _read(known[message.name], message, raw[index] if raw else None)
+        arrays[message.name] = _read(known[message.name], message, raw[index] if raw else None, max_rows)
     return arrays
 
 
-def _read(tensor: Tensor, message: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> NDArray[Any]:
+def _read(
+    tensor: Tensor, message: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, max_rows: int
+) -> NDArray[Any]:
     """An input as an array of the shape that the message claims, which is one of the tensor's."""
     name, shape = tensor.name, list(message.shape)
     _refuse_shared_memory(f"input {name!r}", message.parameters)
@@ -182,6 +205,7 @@ def _read(tensor: Tensor, message: pb.ModelInferRequest.InferInputTensor, raw: b
         )
     dtype, count = _DTYPES[tensor.datatype], math.prod(shape)
     if raw is None:
+        check_rows(shape[0], max_rows)  # before as many numbers are converted one by one
         values = getattr(message.contents, _CONTENTS[tensor.datatype])
         if len(values) != count:
             raise InvalidRequestError(
@@ -194,6 +218,7 @@ def _read(tensor: Tensor, message: pb.ModelInferRequest.InferInputTensor, raw: b
             f"wanted {dtype.itemsize * count} bytes of input {name!r} ({tensor.datatype} {shape}), "
             f"got {len(raw)}; send raw little-endian {tensor.datatype} in row-major order"
         )
+    check_rows(shape[0], max_rows)
     return np.frombuffer(raw, dtype).reshape(shape)
 
 

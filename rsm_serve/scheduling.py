@@ -41,6 +41,20 @@ def check_priority(priority: int) -> int:
     return priority
 
 
+def check_rows(rows: int, limit: int) -> int:
+    """Return the number of rows of a request.
+
+    Raises:
+        InvalidRequestError: none, or more than one batch holds.
+    """
+    if not 1 <= rows <= limit:
+        raise InvalidRequestError(
+            f"wanted 1 to {limit} rows in one request, got {rows}; "
+            "split it, or raise --max-batch-size of the server"
+        )
+    return rows
+
+
 def check_client_id(client_id: str) -> str:
     """Return the name by which a client wants to be known; empty for none.
 

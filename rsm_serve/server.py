@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from rsm_serve import oip
 from rsm_serve.access import Access
@@ -35,6 +35,7 @@ from rsm_serve.gate import Gate
 from rsm_serve.guard import GuardedAnswers
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
+from rsm_serve.malformed import GuardedServer
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.policy import ActResult, ActRows
@@ -65,6 +66,10 @@ FLUSH_S = 0.5
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # From 1000 on, gRPC would cancel some of the calls that wait to be read, by lot and in nobody's words;
+    # as many may come at once.
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # A robot may ping an idle connection every 10 s without being cut off.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -158,7 +163,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             request.policy,
             request.version,
             lambda: _caller(request),
-            lambda spec: _Decoded(decode_request(spec, request)),
+            lambda lane: _Decoded(decode_request(lane.spec, request, lane.limits.max_batch_size)),
             stream,
         )
         return future
@@ -264,10 +269,11 @@ class PolicyServer:
             compression=grpc.Compression.NoCompression,
         )
         add_policy_service: Any = policy_pb2_grpc.add_PolicyServiceServicer_to_server  # untyped, generated
-        add_policy_service(self._service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        oip.add_to_server(self._inference, server)
-        _describe(server)
+        guarded = GuardedServer(server, _abort)
+        add_policy_service(self._service, guarded)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
+        oip.add_to_server(self._inference, guarded)
+        _describe(GuardedServer(server, _abort, streams=True))
         if not self.config.shares_ports:
             for address in self.config.addresses:
                 check_free(address)
@@ -436,7 +442,8 @@ def _bind(server: Any, address: str, credentials: Any | None) -> str:
 def _describe(server: Any) -> None:
     """Server reflection for every service."""
     names = [service.full_name for file in _FILES for service in file.services_by_name.values()]
-    reflection.enable_server_reflection(names, server, oip.reflection_pool(_FILES))
+    servicer = reflection.aio.ReflectionServicer(names, pool=oip.reflection_pool(_FILES))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
 
 
 def _log_fault(error: BaseException, **fields: object) -> None:
@@ -451,5 +458,16 @@ async def _abort(context: _Context, error: Exception, **fields: object) -> NoRet
     code, message = wire_status(error)
     retry_ms = retry_after_ms(error)
     hint = () if retry_ms is None else ((RETRY_AFTER, str(retry_ms)),)
-    await context.abort(grpc.StatusCode[code], message, (ERROR_MARK, *hint))
+    try:
+        await context.abort(grpc.StatusCode[code], message, (ERROR_MARK, *hint))
+    except grpc.aio.AbortError as abort:
+        # The call keeps its exception, whose frames keep the call and the request: a circle that only the
+        # collector would open, while refused messages of 16 MiB pile up.
+        asyncio.get_running_loop().call_soon(_forget, abort)
+        raise
     raise AssertionError("abort raises")
+
+
+def _forget(error: BaseException) -> None:
+    """Let go of what an exception that nobody looks at any more holds."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None

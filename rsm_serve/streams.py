@@ -14,6 +14,7 @@ from rsm_serve.errors import InvalidRequestError, NotReadyError, RequestError
 
 STREAM_WINDOW = 64
 """Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
+UNREADABLE = "wanted messages of the protocol, got one that cannot be read"
 SHUTTING_DOWN = "the server is shutting down; connect to another, or again later"
 
 Request = TypeVar("Request")
@@ -66,11 +67,12 @@ class OrderedStream(Generic[Request, Answer, Response]):
                 if self.ended_by_server:
                     break
                 self._pending.append((request, self._submitted(request)))
+                del request  # nor here; see `responses`
                 self._wake()
         except RequestError as error:
             self.failure = error
         except Exception:
-            self.failure = InvalidRequestError("wanted messages of the protocol, got one that cannot be read")
+            self.failure = InvalidRequestError(UNREADABLE)
         finally:
             self._read_all = True
             self._wake()
@@ -88,16 +90,19 @@ class OrderedStream(Generic[Request, Answer, Response]):
                 if self._read_all or self.ended_by_server:
                     return
                 await self._move()
-            request, submitted = self._pending[0]
-            try:
-                if isinstance(submitted, Exception):
-                    raise submitted
-                response = submitted.encode(await submitted.future)
-            except Exception as error:
-                response = self._refuse(request, error)
-            yield response
+            # In a call of its own, so that nothing of the request stays here: a stream can be idle for hours, and a
+            # request be of 16 MiB.
+            yield await self._response(*self._pending[0])
             self._pending.popleft()
             self._wake()
+
+    async def _response(self, request: Request, submitted: Submitted[Answer, Response] | Exception) -> Response:
+        if isinstance(submitted, Exception):
+            return self._refuse(request, submitted)
+        try:
+            return submitted.encode(await submitted.future)
+        except Exception as error:
+            return self._refuse(request, error)
 
     def end(self) -> None:
         """Answer what has been read, then stop."""

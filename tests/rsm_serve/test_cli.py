@@ -143,7 +143,6 @@ def test_the_http_port_ends_the_ready_line_and_the_log_is_json(own_repo):
 
 
 def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
-    """gRPC itself logs a traceback for each."""
     arguments = ["--repo", str(bundle_repo), "--address", "127.0.0.1:0"]
     with serving(arguments) as (process, address, _), grpc.insecure_channel(address) as channel:
         act = channel.unary_unary("/rsm.v1.PolicyService/Act")
@@ -154,8 +153,8 @@ def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
             assert client.act(np.zeros(4)).action.shape == (2,)
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
-    assert 1 <= log.count("Traceback") <= 20
-    assert len(log) < 100_000
+    assert "Traceback" not in log
+    assert len(log) < 1000
 
 
 def test_an_interrupt_while_loading_ends_an_observed_server_at_once(bundle_repo):

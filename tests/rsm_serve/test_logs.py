@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from rsm_serve.logs import BURST, FloodFilter, JsonFormatter
+from rsm_serve.logs import BURST, FloodFilter, JsonFormatter, is_no_departure
 
 
 @pytest.fixture
@@ -38,6 +38,18 @@ def test_a_line_is_one_json_object(log):
     assert line["exception"].endswith("ValueError: two\nlines")
     logger.info("plain", extra={"obs": [1.5]})
     assert set(json.loads(stream.getvalue().splitlines()[1])) == {"time", "level", "logger", "message"}
+
+
+def test_a_caller_that_left_is_no_error_of_the_server():
+    class ExecuteBatchError(Exception):
+        """What gRPC raises when it cannot send an answer."""
+
+    def record(name: str, error: Exception) -> logging.LogRecord:
+        return logging.LogRecord(name, logging.ERROR, "", 1, "failed", None, (type(error), error, None))
+
+    assert not is_no_departure(record("grpc._cython.cygrpc", ExecuteBatchError()))
+    assert is_no_departure(record("grpc._cython.cygrpc", ValueError()))
+    assert is_no_departure(record("rsm_serve.server", ExecuteBatchError()))
 
 
 def test_a_flood_is_cut_and_counted(log):

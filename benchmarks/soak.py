@@ -1,0 +1,619 @@
+"""A server under mixed load for as long as you like: every answer checked, nothing lost, nothing that grows.
+
+    python benchmarks/soak.py --seconds 600 [--out FILE]
+
+One rsm-serve process follows a repository of three policies. Processes of every kind of client ask it, some of
+them without patience; every few seconds another version of one policy, with another graph, becomes current, by
+being published or by CURRENT pointing back; clients cancel, leave their streams, are killed and started again.
+The graphs compute a known function, so each answer is checked in the client by its seeds and its version. Exits
+with 1 if anything is wrong, lost, unexpected, or grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import queue
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from record import write_record
+
+from rsm_serve.atomic import write_file
+from rsm_serve.bundle import CURRENT_FILE
+from rsm_serve.client import AsyncPolicyClient, PolicyClient
+from rsm_serve.errors import RequestError
+from rsm_serve.policy import ActResult, PolicySpec
+from rsm_serve.seeds import draw_noise, expand_seed
+from tests.bundles import make_model, make_spec, reference_action, write_bundle
+from tests.server_process import ServerProcess, running_server
+
+ROOT = Path(__file__).parent.parent
+RELOAD_S = 5.0
+KILL_S = 7.0
+WINDOW_S = 0.5
+"""Before and after the first answer of a new version: the window of a reload."""
+
+RSS_GROWTH = 1.10
+"""Of the median of the last quarter over that of the second, beside `RSS_SLACK_MIB`."""
+RSS_SLACK_MIB = 8.0
+THREADS_GROWTH, FILES_GROWTH = 4, 16
+"""Absolute; connections come and go."""
+
+MAX_BATCH = 16
+WORK = 150
+"""Makes alpha slow enough that something waits when a version is replaced; see `make_model`."""
+TOLERANCE = 1e-5
+REPORT_S = 1.0
+STOP_S = 30.0
+
+
+def spec_of(policy: str, version: int) -> PolicySpec:
+    """What a version is; those of alpha alternate between two graphs that take different noise."""
+    sizes: dict[str, dict[str, Any]] = {
+        "alpha": {"steps": 3, "particles": 2} if version % 2 else {"steps": 5, "particles": 4},
+        "beta": {"obs_size": 6, "has_q": False},
+        "gamma": {"obs_size": 17, "action_size": 6, "particles": 8},
+    }
+    return make_spec(policy, str(version), **sizes[policy])
+
+
+def write_policy(repository: Path, policy: str, version: int) -> Path:
+    """The bundle of a version; returns its directory."""
+    spec = spec_of(policy, version)
+    return write_bundle(repository, spec, model=make_model(spec, work=WORK if policy == "alpha" else 0))
+
+
+# --------------------------------------------------------------------------------------- clients
+
+
+class Ledger:
+    """What a client asked and what became of it."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.outcomes: Counter[str] = Counter()
+        self.details: list[str] = []
+        self.steps: list[tuple[float, float, str]] = []
+        """Of the steady client: when, microseconds, version."""
+
+    def settle(self, outcome: str, detail: str = "") -> None:
+        """One request has ended."""
+        self.outcomes[outcome] += 1
+        if detail and len(self.details) < 5:
+            self.details.append(f"{outcome}: {detail:.300}")
+
+    def answered(self, policy: str, obs_BO: NDArray[np.float32], seeds: Any, version: str, action: Any) -> None:
+        """Check an answer by its seeds and version."""
+        spec = spec_of(policy, int(version))
+        noise = draw_noise(np.asarray(seeds, np.uint64).reshape(-1), spec.noise_shape)
+        wanted = reference_action(spec, obs_BO, noise)
+        if np.allclose(np.asarray(action).reshape(wanted.shape), wanted, atol=TOLERANCE):
+            self.settle("answered")
+        else:
+            self.settle("wrong", f"{policy}:{version} gave {np.asarray(action)!s:.100}")
+
+    def failed(self, error: BaseException, expected: tuple[str, ...]) -> None:
+        """A request ended in an error; `expected` are the types that it may have."""
+        kind = type(error).__name__
+        if kind in expected:
+            self.settle(kind)
+        else:
+            self.settle("unexpected", f"{kind}: {error}")
+
+    def write(self, out: IO[str], *, final: bool = False) -> None:
+        """One line with all there is."""
+        steps = self.steps if final else []
+        line = {"started": self.started, "outcomes": self.outcomes, "details": self.details, "final": final}
+        print(json.dumps({**line, "steps": steps}), file=out, flush=True)
+
+
+@dataclass
+class Worker:
+    """One client process."""
+
+    address: str
+    generator: random.Random
+    ledger: Ledger = field(default_factory=Ledger)
+    stopped: bool = False
+    reported_s: float = 0.0
+
+    def obs(self, policy: str, rows: int) -> NDArray[np.float32]:
+        """Observations [rows, O]."""
+        size = spec_of(policy, 1).observation.size
+        values = [self.generator.gauss(0, 1) for _ in range(rows * size)]
+        return np.array(values, np.float32).reshape(rows, size)
+
+    def seed(self) -> int | None:
+        """Sometimes none: the server draws one."""
+        return self.generator.choice((None, self.generator.getrandbits(64)))
+
+    def steps(self, pause_s: float) -> Iterator[int]:
+        """Until it is told to stop, with a pause and now and then a report in between."""
+        number = 0
+        while not self.stopped:
+            yield number
+            number += 1
+            time.sleep(self.generator.uniform(0, 2 * pause_s))
+            self.report()
+
+    def report(self) -> None:
+        """Tell what there is, once a second."""
+        if time.monotonic() > self.reported_s + REPORT_S:
+            self.reported_s = time.monotonic()
+            self.ledger.write(sys.stdout)
+
+    def ask(
+        self, policy: str, rows: int, act: Callable[..., ActResult], expected: tuple[str, ...] = ()
+    ) -> ActResult | None:
+        """One request and its check."""
+        obs, seed = self.obs(policy, rows), self.seed()
+        self.ledger.started += 1
+        try:
+            answer = act(obs, seed=seed)
+        except RequestError as error:
+            self.ledger.failed(error, expected)
+            return None
+        if seed is not None and not np.array_equal(np.asarray(answer.seed), expand_seed(seed, rows)):
+            self.ledger.settle("wrong", f"the seeds are not those of {seed}")
+            return None
+        self.ledger.answered(policy, obs, answer.seed, answer.version, answer.action)
+        return answer
+
+
+GONE = ("PolicyNotFoundError", "NotReadyError")
+"""What a request for a version may meet that has just been replaced."""
+
+
+def unary(worker: Worker) -> None:
+    """`PolicyClient.act`, of two policies; now and then for the version that answered last."""
+    with (
+        PolicyClient(worker.address, "alpha", timeout_s=30) as alpha,
+        PolicyClient(worker.address, "beta", timeout_s=30, priority=3) as beta,
+    ):
+        for number in worker.steps(0.02):
+            answer = worker.ask("alpha", worker.generator.randint(1, 4), alpha.act)
+            worker.ask("beta", 1, beta.act)
+            if number % 50 == 0 and answer is not None:
+                ask_by_version(worker, answer.version)
+
+
+def ask_by_version(worker: Worker, version: str) -> None:
+    """A client of its own for one version."""
+    try:
+        with PolicyClient(worker.address, "alpha", version, timeout_s=30) as client:
+            answer = worker.ask("alpha", 1, client.act, GONE)
+            if answer is not None and answer.version != version:
+                worker.ledger.settle("unexpected", f"wanted version {version}, got {answer.version}")
+    except RequestError as error:  # it was replaced before the client was connected
+        worker.ledger.started += 1
+        worker.ledger.failed(error, GONE)
+
+
+def steady(worker: Worker) -> None:
+    """A control loop at 50 Hz on one stream, whose latency is recorded."""
+    with PolicyClient(worker.address, "alpha", timeout_s=30, priority=5) as client, client.stream() as stream:
+        for _ in worker.steps(0.0):
+            time.sleep(0.02)
+            answer = worker.ask("alpha", 1, stream.act)
+            if answer is not None:
+                worker.ledger.steps.append((time.time(), round(answer.timing.total_us, 1), answer.version))
+
+
+def vector(worker: Worker) -> None:
+    """Vectorised environments: many rows in one request, alone and in a stream."""
+    with PolicyClient(worker.address, "gamma", timeout_s=30) as client, client.stream() as stream:
+        for number in worker.steps(0.05):
+            worker.ask(
+                "gamma", worker.generator.choice((4, 8, MAX_BATCH)), (client.act, stream.act)[number % 2]
+            )
+
+
+def many(worker: Worker) -> None:
+    """`AsyncPolicyClient` in bursts, some requests without patience, some cancelled."""
+    asyncio.run(bursts(worker))
+
+
+async def bursts(worker: Worker) -> None:
+    async with (
+        AsyncPolicyClient(worker.address, "alpha", timeout_s=30, priority=-2) as patient,
+        AsyncPolicyClient(worker.address, "gamma", timeout_s=0.004) as hasty,
+    ):
+        while not worker.stopped:
+            count = worker.generator.choice((4, 16, 64))
+            tasks = [asyncio.create_task(ask_async(worker, patient, hasty)) for _ in range(count)]
+            await asyncio.sleep(worker.generator.uniform(0, 0.004))
+            for task in tasks:
+                if worker.generator.random() < 0.1:
+                    task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            worker.report()
+            await asyncio.sleep(worker.generator.uniform(0, 0.4))
+
+
+async def ask_async(worker: Worker, patient: AsyncPolicyClient, hasty: AsyncPolicyClient) -> None:
+    policy, client = worker.generator.choice((("alpha", patient), ("alpha", patient), ("gamma", hasty)))
+    obs = worker.obs(policy, worker.generator.choice((1, 1, 8)))
+    worker.ledger.started += 1
+    try:
+        answer = await client.act(obs, seed=worker.seed())
+    except asyncio.CancelledError:
+        worker.ledger.settle("cancelled")
+        raise
+    except RequestError as error:
+        late = ("DeadlineExpiredError",) if client is hasty else ()
+        worker.ledger.failed(error, late)
+    else:
+        worker.ledger.answered(policy, obs, answer.seed, answer.version, answer.action)
+
+
+def triton(worker: Worker) -> None:
+    """`tritonclient`: alone, and several at once in a stream."""
+    import tritonclient.grpc as grpcclient
+
+    client = grpcclient.InferenceServerClient(worker.address)
+    results: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    client.start_stream(callback=lambda result, error: results.put((result, error)))
+    for _ in worker.steps(0.04):
+        obs = worker.obs("beta", worker.generator.randint(1, 3))
+        worker.ledger.started += 1
+        result = client.infer("beta", [tensor(obs)], priority=worker.generator.randrange(22))
+        check_triton(worker, "beta", obs, result)
+        asked = {str(number): worker.obs("alpha", 1) for number in range(4)}
+        for request_id, one in asked.items():
+            worker.ledger.started += 1
+            client.async_stream_infer("alpha", [tensor(one)], request_id=request_id)
+        for request_id, one in asked.items():
+            streamed, error = results.get(timeout=30)
+            if error is not None or streamed.get_response().id != request_id:
+                worker.ledger.settle("unexpected", f"{error} instead of the answer to {request_id}")
+            else:
+                check_triton(worker, "alpha", one, streamed)
+    client.stop_stream()
+    client.close()
+
+
+def tensor(obs: NDArray[np.float32]) -> Any:
+    import tritonclient.grpc as grpcclient
+
+    value = grpcclient.InferInput("obs", list(obs.shape), "FP32")
+    value.set_data_from_numpy(obs)
+    return value
+
+
+def check_triton(worker: Worker, policy: str, obs: NDArray[np.float32], result: Any) -> None:
+    parameters = result.get_response().parameters
+    seed = parameters["seed"]
+    seeds = [seed.uint64_param] if len(obs) == 1 else [int(text) for text in seed.string_param.split(",")]
+    version = parameters["version"].string_param
+    worker.ledger.answered(policy, obs, seeds, version, result.as_numpy("action"))
+
+
+def leaver(worker: Worker) -> None:
+    """Opens streams, asks, reads some answers and leaves, by cancelling or by closing the connection."""
+    import grpc
+
+    from rsm_serve.connection import SERVICE
+    from rsm_serve.pb import policy_pb2 as pb
+
+    for _ in worker.steps(0.1):
+        with grpc.insecure_channel(worker.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            asked = [worker.obs("alpha", 1) for _ in range(worker.generator.randint(1, 30))]
+            for obs in asked:
+                todo.put(pb.ActRequest(policy="alpha", rows=1, obs=obs.tobytes(), client_id="leaver"))
+            worker.ledger.started += len(asked)
+            act = channel.stream_stream(
+                f"/{SERVICE}/ActStream", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
+            )
+            call = act(iter(todo.get, None), timeout=30)
+            read = worker.generator.randint(0, len(asked))
+            for obs in asked[:read]:
+                answer = next(call)
+                if answer.HasField("error"):
+                    worker.ledger.settle("unexpected", answer.error.message)
+                else:
+                    action = np.frombuffer(answer.action, "<f4")
+                    worker.ledger.answered("alpha", obs, answer.seeds[:], answer.version, action)
+            for _ in asked[read:]:
+                worker.ledger.settle("abandoned")
+            if worker.generator.random() < 0.5:
+                call.cancel()
+            todo.put(None)
+
+
+KINDS: dict[str, Callable[[Worker], None]] = {
+    "steady": steady,
+    "unary": unary,
+    "vector": vector,
+    "many": many,
+    "triton": triton,
+    "leaver": leaver,
+}
+
+
+def work(kind: str, address: str, seed: str) -> None:
+    """The main program of a client process; SIGTERM ends it in good order."""
+    worker = Worker(address, random.Random(seed))
+
+    def stop(*_: object) -> None:
+        worker.stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        KINDS[kind](worker)
+    except Exception as error:
+        worker.ledger.settle("unexpected", f"{kind} ended: {type(error).__name__}: {error}")
+    worker.ledger.write(sys.stdout, final=True)
+
+
+# ------------------------------------------------------------------------------------ the conductor
+
+
+class Client:
+    """A client process as its parent sees it."""
+
+    def __init__(self, kind: str, address: str, folder: Path, number: int, seed: str) -> None:
+        self.kind = kind
+        self.killed = False
+        self._out = folder / f"{number}-{kind}.jsonl"
+        paths = [str(ROOT), str(ROOT / "export"), os.environ.get("PYTHONPATH", "")]
+        with self._out.open("w") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--worker", kind, address, f"{seed}/{number}"],
+                stdout=out,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            )
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.killed = True
+        self._process.kill()
+        self._process.wait(STOP_S)
+
+    def stop(self) -> None:
+        """SIGTERM."""
+        self._process.terminate()
+
+    def result(self) -> dict[str, Any]:
+        """Its last whole report."""
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.killed = False  # not by plan: what it had not told is lost
+        whole = [line for line in self._out.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        nothing = {"started": 0, "outcomes": {}, "details": [], "final": False, "steps": []}
+        return json.loads(whole[-1]) if whole else nothing
+
+
+@dataclass
+class Sample:
+    """The server at one moment."""
+
+    rss_mib: float
+    threads: int
+    files: int
+
+
+class Versions:
+    """Publishes versions of alpha: each has the other graph than the one before it."""
+
+    def __init__(self, repository: Path) -> None:
+        self._repository = repository
+        self._newest = 1
+        self._current, self._before = 1, 1
+        self.switches = self.published = 0
+
+    def change(self) -> None:
+        """Two new versions, then back to the one before, and so on."""
+        self.switches += 1
+        if self.switches % 3 == 0:
+            wanted = self._before
+        else:
+            wanted = self._newest + (2 if self._newest % 2 == self._current % 2 else 1)
+            wanted += wanted % 2 == self._current % 2
+            self._newest = wanted
+            self.published += 1
+            write_policy(self._repository / ".new", "alpha", wanted).rename(
+                self._repository / "alpha" / str(wanted)
+            )
+        write_file(self._repository / "alpha" / CURRENT_FILE, f"{wanted}\n".encode())
+        self._before, self._current = self._current, wanted
+
+
+def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
+    """Run it all; see `failures` for what must be true of the result."""
+    repository = folder / "repository"
+    for policy in ("alpha", "beta", "gamma"):
+        write_policy(repository, policy, 1)
+    arguments = ("--poll", "0.2", "--max-batch-size", str(MAX_BATCH))
+    with running_server(repository, folder / "server.log", *arguments) as server:
+        with clients_of(server, folder, seed) as clients:
+            versions = Versions(repository)
+            samples, kills = conduct(server, clients, versions, seconds, folder, seed)
+        loads = server.metric("rsm_loads_total", "policy=alpha", "result=ok")
+        executions = server.metric("rsm_executions_total")
+        streams = server.metric("rsm_streams_open")
+        log = server.log
+    ledger = [(client, client.result()) for client in clients]
+    reloads = {"switched": versions.switches, "published": versions.published, "loaded": int(loads)}
+    return {
+        "seconds": seconds,
+        **summary(ledger),
+        "kills": kills,
+        "reloads": reloads,
+        "steady": steady_latency([step for client, told in ledger for step in told["steps"]]),
+        "server": {
+            "executions": int(executions),
+            "streams_open_at_the_end": int(streams),
+            "tracebacks": log.count("Traceback"),
+            **growth(samples),
+        },
+    }
+
+
+@contextmanager
+def clients_of(server: ServerProcess, folder: Path, seed: str) -> Iterator[list[Client]]:
+    """One client of each kind; all are told to stop at the end."""
+    clients: list[Client] = []
+    try:
+        for number, kind in enumerate(KINDS):
+            clients.append(Client(kind, server.address, folder, number, seed))
+        yield clients
+    finally:
+        for client in clients:
+            client.stop()
+        for client in clients:
+            client.result()
+
+
+def conduct(
+    server: ServerProcess, clients: list[Client], versions: Versions, seconds: float, folder: Path, seed: str
+) -> tuple[list[Sample], int]:
+    """Reload, kill and sample until the time is up; returns the samples, one a second, and the kills."""
+    generator = random.Random(seed)
+    alive = {client.kind: client for client in clients}
+    started = time.monotonic()
+    kills, samples = 0, list[Sample]()
+    while (now := time.monotonic() - started) < seconds:
+        if now > (versions.switches + 1) * RELOAD_S and now < seconds - RELOAD_S / 2:
+            versions.change()
+        if now > (kills + 1) * KILL_S:
+            kind = generator.choice([kind for kind in alive if kind != "steady"])
+            alive[kind].kill()
+            alive[kind] = Client(kind, server.address, folder, len(clients), seed)
+            clients.append(alive[kind])
+            kills += 1
+        samples.append(Sample(server.rss_bytes / 2**20, server.threads, server.open_files))
+        time.sleep(max(0.0, started + len(samples) - time.monotonic()))
+    return samples, kills
+
+
+def summary(ledger: list[tuple[Client, dict[str, Any]]]) -> dict[str, Any]:
+    """Requests by what became of them, over all clients and by kind."""
+    by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    lost = cut_off = 0
+    details: list[str] = []
+    for client, told in ledger:
+        by_kind[client.kind].update(told["outcomes"])
+        details += told["details"]
+        open_requests = told["started"] - sum(told["outcomes"].values())
+        if client.killed:
+            cut_off += open_requests
+        else:
+            lost += open_requests + (not told["final"])
+    total = sum(by_kind.values(), Counter[str]())
+    return {
+        "answers_checked": total["answered"],
+        "wrong": total["wrong"],
+        "lost": lost,
+        "unexpected": total["unexpected"],
+        "details": details,
+        "cut_off_by_kill": cut_off,
+        "outcomes": {kind: dict(sorted(counts.items())) for kind, counts in by_kind.items()},
+    }
+
+
+def steady_latency(steps: list[tuple[float, float, str]]) -> dict[str, Any]:
+    """Percentiles of the steady client inside and outside of reload windows, and the changes that it saw."""
+    changes = [now[0] for before, now in pairwise(steps) if before[2] != now[2]]
+    groups: dict[str, list[float]] = {"in_reloads": [], "outside": []}
+    for at_s, total_us, _ in steps:
+        near = any(abs(at_s - change_s) <= WINDOW_S for change_s in changes)
+        groups["in_reloads" if near else "outside"].append(total_us)
+    result: dict[str, Any] = {"version_changes_seen": len(changes), "window_s": WINDOW_S}
+    for name, values in groups.items():
+        percentiles = (
+            {f"p{p}_us": round(float(np.percentile(values, p)), 1) for p in (50, 99)} if values else {}
+        )
+        result[name] = {"steps": len(values), **percentiles}
+    return result
+
+
+def growth(samples: list[Sample]) -> dict[str, Any]:
+    """Medians of the second and of the last quarter."""
+    quarter = max(1, len(samples) // 4)
+    parts = {"second_quarter": samples[quarter : 2 * quarter], "last_quarter": samples[-quarter:]}
+    return {
+        name: {
+            what: round(statistics.median(getattr(sample, what) for sample in part), 1)
+            for what in ("rss_mib", "threads", "files")
+        }
+        for name, part in parts.items()
+    }
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """What is not as it must be; empty if all is well."""
+    found = [f"{results[what]} {what}" for what in ("wrong", "lost", "unexpected") if results[what]]
+    server, reloads = results["server"], results["reloads"]
+    before, after = server["second_quarter"], server["last_quarter"]
+    if after["rss_mib"] > RSS_GROWTH * before["rss_mib"] + RSS_SLACK_MIB:
+        found.append(f"memory grew from {before['rss_mib']} to {after['rss_mib']} MiB")
+    for what, limit in (("threads", THREADS_GROWTH), ("files", FILES_GROWTH)):
+        if after[what] > before[what] + limit:
+            found.append(f"{what} grew from {before[what]} to {after[what]}")
+    if results["steady"]["version_changes_seen"] != reloads["switched"]:
+        found.append(
+            f"{results['steady']['version_changes_seen']} of {reloads['switched']} reloads took effect"
+        )
+    if reloads["loaded"] <= reloads["switched"]:  # one at the start, then every version that became current
+        found.append(f"{reloads['loaded'] - 1} of {reloads['switched']} reloads loaded a version")
+    if server["tracebacks"] or server["streams_open_at_the_end"]:
+        found.append(
+            f"{server['tracebacks']} tracebacks, {server['streams_open_at_the_end']} streams left open"
+        )
+    silent = [kind for kind, counts in results["outcomes"].items() if not counts.get("answered")]
+    return found + ([f"no answers for {', '.join(silent)}"] if silent else [])
+
+
+def show(results: dict[str, Any]) -> None:
+    """A short table."""
+    columns = sorted({outcome for counts in results["outcomes"].values() for outcome in counts})
+    print(f"{'client':8}" + "".join(f"{column:>21}" for column in columns))
+    for kind, counts in results["outcomes"].items():
+        print(f"{kind:8}" + "".join(f"{counts.get(column, 0):21}" for column in columns))
+    server, latency = results["server"], results["steady"]
+    print(f"reloads {results['reloads']}, kills {results['kills']}, cut off {results['cut_off_by_kill']}")
+    print(f"server  {server['second_quarter']} -> {server['last_quarter']}")
+    print(f"steady  in reloads {latency['in_reloads']}, outside {latency['outside']}")
+    for failure in failures(results) + results["details"]:
+        print(f"FAILED  {failure}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", nargs=3, metavar=("KIND", "ADDRESS", "SEED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(*arguments.worker)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="rsm-soak-") as folder:
+        results = soak(arguments.seconds, Path(folder), seed=arguments.seed)
+    write_record(results, arguments.out, show=False)
+    show(results)
+    return 1 if failures(results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
