@@ -90,8 +90,8 @@ class OrderedStream(Generic[Request, Answer, Response]):
                 if self._read_all or self.ended_by_server:
                     return
                 await self._move()
-            # In a call of its own, so that nothing of the request stays here: a stream can be idle for hours, and
-            # a request be of 16 MiB.
+            # In a call of its own, so that nothing of the request stays here: a stream can be idle for hours,
+            # and a request be of 16 MiB.
             yield await self._response(*self._pending[0])
             self._pending.popleft()
             self._wake()
