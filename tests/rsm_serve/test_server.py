@@ -7,7 +7,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -37,6 +37,7 @@ from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
+from tests.server_process import wait_until as wait_until
 
 ANY_PORT = ("127.0.0.1:0",)
 
@@ -249,13 +250,6 @@ class Rig:
 
     def wait_queued(self, rows: int) -> None:
         wait_until(lambda: self.lane.batcher.queued_rows == rows, f"{rows} queued rows")
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import grpc
 import numpy as np
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from rsm_serve import http_server
 from rsm_serve.addresses import is_loopback
@@ -46,6 +45,7 @@ from rsm_serve.sessions.choice import open_session
 from rsm_serve.telemetry import LATENCY_BOUNDS_S, Histogram, Telemetry
 from tests.bundles import make_probe, make_spec, write_bundle
 from tests.rsm_serve.test_server import Gated, wait_until
+from tests.server_process import samples
 
 ANY_PORT = "127.0.0.1:0"
 ZEROS = np.zeros(4, "<f4").tobytes()
@@ -61,15 +61,6 @@ def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
             return answer.status, answer.read().decode(), {k.lower(): v for k, v in answer.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(), {k.lower(): v for k, v in error.headers.items()}
-
-
-def samples(text: str) -> dict[str, float]:
-    """Prometheus samples as {name{label="value",...}: value}, labels in alphabetical order."""
-    return {
-        sample.name + "{" + ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items())) + "}": sample.value
-        for family in parse_text(text)
-        for sample in family.samples
-    }
 
 
 def scrape(server: PolicyServer) -> dict[str, float]:
