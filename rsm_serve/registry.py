@@ -49,8 +49,8 @@ class Selection:
 
 MAX_NOISE_IN_LOOP = 4096
 """Random numbers that are drawn in the event loop, when a request comes; the worker draws more. numpy lets go
-of the interpreter for every row, and under load the worker then waits for the event loop to give it back: with 64
-clients that took a tenth of the throughput. The event loop waits for a few lines of the worker at most."""
+of the interpreter for every row, and under load the worker then waits for the event loop to give it back, which
+took a tenth of the throughput of 64 clients. The event loop waits for a few lines of the worker at most."""
 
 
 class Lane:
