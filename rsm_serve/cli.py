@@ -79,6 +79,8 @@ def command(
     SIGTERM and SIGINT drain: new requests are refused, queued ones are answered; a second signal ends the
     server at once.
     """
+    # gRPC's own core would write what callers say when they hang up, line feeds and all, past our log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     require_extra("rsm-serve", extra_of(settings["backend"]), EXTRA_MODULES)
     require_backend("rsm-serve", settings["backend"])
     from rsm_serve.server import run_loop
