@@ -47,7 +47,7 @@ class ServerProcess:
     @property
     def log(self) -> str:
         """What it wrote to stderr."""
-        return self.log_file.read_text()
+        return self.log_file.read_text(errors="backslashreplace")
 
     def metrics(self) -> dict[str, float]:
         """Values by name and labels, such as 'rsm_rows_total{policy=tiny,version=1}'."""
