@@ -70,8 +70,8 @@ def command(
     SIGTERM and SIGINT drain: new requests are refused, queued ones are answered; a second signal ends the
     server at once.
     """
-    # Past our log, gRPC's core would write a line for every failed handshake, and what callers say when they hang
-    # up: whoever scans the port would fill the disk.
+    # Past our log, gRPC's core would write a line for every failed handshake, and what callers say when they
+    # hang up: whoever scans the port would fill the disk.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     require_extra("rsm-serve", extra_of(settings["backend"]), EXTRA_MODULES)
     require_backend("rsm-serve", settings["backend"])
