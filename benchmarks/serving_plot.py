@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 COLOURS = {
     "rsm-serve, stream": "#0b6e4f",
@@ -21,6 +22,7 @@ COLOURS = {
     "PyTriton": "#c1440e",
     "LitServe": "#6a4c93",
 }
+TICKS = (200, 500, 1000, 2000, 5000)
 
 
 def main() -> None:
@@ -34,6 +36,8 @@ def main() -> None:
             ]
             axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name, markersize=4)
         axis.set(xscale="log", yscale="log", xlabel="requests per second", title=percentile)
+        axis.set_xticks(TICKS, map(str, TICKS))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(which="both", alpha=0.2)
     axes[0].set_ylabel("latency from when it was due, ms")
     axes[0].legend(fontsize=8)
