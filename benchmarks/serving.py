@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def started(command: Sequence[str | Path]) -> Iterator[Server]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     try:
@@ -102,6 +104,8 @@ def started(command: Sequence[str | Path]) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(60)
+        with contextlib.suppress(ProcessLookupError):  # what it has left behind: LitServe's busy workers
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def rsm_serve(repository: Path, policy: str, *options: str) -> contextlib.AbstractContextManager[Server]:
