@@ -216,11 +216,13 @@ class TestTurns:
         order: list[str] = []
         turns = Turns(1)
         left = {"a": 6, "b": 2, "c": 2}
+        lined_up = threading.Event()
 
         def compute(requests):
             item = requests[0]
             order.append(item)
             left[item] -= 1
+            assert lined_up.wait(30), "the first one computes until all are there"
             # It takes as long as the others with work need to stand in line.
             others = sum(count > 0 for other, count in left.items() if other != item)
             wait_for_line(turns, others)
@@ -236,6 +238,7 @@ class TestTurns:
                 length = turns.waiting + 1
                 futures += [lanes[item].submit(item, 1) for _ in range(2)]
                 await asyncio.to_thread(wait_for_line, turns, length)
+            lined_up.set()
             await asyncio.gather(*futures)
             for lane in lanes.values():
                 lane.close()
