@@ -181,7 +181,7 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             lambda request: self._submit_streamed(request, context, identity), self._refused
         )
         try:
-            async with self._streams.open(stream, requests) as responses:
+            async with self._streams.open(stream, requests, context.add_done_callback) as responses:
                 async for response in responses:
                     yield response
         except RequestError as error:

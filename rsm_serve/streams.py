@@ -143,9 +143,18 @@ class OpenStreams:
 
     @asynccontextmanager
     async def open(
-        self, stream: OrderedStream[Request, Any, Response], requests: AsyncIterator[Request]
+        self,
+        stream: OrderedStream[Request, Any, Response],
+        requests: AsyncIterator[Request],
+        on_end: Callable[[Callable[[object], None]], None],
     ) -> AsyncIterator[AsyncIterator[Response]]:
         """The responses of a stream, until its caller or the server ends it.
+
+        Args:
+            stream: just made.
+            requests: what it reads.
+            on_end: registers a function that the transport calls when the call is over: gRPC drops a handler
+                whose caller has gone, and when Python then ends the block of its generator is not said.
 
         Raises:
             LimitReachedError: there are too many.
@@ -158,6 +167,15 @@ class OpenStreams:
             stream.end()
         self._streams.add(stream)
         reader = asyncio.create_task(stream.read(while_granted(requests)))
+
+        def close(_: object = None) -> None:
+            if stream in self._streams:
+                self._streams.discard(stream)
+                self._changed(-1)
+                reader.cancel()
+                stream.cancel()
+
+        on_end(close)
         try:
             yield stream.responses()
             if stream.ended_by_server:
@@ -165,10 +183,7 @@ class OpenStreams:
             if stream.failure is not None:
                 raise stream.failure
         finally:
-            self._streams.discard(stream)
-            self._changed(-1)
-            reader.cancel()
-            stream.cancel()
+            close()
 
     def drain(self) -> None:
         """Answer what is in flight, then end the open streams."""

@@ -1,0 +1,57 @@
+"""Streams without a transport."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
+
+
+async def silent() -> AsyncIterator[Any]:
+    """A caller that says nothing."""
+    await asyncio.Event().wait()
+    yield
+
+
+def test_a_stream_whose_handler_is_dropped_is_closed_when_the_call_ends():
+    """gRPC may drop a handler's generator; nobody then ends the block that the stream is open in."""
+
+    async def main() -> None:
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        changes: list[int] = []
+        ends: list[Any] = []
+        stream: OrderedStream[str, int, int] = OrderedStream(
+            lambda request: Submitted(future, int), lambda request, error: -1
+        )
+
+        async def one_request() -> AsyncIterator[str]:
+            yield "act"
+            await asyncio.Event().wait()
+
+        block = OpenStreams(changes.append).open(stream, one_request(), ends.append)
+        await block.__aenter__()
+        await asyncio.sleep(0)
+        assert changes == [1]
+        ends[0]("the context")
+        assert changes == [1, -1]
+        assert future.cancelled(), "nobody waits for its answer"
+        await block.__aexit__(None, None, None)
+        assert changes == [1, -1], "it is closed once"
+
+    asyncio.run(main())
+
+
+def test_a_stream_is_closed_at_the_end_of_its_block():
+    async def main() -> None:
+        changes: list[int] = []
+        stream: OrderedStream[str, int, int] = OrderedStream(
+            lambda request: Submitted(asyncio.get_running_loop().create_future(), int),
+            lambda request, error: -1,
+        )
+        async with OpenStreams(changes.append).open(stream, silent(), lambda close: None):
+            assert changes == [1]
+        assert changes == [1, -1]
+
+    asyncio.run(main())
