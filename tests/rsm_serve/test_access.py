@@ -161,7 +161,7 @@ class TestActing:
             background_server(configured(bundle_repo)) as server,
             PolicyClient(server.addresses[0], token=WRONG, timeout_s=30) as client,
         ):
-            client.act(np.zeros(4))
+            assert client.act(np.zeros(4)).action.shape == (2,)
 
     def test_refusals_are_counted_and_no_request_adds_a_series(self, bundle_repo, files):
         with background_server(configured(bundle_repo, http="127.0.0.1:0", **files)) as server:

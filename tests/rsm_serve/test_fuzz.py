@@ -793,6 +793,7 @@ def test_last_words_do_not_reach_the_log(server):
         with suppress(OSError):
             while connection.recv(4096):
                 pass
+    assert "second line" not in server.log
 
 
 def test_a_flood_of_connections_that_say_nothing(server):

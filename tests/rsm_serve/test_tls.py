@@ -149,12 +149,12 @@ def mutual_address(bundle_repo, authority) -> Iterator[str]:
 class TestClientCertificates:
     def test_a_known_robot_acts(self, mutual_address, authority, monkeypatch):
         with PolicyClient(mutual_address, tls=robot(authority), timeout_s=30) as client:
-            client.act(np.zeros(4))
+            expected = client.act(np.zeros(4), seed=3).action
         for name, suffix in (("CERT", "pem"), ("KEY", "key")):
             monkeypatch.setenv(f"RSM_TLS_{name}", str(authority.folder / f"robot.{suffix}"))
         monkeypatch.setenv("RSM_TLS_CA", str(authority.ca))
         with PolicyClient(f"grpcs://{mutual_address}", timeout_s=30) as client:
-            client.act(np.zeros(4))
+            assert np.array_equal(client.act(np.zeros(4), seed=3).action, expected)
 
     def test_others_do_not(self, mutual_address, authority, stranger):
         for tls in (Tls(authority.ca), robot(stranger, authority)):
@@ -319,7 +319,7 @@ class TestExposure:
         with background_server(config) as server:
             port = server.addresses[0].rpartition(":")[2]
             with PolicyClient(f"127.0.0.1:{port}", timeout_s=30) as client:
-                client.act(np.zeros(4))
+                assert client.act(np.zeros(4)).action.shape == (2,)
 
     def test_so_is_tls(self, bundle_repo, authority):
         with serving(bundle_repo, authority, addresses=("0.0.0.0:0",)) as server:
