@@ -483,3 +483,17 @@ class TestDrain:
         assert time.monotonic() - started < 10
         with pytest.raises(RequestError):
             first.result(30)
+
+
+@pytest.mark.parametrize("in_loop", [0, 2**20], ids=["worker", "event loop"])
+def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop):
+    monkeypatch.setattr("rsm_serve.registry.MAX_NOISE_IN_LOOP", in_loop)
+    obs = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    expected = open_policy(bundle_repo / "tiny").act(obs, seed=11)
+    with (
+        background_server(ServerConfig(repo=bundle_repo, addresses=ANY_PORT)) as server,
+        PolicyClient(server.addresses[0], timeout_s=30) as client,
+    ):
+        answer = client.act(obs, seed=11)
+    assert np.allclose(answer.action, expected.action, atol=1e-6)
+    assert np.array_equal(answer.seed, expected.seed)

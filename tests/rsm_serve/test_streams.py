@@ -55,3 +55,31 @@ def test_a_stream_is_closed_at_the_end_of_its_block():
         assert changes == [1, -1]
 
     asyncio.run(main())
+
+
+def test_what_comes_after_the_end_is_not_submitted():
+    async def main() -> None:
+        more = asyncio.Event()
+        submitted: list[str] = []
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def requests() -> AsyncIterator[str]:
+            yield "before"
+            await more.wait()
+            yield "after"
+
+        def submit(request: str) -> Submitted[int, int]:
+            submitted.append(request)
+            return Submitted(answer, int)
+
+        stream: OrderedStream[str, int, int] = OrderedStream(submit, lambda request, error: -1)
+        reader = asyncio.create_task(stream.read(requests()))
+        await asyncio.sleep(0)
+        stream.end()
+        more.set()
+        answer.set_result(7)
+        await reader
+        assert [response async for response in stream.responses()] == [7]
+        assert submitted == ["before"]
+
+    asyncio.run(main())
