@@ -496,4 +496,6 @@ def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop
     ):
         answer = client.act(obs, seed=11)
     assert np.allclose(answer.action, expected.action, atol=1e-6)
+    assert answer.seed is not None
+    assert expected.seed is not None
     assert np.array_equal(answer.seed, expected.seed)
