@@ -62,7 +62,7 @@ def open_policy(source: str, backend: str = "auto") -> OpenedPolicy:
 
     Args:
         source: a run directory or a checkpoint of rsm-train; a bundle (a policy directory, which means
-            its newest version, or a version directory); a bare model.onnx of rsm-export;
+            its current version, or a version directory); a bare model.onnx of rsm-export;
             grpc://host:port/name[:version], with TLS grpcs://..., or grpc:unix:path/name[:version]; see
             `rsm_serve.client.PolicyClient` for certificates and tokens.
         backend: what is to run a bundle, see `rsm_serve.sessions.choice`; other sources ignore it.

@@ -47,6 +47,7 @@ PROBE_FILE = "probe.npz"
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
 CURRENT_FILE = "CURRENT"
+MAX_POINTER_BYTES = 64
 PAYLOAD_FILES = (MODEL_FILE, SPEC_FILE, PROBE_FILE)
 MANIFEST_SCHEMA_VERSION = 1
 MODEL_SUFFIX = ".onnx"
@@ -216,17 +217,50 @@ def list_policies(repository: Path) -> list[str]:
     return sorted(name for name in entries if list_versions(repository / name))
 
 
-def find_bundle(path: Path) -> Path:
-    """The version directory that a path means: itself, or the newest version below a policy directory.
+def read_pointer(policy_dir: Path) -> int | None:
+    """The version that CURRENT names, whether it is there or not; None without the file.
 
     Raises:
-        BundleError: there is no bundle at the path.
+        BundleError: it cannot be read, or names none.
+    """
+    path = policy_dir / CURRENT_FILE
+    try:
+        if not (path.is_symlink() or path.exists()):
+            return None
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BundleError(f"wanted a file at {path}, got something else; make it one")
+        with path.open("rb") as file:
+            text = file.read(MAX_POINTER_BYTES + 1).decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; check what it is") from None
+    number = parse_version(text)
+    if number is None:
+        raise BundleError(
+            f"wanted the number of a version in {path}, got {text!r:.40}; "
+            "write it to a file beside it and rename that over it"
+        )
+    return number
+
+
+def find_bundle(path: Path) -> Path:
+    """The version directory that a path means: itself, or the current version below a policy directory.
+
+    That is the one that a server of the repository serves: what CURRENT names, or without that file the newest.
+
+    Raises:
+        BundleError: there is no bundle at the path, or CURRENT names none that is there.
     """
     if (path / MANIFEST_FILE).is_file():
         return path
     versions = list_versions(path)
     if versions:
-        return path / str(versions[-1])
+        current = read_pointer(path) or versions[-1]
+        if current not in versions:
+            raise BundleError(
+                f"wanted version {current} of {str(path)!r}, which {CURRENT_FILE} names, "
+                f"got {', '.join(map(str, versions))}; name a version's directory, or correct {CURRENT_FILE}"
+            )
+        return path / str(current)
     found = "no such directory" if not path.is_dir() else f"a directory without {MANIFEST_FILE} or versions"
     raise BundleError(
         f"wanted a bundle at {str(path)!r}, got {found}; create one with rsm-export RUN --repo DIR"
@@ -237,8 +271,8 @@ def load_bundle(path: str | Path) -> Bundle:
     """Read and verify a bundle.
 
     Args:
-        path: a version directory; or a policy directory, which means its newest version; or a bare model.onnx,
-            which is run as it is, with a warning: nothing vouches for it.
+        path: a version directory; or a policy directory, which means its current version (see `find_bundle`);
+            or a bare model.onnx, which is run as it is, with a warning: nothing vouches for it.
 
     Raises:
         BundleError: a file is missing, or its size or hash is not the manifest's, or its content is not

@@ -65,10 +65,19 @@ def _tls() -> Tls | None:
     return replace(Tls.from_environment(), **chosen) if chosen else None
 
 
-def _client(address: str, policy: str | None, version: str | None, timeout_s: float) -> PolicyClient:
+def _client(
+    address: str, policy: str | None, version: str | None, timeout_s: float, client_id: str = ""
+) -> PolicyClient:
     path = click.get_current_context().obj["token_file"]
     token = None if path is None else read_tokens(path)[0]
-    return PolicyClient(address, policy, version, timeout_s=timeout_s, tls=_tls(), token=token)
+    return PolicyClient(
+        address, policy, version, timeout_s=timeout_s, client_id=client_id, tls=_tls(), token=token
+    )
+
+
+_client_id = click.option(
+    "--client-id", default="", help="Who asks; a server with --max-action-step must know.  [default: nobody]"
+)
 
 
 def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +126,7 @@ def info(address: str, policy: str | None, version: str | None, timeout_s: float
 @click.option("--obs-file", type=click.Path(path_type=Path), help="A .npy file of shape [O] or [B, O].")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Replays an answer.")
 @click.option("--deterministic", is_flag=True, help="Use the documented constant seed.")
+@_client_id
 def act(
     address: str,
     policy: str | None,
@@ -126,9 +136,10 @@ def act(
     obs_file: Path | None,
     seed: int | None,
     deterministic: bool,
+    client_id: str,
 ) -> int:
     """Sample an action and print it as JSON."""
-    with _client(address, policy, version, timeout_s) as client:
+    with _client(address, policy, version, timeout_s, client_id) as client:
         rows = _observation(client.spec, obs, obs_file)
         result = client.act(rows, seed=seed, deterministic=deterministic)
     click.echo(json.dumps(_as_json(result), indent=2))
@@ -154,6 +165,7 @@ def health(address: str, policy: str, timeout_s: float) -> int:
 @click.option("--warm-up", type=click.IntRange(0), default=100, show_default=True, help="Calls before.")
 @click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_client_id
 def bench(
     address: str,
     policy: str | None,
@@ -164,10 +176,11 @@ def bench(
     warm_up: int,
     rows: int,
     as_json: bool,
+    client_id: str,
 ) -> int:
     """Measure the latency of one client in a closed loop."""
     report: dict[str, Any] = {"steps": steps, "rows": rows}
-    with _client(address, policy, version, timeout_s) as client:
+    with _client(address, policy, version, timeout_s, client_id) as client:
         obs = np.zeros((rows, client.spec.observation.size), np.float32)
         report["policy"] = f"{client.spec.name}:{client.spec.version}"
         if mode in ("act", "both"):

@@ -27,7 +27,7 @@ back. More than that is a fault of the graph or the backend."""
 def open_policy(
     path: str | Path, backend: str = "auto", *, threads: int = 1, cache_dir: Path | None = None
 ) -> LocalPolicy:
-    """Load, verify, warm up and probe a bundle: a version directory, or a policy directory (its newest).
+    """Load, verify, warm up and probe a bundle: a version directory, or a policy directory (its current one).
 
     A bare model.onnx of rsm-export runs too, unverified, with a warning.
 

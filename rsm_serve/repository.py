@@ -12,17 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsm_serve.bundle import (
-    CURRENT_FILE,
     MANIFEST_FILE,
     PAYLOAD_FILES,
     check_policy_name,
     list_versions,
-    parse_version,
+    read_pointer,
 )
 from rsm_serve.errors import BundleError
 from rsm_serve.watched import FileStamp, file_stamp
-
-MAX_POINTER_BYTES = 64
 
 Stamp = tuple[FileStamp, ...]
 """What changes when a version's files do."""
@@ -113,27 +110,10 @@ def look_at(policy_dir: Path) -> Found | None:
         return Found((), problem=f"cannot read {policy_dir}: {error.strerror}; check its permissions")
     if not numbers:
         return None
-    return _follow_pointer(policy_dir / CURRENT_FILE, versions)
-
-
-def _follow_pointer(path: Path, versions: tuple[int, ...]) -> Found:
     try:
-        if not (path.is_symlink() or path.exists()):
-            return Found(versions)
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            return Found(versions, problem=f"wanted a file at {path}, got something else; make it one")
-        with path.open("rb") as file:
-            text = file.read(MAX_POINTER_BYTES + 1).decode("utf-8", "replace").strip()
-    except OSError as error:
-        return Found(versions, problem=f"cannot read {path}: {error.strerror}; check what it is")
-    number = parse_version(text)
-    if number is None:
-        return Found(
-            versions,
-            problem=f"wanted the number of a version in {path}, got {text!r:.40}; "
-            "write it to a file beside it and rename that over it",
-        )
-    return Found(versions, number)
+        return Found(versions, read_pointer(policy_dir))
+    except BundleError as error:
+        return Found(versions, problem=str(error))
 
 
 def _is_name(text: str) -> bool:

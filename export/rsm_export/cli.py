@@ -185,8 +185,8 @@ def _adopt(source: Path, repo: Path, name: str | None) -> None:
 def inspect(bundle: Path, as_json: bool) -> int:
     """Print all there is to know of a bundle: sizes and bounds, sampling, accuracy, evaluation, origin, graph.
 
-    BUNDLE is a version directory, a policy directory (its newest version) or a bare model.onnx. The exit status
-    is 0 only if it loads, every hash included.
+    BUNDLE is a version directory, a policy directory (its current version) or a bare model.onnx. The exit
+    status is 0 only if it loads, every hash included.
     """
     require_extra("rsm-export inspect", "export", ["onnx"])
     from rsm_export.inspection import format_report, inspect_path

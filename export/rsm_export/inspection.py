@@ -33,7 +33,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """All there is to know of a bundle or a graph.
 
     Args:
-        path: a version directory, a policy directory (its newest version), or a model.onnx.
+        path: a version directory, a policy directory (its current version), or a model.onnx.
 
     Returns:
         what JSON can hold: "path"; "kind" ("bundle" or "graph"); "problem", None or a sentence that says why it

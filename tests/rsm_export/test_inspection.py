@@ -67,7 +67,7 @@ def test_everything_is_printed(version_dir, capsys):
         assert str(fact) in text, fact
 
 
-def test_json_holds_it_all_and_a_policy_directory_means_its_newest(version_dir, capsys):
+def test_json_holds_it_all_and_a_policy_directory_means_its_current_version(version_dir, capsys):
     write_bundle(version_dir.parent.parent, make_spec("arm", "2"))
     assert main(["inspect", str(version_dir.parent), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rsm_serve.bundle import (
+    CURRENT_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
     PAYLOAD_FILES,
@@ -41,6 +42,20 @@ def test_a_bundle_loads_by_its_version_and_by_its_policy_directory(own_repo):
     assert load_bundle(own_repo / "tiny").spec.version == "10"
     assert list_versions(own_repo / "tiny") == [1, 9, 10]
     assert list_policies(own_repo) == ["tiny"]
+
+
+def test_a_policy_directory_means_the_version_that_a_server_of_it_serves(own_repo):
+    write_bundle(own_repo, make_spec("tiny", "2"))
+    pointer = own_repo / "tiny" / CURRENT_FILE
+    pointer.write_text("1\n")
+    assert load_bundle(own_repo / "tiny").spec.version == "1"
+    assert load_bundle(own_repo / "tiny" / "2").spec.version == "2", "what is named is not asked for"
+    pointer.write_text("7\n")
+    with pytest.raises(BundleError, match=r"wanted version 7 of .*tiny', which CURRENT names, got 1, 2; name"):
+        load_bundle(own_repo / "tiny")
+    pointer.write_text("latest")
+    with pytest.raises(BundleError, match="wanted the number of a version in .*CURRENT, got 'latest'"):
+        load_bundle(own_repo / "tiny")
 
 
 @pytest.mark.parametrize("name", PAYLOAD_FILES)

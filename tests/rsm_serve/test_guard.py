@@ -253,6 +253,18 @@ class TestServer:
             assert scrape(server)[f"rsm_limited_actions_total{LANE}"] == 4
         assert "tiny:1: 1 of 1 actions were limited to a step" in caplog.text
 
+    def test_from_the_shell(self, bundle_repo, capsys):
+        with guarded(bundle_repo, max_action_step=0.25) as (server, _):
+            address = ("--address", server.addresses[0])
+            assert client_cli.main(["act", *address]) == 2
+            assert "wanted a client_id" in capsys.readouterr().err
+            for obs, adjusted in (([0.0] * 4, None), (HIGH, "limited")):
+                numbers = ("--obs", ",".join(map(str, obs)), "--seed", "1")
+                assert client_cli.main(["act", *address, *numbers, "--client-id", "arm"]) == 0
+                assert json.loads(capsys.readouterr().out).get("adjusted") == adjusted
+            steps = ("--steps", "5", "--warm-up", "0", "--client-id", "bench", "--json")
+            assert client_cli.main(["bench", *address, *steps]) == 0
+
     def test_who_cannot_be_limited_is_told(self, bundle_repo):
         with guarded(bundle_repo, max_action_step=0.25) as (server, _):
             with (
