@@ -7,7 +7,8 @@ Load comes from a process of its own (`load.py`) that sends prepared messages; t
 the same minutes, and everything shares the machine's cores.
 
 latency   one client: unary and stream, interleaved with the floors: an echo (`echo_server.py`), and an echo
-          that runs the graph, which is the least that a server of this graph can take on this machine
+          that runs the graph, which is the least that a server of this graph can take on this machine; with
+          prepared messages on both sides, with `PolicyClient`, and with gRPC's older listener
 clients   64 clients, closed loop, with the cores' time that each side spent per message
 n32       64 clients of the best-of-32 graph, against the session's own rows per second
 load      latency against load, open loop; with --peer-python also PyTriton and LitServe (`peers/`)
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ IDLE_STREAMS = 10_000
 STREAM = "/rsm.v1.PolicyService/ActStream"
 UNARY = "/rsm.v1.PolicyService/Act"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+OLDER_LISTENER = {"GRPC_EXPERIMENTS": "-event_engine_listener"}
+"""One thread less between the socket and the event loop."""
 LOADS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9)
 """Shares of what a server answers in a closed loop."""
 PEERS = {"PyTriton": "pytriton_server.py", "LitServe": "litserve_server.py"}
@@ -87,10 +90,11 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str | Path]) -> Iterator[Server]:
+def started(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run a server that prints its address, until the end of the block."""
     process = subprocess.Popen(
         [str(part) for part in command],
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -108,10 +112,12 @@ def started(command: Sequence[str | Path]) -> Iterator[Server]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def rsm_serve(repository: Path, policy: str, *options: str) -> contextlib.AbstractContextManager[Server]:
+def rsm_serve(
+    repository: Path, policy: str, *options: str, environment: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
     """`rsm-serve` with one policy, on any free port."""
     arguments = ["--repo", str(repository), "--policy", policy, "--address", "127.0.0.1:0", *options]
-    return started([sys.executable, "-m", "rsm_serve.cli", *arguments])
+    return started([sys.executable, "-m", "rsm_serve.cli", *arguments], environment)
 
 
 def echo(*options: str | Path) -> contextlib.AbstractContextManager[Server]:
@@ -162,10 +168,16 @@ def measure_latency(repository: Path, rounds: int, steps: int = 300) -> dict[str
         floor = stack.enter_context(echo())
         computing = stack.enter_context(echo("--bundle", repository / "n1" / "1"))
         server = stack.enter_context(rsm_serve(repository, "n1"))
+        older = stack.enter_context(rsm_serve(repository, "n1", environment=OLDER_LISTENER))
         client = stack.enter_context(PolicyClient(server.address, timeout_s=10))
         stream = stack.enter_context(client.stream())
         calls: dict[str, Callable[[], object]] = {}
-        for name, other in (("echo", floor), ("computing_echo", computing), ("raw", server)):
+        for name, other in (
+            ("echo", floor),
+            ("computing_echo", computing),
+            ("raw", server),
+            ("older_listener", older),
+        ):
             channel = stack.enter_context(grpc.insecure_channel(other.address))
             calls[f"{name}_unary"] = _unary(channel, message)
             calls[f"{name}_stream"] = _stream(channel, message)
@@ -178,7 +190,10 @@ def measure_latency(repository: Path, rounds: int, steps: int = 300) -> dict[str
         compute_us = statistics.median(stream.act(obs).timing.compute_us for _ in range(steps))
     report: dict[str, Any] = {name: percentiles(values) for name, values in times.items()}
     report["compute_p50_us"] = round(compute_us, 1)
-    for name, kind in (("act", "unary"), ("act_stream", "stream")):
+    for name in times:
+        if name == "in_process" or "echo" in name:
+            continue
+        kind = "stream" if name.endswith("stream") else "unary"
         p50_us = report[name]["p50_us"]
         report[f"{name}_over_echo_and_compute_us"] = round(
             p50_us - report[f"echo_{kind}"]["p50_us"] - compute_us, 1
