@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.bundle import Bundle, load_bundle
+from rsm_serve.bundle import Bundle, Probe, load_bundle
 from rsm_serve.errors import BackendError, BundleError
 from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, Timing, act_rows
 from rsm_serve.seeds import draw_noise, expand_seed
@@ -85,8 +85,10 @@ class LocalPolicy:
         warm_up_rows: Sequence[int] = (1,),
         tolerance: float | None = None,
     ) -> None:
-        self._bundle = bundle
+        # Of the bundle only what is used: its model has the size of the session, which has a copy of its own.
+        self._path = bundle.path
         self._spec = bundle.spec
+        self._probe_obs = bundle.probe.obs
         self._session = session
         self._closed = False
         self._tolerance = self._spec.tolerance if tolerance is None else tolerance
@@ -94,7 +96,7 @@ class LocalPolicy:
         self._high = self._spec.action_high
         self._slack = BOUND_TOLERANCE * (self._high - self._low)
         self._warm_up(warm_up_rows)
-        self._replay_probe()
+        self._replay_probe(bundle.probe)
 
     @property
     def spec(self) -> PolicySpec:
@@ -109,7 +111,7 @@ class LocalPolicy:
     @property
     def probe_obs(self) -> NDArray[np.float32]:
         """[P, O]: the bundle's recorded observations; none for a bare graph."""
-        return self._bundle.probe.obs
+        return self._probe_obs
 
     def close(self) -> None:
         """Release the session, when no call is under way; later calls raise BackendError. May be repeated."""
@@ -224,8 +226,7 @@ class LocalPolicy:
             noise_BTNA = draw_noise(expand_seed(0, rows), self._spec.noise_shape)
             self._run_or_reject([ActRows(obs_BO, None, noise_BTNA, single=False)])
 
-    def _replay_probe(self) -> None:
-        probe = self._bundle.probe
+    def _replay_probe(self, probe: Probe) -> None:
         if not len(probe.obs):  # a bare graph
             return
         action_PA = self._run_or_reject([ActRows(probe.obs, None, probe.noise, single=False)])
@@ -233,17 +234,17 @@ class LocalPolicy:
         worst = float(error_PA.max())
         if not worst <= self._tolerance:  # also true for NaN
             raise BundleError(
-                f"bundle {self._bundle.path}: wanted the recorded probe actions to within "
+                f"bundle {self._path}: wanted the recorded probe actions to within "
                 f"{self._tolerance:g} of the action range, got an error of {worst:.3g} from {self.runtime}; "
                 "export the policy again"
             )
-        logger.debug("probe of %s replayed, largest error %.3g", self._bundle.path, worst)
+        logger.debug("probe of %s replayed, largest error %.3g", self._path, worst)
 
     def _run_or_reject(self, requests: Sequence[ActRows]) -> NDArray[np.float32]:
         try:
             return self._run(requests)[0]
         except BackendError as error:
-            raise BundleError(f"bundle {self._bundle.path}: {error}; export the policy again") from error
+            raise BundleError(f"bundle {self._path}: {error}; export the policy again") from error
 
 
 def _all(values: NDArray[np.bool_]) -> bool:
