@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from rsm_serve.bundle import Bundle
+from rsm_serve.bundle import Bundle, load_bundle
 from rsm_serve.errors import BackendError, BundleError, InvalidRequestError, UsageError
-from rsm_serve.local import LocalPolicy, open_policy
+from rsm_serve.local import LocalPolicy, open_policy, run_bundle
 from rsm_serve.policy import BoxSpec, act_rows
 from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
 from rsm_serve.sessions.choice import open_session
@@ -259,3 +261,15 @@ def test_other_action_ranges_are_kept(own_repo):
     assert (action.action >= spec.action_low).all()
     assert (action.action <= spec.action_high).all()
     assert np.ptp(action.action, axis=0).min() > 0.5
+
+
+def test_a_policy_does_not_keep_its_bundle(bundle_repo):
+    """Nor the bytes of the model, which would be there a second time, and after a reload for a while yet."""
+    bundle = load_bundle(bundle_repo / "tiny")
+    kept = weakref.ref(bundle)
+    policy = run_bundle(bundle)
+    del bundle
+    gc.collect()
+    assert kept() is None
+    assert len(policy.probe_obs) == len(make_probe(SPEC).obs)
+    policy.close()
