@@ -43,7 +43,7 @@ LOADER = "rsm-serve-loader"
 Loader = Callable[[str, int], Lane]
 """Loads, verifies, warms up and probes one version; slow, and called in a thread of its own."""
 
-Changed = Callable[[str, bool], Awaitable[None]]
+Changed = Callable[[str, bool], object]
 """Told the name of a policy when it becomes ready (True), or no version of it is any more (False)."""
 
 INDEX_STATES = {
@@ -207,7 +207,7 @@ class LifeCycle:
                 raise RepositoryError(failure)
             self._wishes = wanted
             self._found[name] = found
-            await self._settle(name, current)
+            self._settle(name, current)
 
     async def _unload_one(self, name: str) -> None:
         async with self._one_at_a_time:
@@ -217,7 +217,7 @@ class LifeCycle:
                 raise PolicyNotFoundError(f"wanted to unload policy {name!r:.90}, this server has {names}")
             self._wishes.unloaded.add(name)
             self._wishes.pinned.pop(name, None)
-            await self._drop(name, "it was unloaded by request")
+            self._drop(name, "it was unloaded by request")
 
     def index(self) -> Sequence[IndexEntry]:
         """See `RepositoryControl.index`."""
@@ -260,7 +260,7 @@ class LifeCycle:
         found, wishes = survey.policies.get(name), self._wishes
         self._forget_failures(name, found)
         if found is None:
-            await self._follow_vanished(name)
+            self._follow_vanished(name)
             return
         self._missed.discard(name)
         if found.problem:
@@ -275,9 +275,9 @@ class LifeCycle:
         for version in sorted(filter(None, missing), key=lambda number: (number != current, number)):
             if self._worth_trying(name, version, survey):
                 await self._bring(name, version, make_current=version == current)
-        await self._settle(name, current)
+        self._settle(name, current)
 
-    async def _follow_vanished(self, name: str) -> None:
+    def _follow_vanished(self, name: str) -> None:
         if not self._wishes.follows(name) or name in self._wishes.names():
             if self._registry.ready(name):
                 self._tell_once(name, f"policy {name!r} is no longer in the repository; what is loaded goes on")
@@ -286,7 +286,7 @@ class LifeCycle:
         else:
             self._missed.discard(name)
             self._told.pop(name, None)
-            await self._drop(name, "it is no longer in the repository")
+            self._drop(name, "it is no longer in the repository")
 
     def _worth_trying(self, name: str, version: int, survey: Survey) -> bool:
         """A version that failed is tried again when its files have changed, not before."""
@@ -353,7 +353,7 @@ class LifeCycle:
             replaced.insert(0, old)
             logger.info("policy %r: version %d is current, after version %d", name, version, old)
 
-    async def _settle(self, name: str, current: int | None) -> None:
+    def _settle(self, name: str, current: int | None) -> None:
         """Make the wanted version current if it is ready, and let go what nobody needs any more."""
         registry = self._registry
         ready = registry.ready(name)
@@ -364,9 +364,9 @@ class LifeCycle:
         surplus = ready - {registry.current(name)} - self._wishes.fixed(name) - set(kept)
         for version in sorted(surplus):
             self._spawn(self._close(registry.withdraw(name, version)))
-        await self._tell_change(name)
+        self._tell_change(name)
 
-    async def _drop(self, name: str, why: str) -> None:
+    def _drop(self, name: str, why: str) -> None:
         """Unload every version of a policy."""
         ready = self._registry.ready(name)
         if not ready:
@@ -376,7 +376,7 @@ class LifeCycle:
             self._spawn(self._close(self._registry.withdraw(name, version)))
         self._replaced.pop(name, None)
         logger.info("policy %r is unloaded: %s", name, why)
-        await self._tell_change(name)
+        self._tell_change(name)
 
     async def _close(self, lane: Lane) -> None:
         """Answer what a withdrawn lane has, then release its session."""
@@ -404,11 +404,11 @@ class LifeCycle:
             del self._failed_stamps[key]
             self._registry.forget(*key)
 
-    async def _tell_change(self, name: str) -> None:
+    def _tell_change(self, name: str) -> None:
         ready = bool(self._registry.ready(name))
         if self._told_ready.get(name) != ready:
             self._told_ready[name] = ready
-            await self._changed(name, ready)
+            self._changed(name, ready)
 
     def _tell_failure(self, name: str, version: int, error: Exception) -> None:
         current = self._registry.current(name)
@@ -602,7 +602,7 @@ def _close_abandoned(outcome: tuple[Stamp, Lane | Exception]) -> None:
         outcome[1].close()
 
 
-async def _nobody(name: str, ready: bool) -> None:
+def _nobody(name: str, ready: bool) -> None:
     """Whom changes are told before `LifeCycle.start`."""
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from rsm_serve import oip
@@ -33,6 +33,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
 from rsm_serve.gate import Gate
 from rsm_serve.guard import GuardedAnswers
+from rsm_serve.health import HealthService
 from rsm_serve.intake import Intake
 from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
 from rsm_serve.malformed import GuardedServer
@@ -256,7 +257,7 @@ class PolicyServer:
             control=None if config.admin_token_file is None else self.lifecycle,
         )
         self._interceptors = () if access is None else (Gate(access, _abort, _METHODS, observer),)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
 
     async def start(self) -> None:
         """Bind and serve.
@@ -286,9 +287,9 @@ class PolicyServer:
         self._server = server
         if self._recorder is not None:
             self._recorder.start()
-        await self._tell_readiness()
+        self._tell_readiness()
         for name in self.registry.names:
-            await self._set_health(name, True)
+            self._health.set(name, True)
         if self.monitor is not None:
             self.monitor.serving(self.registry, self.addresses)
 
@@ -299,7 +300,7 @@ class PolicyServer:
             Whether everything was answered in time.
         """
         limit_s = self.config.drain_seconds if seconds is None else seconds
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         if self.monitor is not None:
             self.monitor.draining()
         lanes = await self.lifecycle.stop()
@@ -338,18 +339,14 @@ class PolicyServer:
         if self._recorder is not None:
             self._recorder.close()
 
-    async def _tell_health(self, policy: str, ready: bool) -> None:
-        await self._set_health(policy, ready)
-        await self._tell_readiness()
+    def _tell_health(self, policy: str, ready: bool) -> None:
+        self._health.set(policy, ready)
+        self._tell_readiness()
 
-    async def _tell_readiness(self) -> None:
+    def _tell_readiness(self) -> None:
         """A server without any policy is alive, and not ready."""
         for name in ("", SERVICE, oip.SERVICE):
-            await self._set_health(name, bool(self.registry.names))
-
-    async def _set_health(self, name: str, ready: bool) -> None:
-        states = health_pb2.HealthCheckResponse
-        await self._health.set(name, states.SERVING if ready else states.NOT_SERVING)
+            self._health.set(name, bool(self.registry.names))
 
 
 @contextlib.contextmanager
