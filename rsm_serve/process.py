@@ -58,6 +58,8 @@ def run_process(config: ServerConfig) -> int:
     """Serve in this process until a signal; returns the exit status."""
     from rsm_serve.server import run_loop
 
+    # Until there is something to drain. As the first process of a container it would not be ended otherwise.
+    signal.signal(signal.SIGTERM, _end)
     try:
         status: int = run_loop(lambda: serve(config, Ready.print, on_signals))
     except KeyboardInterrupt:
@@ -65,6 +67,13 @@ def run_process(config: ServerConfig) -> int:
         raise
     leave_if_loading(status)
     return status
+
+
+def _end(number: int, frame: object) -> None:
+    """End the process by the signal, or, where that has no effect, with the status that shells know it by."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 def on_signals(stop: Stop) -> None:
@@ -82,9 +91,7 @@ async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: 
         announce: told where, when it serves.
         stops: given the function that stops the server; a second call stops it at once.
     """
-    from rsm_serve.server import PolicyServer
-
-    server = await load_monitored(config) if config.http is not None else PolicyServer(config)
+    server = await _load(config)
     await server.start()
     reasons: asyncio.Queue[str] = asyncio.Queue()
     stops(reasons.put_nowait)
@@ -108,14 +115,16 @@ async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: 
     return EXIT_NOT_DRAINED
 
 
-async def load_monitored(config: ServerConfig) -> PolicyServer:
-    """Load while the HTTP port says that the server is loading."""
-    from rsm_serve.monitor import Monitor
+async def _load(config: ServerConfig) -> PolicyServer:
+    """Load, while the event loop answers signals, and the HTTP port says that the server is loading."""
     from rsm_serve.server import PolicyServer
 
-    assert config.http is not None
-    monitor = Monitor()
-    await monitor.open(config.http)
+    monitor = None
+    if config.http is not None:
+        from rsm_serve.monitor import Monitor
+
+        monitor = Monitor()
+        await monitor.open(config.http)
     return await in_thread(lambda: PolicyServer(config, monitor=monitor))
 
 

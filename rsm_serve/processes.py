@@ -49,7 +49,7 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
     if not hasattr(socket, "SO_REUSEPORT"):
         raise ConfigError("wanted a system with SO_REUSEPORT for --processes, got none; leave it out")
     with contextlib.ExitStack() as stack:
-        addresses = tuple([stack.enter_context(_reserved(address)) for address in config.addresses])
+        addresses = tuple([stack.enter_context(reserved(address)) for address in config.addresses])
         shared = replace(config, addresses=addresses, shares_ports=True)
         processes = [_Process(_share_of(shared, index), set_up_logging) for index in range(config.processes)]
         signals = stack.enter_context(_Signals())
@@ -205,7 +205,7 @@ def _stop(processes: Sequence[_Process], signals: _Signals) -> int:
 
 
 @contextlib.contextmanager
-def _reserved(address: str) -> Iterator[str]:
+def reserved(address: str) -> Iterator[str]:
     """The address, with a port that no other program can take until the end of the block.
 
     Raises:
@@ -213,14 +213,20 @@ def _reserved(address: str) -> Iterator[str]:
     """
     check_free(address)
     host, port = split_address(address)
-    if port:
-        yield address
-        return
-    family, kind, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind) as held:  # does not listen, so it is given no connection
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(where)
-        yield with_port(address, held.getsockname()[1])
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with contextlib.ExitStack() as stack:
+        for family, kind, _, _, where in found if port else found[:1]:
+            held = stack.enter_context(socket.socket(family, kind))
+            # It does not listen, so it is given no connection.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            try:
+                held.bind(where)
+            except OSError:
+                # It was free a moment ago: connections of a server that shared no port linger there, which the
+                # servers themselves may ignore, and this socket not.
+                if not port:
+                    raise
+        yield with_port(address, port or held.getsockname()[1])
 
 
 def _serve(config: ServerConfig, set_up_logging: Callable[[], None], pipe: Any) -> None:

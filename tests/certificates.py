@@ -28,12 +28,17 @@ class Authority:
         self._key = folder / "ca.key"
         openssl("req", "-x509", *_KEY, "-days", 2, "-subj", "/CN=test", "-keyout", self._key, "-out", self.ca)
 
-    def sign(self, name: str, hosts: str = "DNS:localhost,IP:127.0.0.1") -> tuple[Path, Path]:
-        """(certificate, key), new ones in the place of older ones of that name."""
+    def sign(
+        self, name: str, hosts: str = "DNS:localhost,IP:127.0.0.1", kind: tuple[str, ...] = _KEY
+    ) -> tuple[Path, Path]:
+        """(certificate, key), new ones in the place of older ones of that name.
+
+        `kind` is what openssl is to make for a key; by default P-256.
+        """
         cert, key, request = (self.folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
         extensions = self.folder / "extensions"
         extensions.write_text(f"subjectAltName={hosts}\n")
-        openssl("req", *_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+        openssl("req", *kind, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
         signer = ("-CA", self.ca, "-CAkey", self._key, "-CAcreateserial", "-days", 2)
         openssl("x509", "-req", "-in", request, *signer, "-extfile", extensions, "-out", cert)
         return cert, key

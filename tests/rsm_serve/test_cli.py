@@ -7,12 +7,14 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -174,6 +176,34 @@ def test_an_interrupt_while_loading_ends_an_observed_server_at_once(bundle_repo)
         finally:
             process.kill()
     assert (process.returncode, output, log) == (130, "", "rsm-serve: interrupted\n")
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["a process", "the first process"])
+@pytest.mark.parametrize("http", [(), ("--http", "127.0.0.1:0")], ids=["alone", "observed"])
+def test_sigterm_while_loading_ends_the_server(bundle_repo, first, http):
+    """The first process of a container has no default action for SIGTERM; it was loaded, and served."""
+    own_pids = ["unshare", "--fork", "--pid", "--kill-child"] if first else []
+    if first and (
+        shutil.which("unshare") is None or subprocess.run([*own_pids, "true"], check=False).returncode
+    ):
+        pytest.skip("processes with numbers of their own need Linux, util-linux and the right to unshare")
+    code = (
+        "import sys, time; from rsm_serve import cli, server\n"
+        "def load(*_): print('loading', flush=True); time.sleep(100)\n"
+        "server.load_repository = load\n"
+        f"sys.exit(cli.main(['--repo', {str(bundle_repo)!r}, *{http!r}]))"
+    )
+    command = [*own_pids, sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            os.kill(int(children.read_text()) if first else process.pid, signal.SIGTERM)
+            output, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, output, log) == (143 if first else -signal.SIGTERM, "", "")
 
 
 def test_a_policy_that_does_not_load_ends_an_observed_server_with_a_sentence(own_repo):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 
 from rsm_serve import cli
+from rsm_serve.addresses import check_free
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import ConfigError
+from rsm_serve.errors import AddressError, ConfigError
 from rsm_serve.local import open_policy
+from rsm_serve.processes import reserved
 from tests.server_process import ServerProcess, running_server, samples, wait_until
 
 COMMAND = [sys.executable, "-m", "rsm_serve.cli", "--address", "127.0.0.1:0"]
@@ -120,6 +123,18 @@ def test_a_second_server_on_the_port_is_refused(served, bundle_repo, capsys):
     for more in ([], ["--processes", "2"]):
         assert cli.main(["--repo", str(bundle_repo), "--address", served.address, *more]) == 2
         assert "the port is in use" in capsys.readouterr().err
+
+
+def test_a_port_is_taken_from_the_start_and_between_the_servers():
+    """While none of them listens: another server that shares ports would be let in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with reserved(address) as same:
+        assert same == address
+        with pytest.raises(AddressError, match="the port is in use"), reserved(address):
+            pass
+    check_free(address)
 
 
 def test_what_is_wrong_is_said_once(own_repo):

@@ -260,6 +260,31 @@ class TestMistakes:
         assert cli.main(["--repo", str(tmp_path), *options]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
+    @pytest.mark.parametrize(
+        ("kind", "taken"),
+        [
+            (("-newkey", "rsa:2048", "-nodes"), True),
+            (("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp384r1", "-nodes"), True),
+            (("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp521r1", "-nodes"), False),
+            (("-newkey", "ed25519", "-nodes"), False),
+        ],
+        ids=["RSA", "P-384", "P-521", "Ed25519"],
+    )
+    def test_a_key_that_grpc_does_not_take_is_refused(self, bundle_repo, tmp_path, kind, taken):
+        """It would be ready, and every handshake would fail, with no word in the log."""
+        authority = Authority(tmp_path)
+        cert, key = authority.sign("server", kind=kind)
+        config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",), tls_cert=cert, tls_key=key)
+        if not taken:
+            with pytest.raises(ConfigError, match="wanted a certificate for an RSA, P-256 or P-384 key"):
+                PolicyServer(config)
+            return
+        with (
+            background_server(config) as server,
+            PolicyClient(server.addresses[0], tls=Tls(authority.ca), timeout_s=30) as client,
+        ):
+            assert client.act(np.zeros(4)).version == "1"
+
     def test_an_encrypted_key_is_not_asked_for_its_password(self, authority, tmp_path):
         key = tmp_path / "locked.key"
         openssl("ec", "-aes128", "-passout", "pass:secret", "-in", authority.folder / "server.key", "-out", key)
