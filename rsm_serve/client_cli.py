@@ -71,7 +71,14 @@ def _client(
     path = click.get_current_context().obj["token_file"]
     token = None if path is None else read_tokens(path)[0]
     return PolicyClient(
-        address, policy, version, timeout_s=timeout_s, client_id=client_id, tls=_tls(), token=token
+        address,
+        policy,
+        version,
+        timeout_s=timeout_s,
+        connect_timeout_s=timeout_s,  # the first call is a call, too
+        client_id=client_id,
+        tls=_tls(),
+        token=token,
     )
 
 
@@ -83,7 +90,9 @@ _client_id = click.option(
 def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every subcommand shares."""
     for option in (
-        click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds per call."),
+        click.option(
+            "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to connect, and per call."
+        ),
         click.option("--version", default=None, help="Version of the policy.  [default: the current]"),
         click.option("--policy", default=None, help="Name; may be left out if the server has exactly one."),
         click.option(
@@ -210,7 +219,9 @@ def bench(
     type=click.FloatRange(0, 1),
     help="Largest difference, as a fraction of the action range.  [default: the policy's]",
 )
-@click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds per call.")
+@click.option(
+    "--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds to connect, and per call."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_credentials
 def replay(

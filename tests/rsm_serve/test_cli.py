@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -324,6 +325,14 @@ class TestClient:
         assert (status, out) == (2, "")
         assert re.search(message, err)
         assert "Traceback" not in err
+
+    @pytest.mark.parametrize("name", ["info", "act", "health", "bench"])
+    def test_the_timeout_is_that_of_connecting_too(self, capsys, name):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            status, _, err = self.run(capsys, name, "--address", address, "--timeout", "0.2")
+        assert status == 2
+        assert f"no answer from {address} within 0.2 s" in err
 
     def test_no_server(self, capsys):
         for name in ("info", "act", "health", "bench"):
