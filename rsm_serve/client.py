@@ -10,6 +10,7 @@ a late action is worse than an error. Create clients after fork, not before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sys
 import threading
@@ -406,6 +407,7 @@ class AsyncPolicyStream:
         self._open_stream = open_stream
         self._timeout_s = timeout_s
         self._stream: Any = None
+        self._closed = False
 
     @property
     def spec(self) -> PolicySpec:
@@ -423,12 +425,14 @@ class AsyncPolicyStream:
         """Sample actions for one control step; arguments and errors as `PolicyClient.act`."""
         started = time.perf_counter()
         rows, request = self._call.request(obs, seed, noise, deterministic)
+        if self._closed:
+            raise NotReadyError(f"the stream to {self._call.target} was closed here; open another")
         if self._stream is None:
             self._stream = self._open_stream()
         try:
             response = await _within(self._timeout_s, self._step(self._stream, request))
         except BaseException as error:
-            await self.close()  # also when cancelled: the answer that is under way belongs to nobody
+            self._drop()  # also when cancelled: the answer that is under way belongs to nobody
             if isinstance(error, asyncio.TimeoutError):
                 raise self._call.connection.too_late(self._timeout_s) from None
             if isinstance(error, grpc.RpcError):
@@ -439,7 +443,9 @@ class AsyncPolicyStream:
     async def _step(self, stream: Any, request: pb.ActRequest) -> pb.ActResponse:
         import grpc.aio
 
-        await stream.write(request)
+        # A stream that the server ended since the last step takes nothing, and says why when it is read.
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await stream.write(request)
         response = await stream.read()
         if response is grpc.aio.EOF:
             raise NotReadyError(f"the server at {self._call.target} ended the stream; connect again")
@@ -448,9 +454,8 @@ class AsyncPolicyStream:
 
     async def close(self) -> None:
         """End the stream; the client stays open."""
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.cancel()
+        self._closed = True
+        self._drop()
 
     async def __aenter__(self) -> AsyncPolicyStream:
         return self
@@ -459,6 +464,11 @@ class AsyncPolicyStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _drop(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
 
 
 _HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")

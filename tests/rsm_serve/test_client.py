@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from types import SimpleNamespace
@@ -226,6 +227,39 @@ class TestAsyncClient:
 
         with pytest.raises(NotReadyError, match="async with"):
             asyncio.run(main())
+
+    def test_a_stream_that_the_server_ended_between_two_steps(self, bundle_repo, tmp_path):
+        where = f"unix:{tmp_path}/rsm.sock"
+        config = ServerConfig(repo=bundle_repo, addresses=(where,))
+
+        async def main():
+            with contextlib.ExitStack() as first:
+                first.enter_context(background_server(config))
+                client = await AsyncPolicyClient(where, timeout_s=30).connect()
+                stream = client.stream()
+                await stream.act(np.zeros(4))
+                await asyncio.to_thread(first.close)
+            while not stream._stream.done():
+                await asyncio.sleep(0.01)
+            with pytest.raises(NotReadyError):
+                await stream.act(np.zeros(4))
+            with background_server(config):
+                assert (await stream.act(np.zeros(4), seed=2)).seed == 2
+                await stream.close()
+                await client.close()
+
+        asyncio.run(asyncio.wait_for(main(), 60))
+
+    def test_a_closed_stream_says_so(self, address):
+        async def main():
+            async with AsyncPolicyClient(address, timeout_s=30) as client:
+                async with client.stream() as stream:
+                    await stream.act(np.zeros(4))
+                with pytest.raises(NotReadyError, match="the stream to .* was closed here; open another"):
+                    await stream.act(np.zeros(4))
+                assert (await client.act(np.zeros(4), seed=2)).seed == 2
+
+        asyncio.run(main())
 
     def test_a_late_step(self, address, silent_port):
         async def main():
