@@ -49,9 +49,17 @@ def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:
 
     for name, text in (
         ("--token-file", f"File with a token.  [default: {TOKEN_VARIABLE}, if set]"),
-        ("--tls-key", f"PEM private key of the certificate.  [default: {KEY_VARIABLE}]"),
-        ("--tls-cert", f"PEM certificate chain of this client.  [default: {CERT_VARIABLE}]"),
-        ("--tls-ca", f"PEM certificates of trusted authorities; switches TLS on.  [default: {CA_VARIABLE}]"),
+        # The variables do not switch TLS on: a token would travel in plaintext where that was believed.
+        ("--tls-key", f"PEM private key of the certificate.  [default: with TLS, {KEY_VARIABLE}]"),
+        (
+            "--tls-cert",
+            f"PEM certificate chain of this client; switches TLS on.  [default: with TLS, {CERT_VARIABLE}]",
+        ),
+        (
+            "--tls-ca",
+            f"PEM certificates of trusted authorities; switches TLS on, as {TLS_SCHEME} in the address does.  "
+            f"[default: with TLS, {CA_VARIABLE}]",
+        ),
     ):
         path = click.Path(path_type=Path)
         function = click.option(name, type=path, help=text, expose_value=False, callback=keep)(function)
