@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,31 @@ def test_a_pickle_inside_the_probe_is_never_opened(own_repo, tmp_path):
 def test_a_probe_that_is_no_archive(own_repo, content):
     rewrite(own_repo / "tiny" / "1", PROBE_FILE, content)
     with pytest.raises(BundleError, match=PROBE_FILE):
+        load_bundle(own_repo / "tiny")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "-" * 9500 + "1",
+        "(" * 9000,
+        "[" * 150 + "]" * 150,
+        "{'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 9000 + "4}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ", 4)}",
+        "{'descr': '<f4\\x00', 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': [('a', '<f4', (2**31,))], 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': '|V9999999999999', 'fortran_order': False, 'shape': (1, 4)}",
+        "{[]: 1}",
+    ],
+)
+def test_a_probe_whose_header_nobody_can_read(own_repo, header):
+    text = header.encode() + b"\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for key in ("obs", "noise", "action"):
+            archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
+    with pytest.raises(BundleError, match=rf"{PROBE_FILE}.*\S.*export the policy again"):
         load_bundle(own_repo / "tiny")
 
 
