@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -260,6 +262,26 @@ def test_selections_and_configurations():
     for change in ({"threads": 0}, {"drain_seconds": -1.0}, {"addresses": ()}, {"max_queue_delay_us": -1}):
         with pytest.raises(ConfigError):
             ServerConfig(repo="x", **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"drain_seconds": value} for value in (math.nan, math.inf, 1e10)),
+        *({"poll": value} for value in (math.nan, math.inf, 1e300)),
+        *({"max_rate": value} for value in (math.nan, math.inf)),
+        *({"max_action_step": value} for value in (math.nan, math.inf)),
+        *({"max_queue_delay_us": value} for value in (10**11, 10**400)),
+        *({"max_connections": value} for value in (2**31, 10**400)),
+        {"max_calls_per_connection": 2**31},
+        {"max_streams": 2**31},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_number_that_nothing_can_count_or_wait_for_is_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        ServerConfig(repo=Path("x"), **change)
+    ServerConfig(repo=Path("x"), drain_seconds=86_400.0, poll=86_400.0, max_connections=2**31 - 1)
 
 
 class TestClient:
