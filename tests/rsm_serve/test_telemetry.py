@@ -355,6 +355,15 @@ class TestPort:
         ):
             pass
 
+    @pytest.mark.parametrize("host", ["a" * 70, "a..b"])
+    def test_a_host_name_that_is_none_is_one_sentence(self, bundle_repo, host):
+        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=f"{host}:0", insecure=True)
+        with (
+            pytest.raises(AddressError, match=rf"wanted to listen on {host}:0 for HTTP, got: .*--http"),
+            background_server(config),
+        ):
+            pass
+
     @pytest.mark.parametrize(
         ("sent", "status"),
         [
