@@ -105,10 +105,26 @@ def test_the_answer_to_another_request_is_refused(address, monkeypatch):
             client.act(np.zeros(4))
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("inf"), float("nan")])
-def test_every_call_has_a_deadline(timeout_s):
-    with pytest.raises(InvalidRequestError, match="deadline"):
-        PolicyClient("127.0.0.1:1", timeout_s=timeout_s)
+@pytest.mark.parametrize("timeout_s", [0, -1, float("inf"), float("nan"), 1e10, 86_401])
+def test_every_call_has_a_deadline(timeout_s, address):
+    wanted = r"wanted {}timeout_s > 0 and at most 86400 s, a day, got .*; every call has a deadline"
+    for kind in (PolicyClient, AsyncPolicyClient):
+        with pytest.raises(InvalidRequestError, match=wanted.format("")):
+            kind("127.0.0.1:1", timeout_s=timeout_s)
+        with pytest.raises(InvalidRequestError, match=wanted.format("connect_")):
+            kind("127.0.0.1:1", connect_timeout_s=timeout_s)
+    with pytest.raises(InvalidRequestError, match=wanted.format("")):
+        check_health("127.0.0.1:1", timeout_s=timeout_s)
+    with PolicyClient(address) as client, pytest.raises(InvalidRequestError, match=wanted.format("")):
+        client.stream(timeout_s=timeout_s)
+
+
+def test_the_longest_deadline(address):
+    with PolicyClient(address, timeout_s=86_400, connect_timeout_s=86_400) as client, client.stream() as stream:
+        assert client.act(np.zeros(4), seed=1).seed == 1
+        assert stream.act(np.zeros(4), seed=2).seed == 2
+        assert stream.act(np.zeros(4), seed=3).seed == 3
+    assert check_health(address, timeout_s=86_400) == "SERVING"
 
 
 def test_no_server_at_the_address():
