@@ -282,10 +282,15 @@ def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArr
         raise UsageError("wanted --obs or --obs-file, got both; leave one of them out")
     if path is not None:
         try:
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({error})") from None
-        return array
+            array = np.load(path, allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return array
+            reason = "an archive of arrays"
+            array.close()
+        # A damaged file can be a BadZipFile, a MemoryError, a TokenError, ..., and no list of them is complete.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({reason:.200}); save it again")
     if text is None:
         return np.zeros(spec.observation.size, np.float32)
     try:

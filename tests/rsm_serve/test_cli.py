@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -46,6 +48,18 @@ def serving(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], s
             yield process, match[1], match[2]
         finally:
             process.kill()
+
+
+def npy(header: str) -> bytes:
+    """A .npy file with the header, and no data."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(4))
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +353,11 @@ class TestClient:
             (["act", "--obs", "1,2,3,4", "--obs-file", "x"], "got both"),
             (["act", "--seed", "-1"], "seed"),
             (["act", "--policy", "nope"], "'nope'"),
+            (["act", "--policy", "x\udc80"], r"UTF-8, got 'x\\udc80'"),
+            (["info", "--version", "\udc80"], r"UTF-8, got '\\udc80'"),
+            (["health", "--policy", "\udc80"], r"UTF-8, got '\\udc80'"),
+            (["act", "--client-id", "\udc80"], r"UTF-8, got '\\udc80'"),
+            (["health", "--timeout", "nan"], "timeout_s"),
             (["act", "--seed", "1", "--deterministic"], "got both"),
         ],
     )
@@ -347,6 +366,33 @@ class TestClient:
         assert (status, out) == (2, "")
         assert re.search(message, err)
         assert "Traceback" not in err
+
+    def test_an_address_that_is_not_utf_8(self, capsys):
+        status, out, err = self.run(capsys, "act", "--address", "x\udc80:1")
+        assert (status, out) == (2, "")
+        assert r"got 'x\udc80:1'" in err
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (b"PK\x03\x04junk", "not a zip file"),
+            (
+                npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}"),
+                "nable to allocate",
+            ),
+            (npy("(" * 9000), "."),
+            (npy("-" * 9500 + "1"), "."),
+            (npz(), "an archive of arrays"),
+        ],
+        ids=["zip", "shape", "parentheses", "nesting", "npz"],
+    )
+    def test_a_damaged_file_of_observations(self, capsys, address, content, reason, tmp_path):
+        (tmp_path / "obs.npy").write_bytes(content)
+        status, out, err = self.run(
+            capsys, "act", "--address", address, "--obs-file", str(tmp_path / "obs.npy")
+        )
+        assert (status, out) == (2, "")
+        assert re.fullmatch(rf"rsm-client: wanted a .npy file of numbers, got '.*' \(.*{reason}.*\); .*\n", err)
 
     @pytest.mark.parametrize("name", ["info", "act", "health", "bench"])
     def test_the_timeout_is_that_of_connecting_too(self, capsys, name):
