@@ -261,7 +261,11 @@ def replay(
 
 
 def _answering(against: str, version: str, timeout_s: float) -> replaying.Against:
-    if Path(against).exists():
+    try:
+        here = Path(against).exists()
+    except OSError:  # too long a name for a file, or a directory that may not be searched
+        here = False
+    if here:
         return replaying.Bundles(Path(against), version)
     target = Target.parse(against, version=version or None)
     address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
@@ -290,7 +294,7 @@ def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArr
         # A damaged file can be a BadZipFile, a MemoryError, a TokenError, ..., and no list of them is complete.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({reason:.200}); save it again")
+        raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({reason:.200}); check the file")
     if text is None:
         return np.zeros(spec.observation.size, np.float32)
     try:
