@@ -49,7 +49,8 @@ class BatchLimits:
     """Whether a request takes the place of the one of the same client that still waits."""
 
     def __post_init__(self) -> None:
-        if self.max_batch_size < 1 or self.max_queue_rows < self.max_batch_size or self.max_queue_delay_s < 0:
+        sound = self.max_queue_delay_s >= 0  # which nan is not
+        if self.max_batch_size < 1 or self.max_queue_rows < self.max_batch_size or not sound:
             raise ConfigError(
                 "wanted max_batch_size >= 1, max_queue_rows >= max_batch_size and max_queue_delay >= 0, got "
                 f"{self.max_batch_size}, {self.max_queue_rows} and {self.max_queue_delay_s} s"

@@ -27,7 +27,6 @@ import re
 import stat
 import sys
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ MAX_JSON_BYTES = 2**24
 MAX_PROBE_BYTES = 2**26
 """Of one array of the probe."""
 
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -94,17 +92,14 @@ class Probe:
         try:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 arrays = {key: _read_array(archive, key, shape) for key, shape in wanted.items()}
-        except (
-            ValueError,
-            KeyError,
-            OSError,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-            *_ZIP_ERRORS,
-        ) as error:
+        except BundleError:
+            raise
+        # zipfile, tokenize, ast and numpy read what anybody may have written: a nested header alone can be a
+        # MemoryError, a TokenError, a TypeError, a RecursionError, ...
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise BundleError(
-                f"{PROBE_FILE} must be an npz file of the plain arrays obs, noise and action ({error}); "
+                f"{PROBE_FILE} must be an npz file of the plain arrays obs, noise and action ({reason:.200}); "
                 "export the policy again"
             ) from None
         rows = len(arrays["obs"])
@@ -128,7 +123,7 @@ def _read_array(archive: zipfile.ZipFile, key: str, row_shape: tuple[int, ...]) 
 
     Raises:
         BundleError: another dtype or shape.
-        ValueError, KeyError, ...: not an npz file of plain arrays.
+        Exception: of any other kind: not an npz file of plain arrays.
     """
     with archive.open(f"{key}.npy") as file:
         content = file.read(MAX_PROBE_BYTES + 1)
@@ -195,26 +190,55 @@ def parse_version(text: str) -> int | None:
 
 
 def list_versions(policy_dir: Path) -> list[int]:
-    """The version numbers below a policy directory, ascending; empty if there are none."""
-    if not policy_dir.is_dir():
-        return []
-    found = (entry.name for entry in policy_dir.iterdir() if entry.is_dir())
+    """The version numbers below a policy directory, ascending; empty if there are none.
+
+    Raises:
+        BundleError: it may not be read.
+    """
+    try:
+        if not policy_dir.is_dir():
+            return []
+        found = [entry.name for entry in policy_dir.iterdir() if entry.is_dir()]
+    except OSError as error:
+        raise _unreadable(policy_dir, error) from None
     return sorted(int(name) for name in found if _VERSION.fullmatch(name))
 
 
 def list_policies(repository: Path) -> list[str]:
-    """The names of the policies in a repository that have at least one version, sorted.
+    """The names of the policies in a repository that have at least one version, or may not be read; sorted.
 
     Raises:
-        BundleError: the repository is not a directory.
+        BundleError: the repository is not a directory, or may not be read.
     """
-    if not repository.is_dir():
-        raise BundleError(
-            f"wanted a repository of bundles, got {str(repository)!r}, which is not a directory; "
-            "create one with rsm-export --repo"
-        )
-    entries = (entry.name for entry in repository.iterdir() if _NAME.fullmatch(entry.name))
-    return sorted(name for name in entries if list_versions(repository / name))
+    try:
+        if not repository.is_dir():
+            raise BundleError(
+                f"wanted a repository of bundles, got {str(repository)!r}, which is not a directory; "
+                "create one with rsm-export --repo"
+            )
+        names = [entry.name for entry in repository.iterdir() if _NAME.fullmatch(entry.name)]
+    except OSError as error:
+        raise _unreadable(repository, error) from None
+    return sorted(name for name in names if _may_have_versions(repository / name))
+
+
+def _may_have_versions(policy_dir: Path) -> bool:
+    try:
+        return bool(list_versions(policy_dir))
+    except BundleError:  # one policy must not hide the others; whoever loads it hears why
+        return True
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"cannot read {path}: {error.strerror or error}; check its permissions")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is; not where that may not be known, which reading what is around it will say."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_pointer(policy_dir: Path) -> int | None:
@@ -248,9 +272,9 @@ def find_bundle(path: Path) -> Path:
     That is the one that a server of the repository serves: what CURRENT names, or without that file the newest.
 
     Raises:
-        BundleError: there is no bundle at the path, or CURRENT names none that is there.
+        BundleError: there is no bundle at the path, it may not be read, or CURRENT names none that is there.
     """
-    if (path / MANIFEST_FILE).is_file():
+    if _is_file(path / MANIFEST_FILE):
         return path
     versions = list_versions(path)
     if versions:
@@ -278,7 +302,7 @@ def load_bundle(path: str | Path) -> Bundle:
         BundleError: a file is missing, or its size or hash is not the manifest's, or its content is not
             what the contract says.
     """
-    if Path(path).is_file():
+    if _is_file(Path(path)):
         logger.warning(
             "%s is a bare graph: there is no manifest to verify it by and no probe to replay; "
             "make a bundle of it with rsm-export %s --repo DIR",

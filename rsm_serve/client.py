@@ -10,6 +10,7 @@ a late action is worse than an error. Create clients after fork, not before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sys
 import threading
@@ -30,6 +31,8 @@ from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, act_rows, che
 from rsm_serve.scheduling import check_client_id, check_priority
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_TIMEOUT_S = 86_400
+"""A day, the longest deadline: somewhere beyond, the timers of gRPC and Python overflow."""
 
 
 class PolicyClient:
@@ -39,7 +42,7 @@ class PolicyClient:
         address: 'host:port', 'unix:/path', or 'grpc://host:port/NAME[:VERSION]'; 'grpcs://...' for TLS.
         policy: its name; may be left out if the server has exactly one.
         version: a number; None for the current one.
-        timeout_s: deadline of every call.
+        timeout_s: deadline of every call; at most a day, as every timeout here.
         connect_timeout_s: deadline of the first call, which fetches the specification.
         client_id: who asks, a name of this robot alone; while canaries run, it always meets the same version,
             and a server that limits how far an action moves per step counts from this robot's last one.
@@ -71,6 +74,7 @@ class PolicyClient:
         self.target = Target.parse(address, policy, version)
         self._connection = Connection.to(self.target, tls, token)
         self.timeout_s = _positive(timeout_s)
+        _positive(connect_timeout_s, "connect_timeout_s")
         self.client_id = check_client_id(client_id)
         self.priority = check_priority(priority)
         self._connected: _Call | None = None
@@ -128,6 +132,9 @@ class PolicyClient:
 
         Args:
             timeout_s: deadline of every step; None for the client's.
+
+        Raises:
+            InvalidRequestError: `timeout_s` is out of range.
         """
         limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
         return PolicyStream(self._call, self._act_stream, limit_s)
@@ -316,7 +323,7 @@ class AsyncPolicyClient:
         self.timeout_s = _positive(timeout_s)
         self.client_id = check_client_id(client_id)
         self.priority = check_priority(priority)
-        self._connect_timeout_s = connect_timeout_s
+        self._connect_timeout_s = _positive(connect_timeout_s, "connect_timeout_s")
         self._channel: Any = None
         self._connected: _Call | None = None
         self.max_batch_size = 0
@@ -406,6 +413,7 @@ class AsyncPolicyStream:
         self._open_stream = open_stream
         self._timeout_s = timeout_s
         self._stream: Any = None
+        self._closed = False
 
     @property
     def spec(self) -> PolicySpec:
@@ -423,12 +431,14 @@ class AsyncPolicyStream:
         """Sample actions for one control step; arguments and errors as `PolicyClient.act`."""
         started = time.perf_counter()
         rows, request = self._call.request(obs, seed, noise, deterministic)
+        if self._closed:
+            raise NotReadyError(f"the stream to {self._call.target} was closed here; open another")
         if self._stream is None:
             self._stream = self._open_stream()
         try:
             response = await _within(self._timeout_s, self._step(self._stream, request))
         except BaseException as error:
-            await self.close()  # also when cancelled: the answer that is under way belongs to nobody
+            self._drop()  # also when cancelled: the answer that is under way belongs to nobody
             if isinstance(error, asyncio.TimeoutError):
                 raise self._call.connection.too_late(self._timeout_s) from None
             if isinstance(error, grpc.RpcError):
@@ -439,7 +449,9 @@ class AsyncPolicyStream:
     async def _step(self, stream: Any, request: pb.ActRequest) -> pb.ActResponse:
         import grpc.aio
 
-        await stream.write(request)
+        # A stream that the server ended since the last step takes nothing, and says why when it is read.
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await stream.write(request)
         response = await stream.read()
         if response is grpc.aio.EOF:
             raise NotReadyError(f"the server at {self._call.target} ended the stream; connect again")
@@ -448,9 +460,8 @@ class AsyncPolicyStream:
 
     async def close(self) -> None:
         """End the stream; the client stays open."""
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.cancel()
+        self._closed = True
+        self._drop()
 
     async def __aenter__(self) -> AsyncPolicyStream:
         return self
@@ -459,6 +470,11 @@ class AsyncPolicyStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _drop(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
 
 
 _HEALTH_STATES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
@@ -477,10 +493,12 @@ def check_health(address: str, policy: str = "", *, timeout_s: float = 1.0, tls:
         "SERVING", "NOT_SERVING", "UNKNOWN", or "SERVICE_UNKNOWN" if there is no such policy.
 
     Raises:
+        InvalidRequestError: an argument is out of range.
         UnauthenticatedError: the server's certificate is not to be trusted.
         NotReadyError: no server answers.
         DeadlineExpiredError: none within `timeout_s`.
     """
+    _positive(timeout_s)
     target = Target.parse(address, policy)
     name = target.policy.encode()
     if len(name) > 127:
@@ -561,7 +579,10 @@ class _Call:
         return decode_response(self.spec, rows, response, total_us=total_us)
 
 
-def _positive(timeout_s: float) -> float:
-    if not 0 < timeout_s < float("inf"):
-        raise InvalidRequestError(f"wanted a finite timeout_s > 0, got {timeout_s}; every call has a deadline")
+def _positive(timeout_s: float, name: str = "timeout_s") -> float:
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequestError(
+            f"wanted {name} > 0 and at most {MAX_TIMEOUT_S} s, a day, got {timeout_s}; "
+            "every call has a deadline"
+        )
     return timeout_s

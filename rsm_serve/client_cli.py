@@ -49,9 +49,17 @@ def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:
 
     for name, text in (
         ("--token-file", f"File with a token.  [default: {TOKEN_VARIABLE}, if set]"),
-        ("--tls-key", f"PEM private key of the certificate.  [default: {KEY_VARIABLE}]"),
-        ("--tls-cert", f"PEM certificate chain of this client.  [default: {CERT_VARIABLE}]"),
-        ("--tls-ca", f"PEM certificates of trusted authorities; switches TLS on.  [default: {CA_VARIABLE}]"),
+        # The variables do not switch TLS on: a token would travel in plaintext where that was believed.
+        ("--tls-key", f"PEM private key of the certificate.  [default: with TLS, {KEY_VARIABLE}]"),
+        (
+            "--tls-cert",
+            f"PEM certificate chain of this client; switches TLS on.  [default: with TLS, {CERT_VARIABLE}]",
+        ),
+        (
+            "--tls-ca",
+            f"PEM certificates of trusted authorities; switches TLS on, as {TLS_SCHEME} in the address does.  "
+            f"[default: with TLS, {CA_VARIABLE}]",
+        ),
     ):
         path = click.Path(path_type=Path)
         function = click.option(name, type=path, help=text, expose_value=False, callback=keep)(function)
@@ -71,7 +79,14 @@ def _client(
     path = click.get_current_context().obj["token_file"]
     token = None if path is None else read_tokens(path)[0]
     return PolicyClient(
-        address, policy, version, timeout_s=timeout_s, client_id=client_id, tls=_tls(), token=token
+        address,
+        policy,
+        version,
+        timeout_s=timeout_s,
+        connect_timeout_s=timeout_s,  # the first call is a call, too
+        client_id=client_id,
+        tls=_tls(),
+        token=token,
     )
 
 
@@ -83,7 +98,9 @@ _client_id = click.option(
 def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every subcommand shares."""
     for option in (
-        click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds per call."),
+        click.option(
+            "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to connect, and per call."
+        ),
         click.option("--version", default=None, help="Version of the policy.  [default: the current]"),
         click.option("--policy", default=None, help="Name; may be left out if the server has exactly one."),
         click.option(
@@ -210,7 +227,9 @@ def bench(
     type=click.FloatRange(0, 1),
     help="Largest difference, as a fraction of the action range.  [default: the policy's]",
 )
-@click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds per call.")
+@click.option(
+    "--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds to connect, and per call."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_credentials
 def replay(
@@ -242,7 +261,11 @@ def replay(
 
 
 def _answering(against: str, version: str, timeout_s: float) -> replaying.Against:
-    if Path(against).exists():
+    try:
+        here = Path(against).exists()
+    except OSError:  # too long a name for a file, or a directory that may not be searched
+        here = False
+    if here:
         return replaying.Bundles(Path(against), version)
     target = Target.parse(against, version=version or None)
     address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
@@ -263,10 +286,15 @@ def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArr
         raise UsageError("wanted --obs or --obs-file, got both; leave one of them out")
     if path is not None:
         try:
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({error})") from None
-        return array
+            array = np.load(path, allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return array
+            reason = "an archive of arrays"
+            array.close()
+        # A damaged file can be a BadZipFile, a MemoryError, a TokenError, ..., and no list of them is complete.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({reason:.200}); check the file")
     if text is None:
         return np.zeros(spec.observation.size, np.float32)
     try:

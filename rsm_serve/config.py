@@ -14,6 +14,10 @@ from rsm_serve.registry import Selection
 from rsm_serve.sessions.choice import Backend
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+MAX_SECONDS = 86_400
+"""A day, the most that a time may be set to: timers overflow somewhere beyond, and nan is in no range."""
+MAX_COUNT = 2**31 - 1
+"""The largest number that gRPC takes for a limit."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +157,31 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.drain_seconds < 0:
+        if self.threads < 1 or not 0 <= self.drain_seconds <= MAX_SECONDS:
             raise ConfigError(
-                f"wanted threads >= 1 and drain_seconds >= 0, got {self.threads} and {self.drain_seconds}"
+                f"wanted threads >= 1 and drain_seconds from 0 to {MAX_SECONDS}, a day, got {self.threads} and "
+                f"{self.drain_seconds}"
             )
-        if (self.poll is not None and not self.poll > 0) or self.keep_versions < 0:
+        if (self.poll is not None and not 0 < self.poll <= MAX_SECONDS) or self.keep_versions < 0:
             raise ConfigError(
-                f"wanted poll > 0 and keep_versions >= 0, got {self.poll} s and {self.keep_versions}"
+                f"wanted poll > 0 and at most {MAX_SECONDS} s, a day, and keep_versions >= 0, got "
+                f"{self.poll} s and {self.keep_versions}"
             )
-        limits = (self.max_connections, self.max_calls_per_connection, self.max_streams)
-        if min(limits) < 1:
+        if not 0 <= self.max_queue_delay_us <= 1_000_000 * MAX_SECONDS:
             raise ConfigError(
-                "wanted max_connections, max_calls_per_connection and max_streams >= 1, got "
-                f"{min(limits)}; leave it out for the default"
+                f"wanted max_queue_delay_us from 0 to {1_000_000 * MAX_SECONDS}, a day, got "
+                f"{self.max_queue_delay_us!s:.40}; leave it out for none"
             )
-        if self.max_rate is not None and not self.max_rate > 0:
-            raise ConfigError(f"wanted max_rate > 0 requests a second, got {self.max_rate:g}; or leave it out")
+        for limit in (self.max_connections, self.max_calls_per_connection, self.max_streams):
+            if not 1 <= limit <= MAX_COUNT:
+                raise ConfigError(
+                    f"wanted max_connections, max_calls_per_connection and max_streams from 1 to {MAX_COUNT}, "
+                    f"got {limit!s:.40}; leave it out for the default"
+                )
+        if self.max_rate is not None and not 0 < self.max_rate < float("inf"):
+            raise ConfigError(
+                f"wanted a finite max_rate > 0 requests a second, got {self.max_rate:g}; or leave it out"
+            )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
         if self.record_max_mb < 1:

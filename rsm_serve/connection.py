@@ -59,9 +59,17 @@ class Target:
         """From 'host:port', 'unix:/path' or 'grpc://host:port/NAME[:VERSION]', with TLS 'grpcs://...'.
 
         Raises:
-            InvalidRequestError: none of these, or two different policies or versions.
+            InvalidRequestError: none of these, not UTF-8, or two different policies or versions.
         """
         name, number = policy or "", "" if version is None else str(version)
+        for text in (address, name, number):
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # a byte of the command line that is no UTF-8, which gRPC does not carry
+                raise InvalidRequestError(
+                    f"wanted an address, policy and version of UTF-8, got {text!r:.200}; check the terminal's "
+                    "encoding"
+                ) from None
         scheme = next((prefix for prefix in (SCHEME, TLS_SCHEME) if address.startswith(prefix)), "")
         if scheme:
             address, _, path = address.removeprefix(scheme).partition("/")

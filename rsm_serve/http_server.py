@@ -81,9 +81,9 @@ class HttpServer:
         host, port = split_address(address)
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=MAX_HEAD_BYTES)
-        except OSError as error:
-            busy = error.errno == errno.EADDRINUSE
-            reason = "the port is in use" if busy else error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # UnicodeError: no host name has such a label
+            busy = getattr(error, "errno", None) == errno.EADDRINUSE
+            reason = "the port is in use" if busy else getattr(error, "strerror", None) or str(error)
             raise AddressError(
                 f"wanted to listen on {address} for HTTP, got: {reason}; choose another --http"
             ) from None

@@ -106,6 +106,8 @@ def look_at(policy_dir: Path) -> Found | None:
     try:
         numbers = list_versions(policy_dir)
         versions = tuple(number for number in numbers if (policy_dir / str(number) / MANIFEST_FILE).is_file())
+    except BundleError as error:
+        return Found((), problem=str(error))
     except OSError as error:
         return Found((), problem=f"cannot read {policy_dir}: {error.strerror}; check its permissions")
     if not numbers:

@@ -59,10 +59,14 @@ def check_client_id(client_id: str) -> str:
     """Return the name by which a client wants to be known; empty for none.
 
     Raises:
-        InvalidRequestError: too long.
+        InvalidRequestError: too long, or not UTF-8.
     """
-    # A character has one byte at least: most names need not be encoded to be judged.
-    if len(client_id) > MAX_CLIENT_ID_BYTES or len(client_id.encode()) > MAX_CLIENT_ID_BYTES:
+    try:
+        # A character has one byte at least: a name of megabytes need not be encoded to be judged.
+        too_long = len(client_id) > MAX_CLIENT_ID_BYTES or len(client_id.encode()) > MAX_CLIENT_ID_BYTES
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"wanted a client_id of UTF-8, got {client_id!r}; choose another") from None
+    if too_long:
         raise InvalidRequestError(
             f"wanted a client_id of at most {MAX_CLIENT_ID_BYTES} bytes, got one of {len(client_id)} "
             "characters; use a short name or a UUID"

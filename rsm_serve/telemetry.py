@@ -181,7 +181,10 @@ class Telemetry:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """(text, content type): Prometheus' format, or OpenMetrics' where an Accept header asks for it."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except Exception:  # a version such as 1.x, for which the library raises what comes
+            encode, content_type = choose_encoder("")
         return encode(self._registry), content_type
 
     def collect(self) -> Iterator[Metric]:

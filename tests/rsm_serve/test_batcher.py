@@ -111,7 +111,7 @@ def test_a_request_larger_than_a_batch_is_refused_with_the_limit(rows):
         BatchQueue[str](SMALL).put("a", rows, now=0.0)
 
 
-@pytest.mark.parametrize("limits", [(0, 1, 0.0), (4, 3, 0.0), (4, 8, -1.0)])
+@pytest.mark.parametrize("limits", [(0, 1, 0.0), (4, 3, 0.0), (4, 8, -1.0), (4, 8, float("nan"))])
 def test_contradicting_limits_are_rejected(limits):
     with pytest.raises(ConfigError):
         BatchLimits(*limits)

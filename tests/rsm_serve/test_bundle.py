@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +25,14 @@ from rsm_serve.bundle import (
     SPEC_FILE,
     Probe,
     check_policy_name,
+    find_bundle,
     list_policies,
     list_versions,
     load_bundle,
     manifest_json,
 )
 from rsm_serve.errors import BundleError
+from rsm_serve.repository import survey
 from tests.bundles import make_spec, write_bundle
 
 
@@ -137,6 +145,31 @@ def test_a_probe_that_is_no_archive(own_repo, content):
         load_bundle(own_repo / "tiny")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "-" * 9500 + "1",
+        "(" * 9000,
+        "[" * 150 + "]" * 150,
+        "{'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 9000 + "4}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ", 4)}",
+        "{'descr': '<f4\\x00', 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': [('a', '<f4', (2**31,))], 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': '|V9999999999999', 'fortran_order': False, 'shape': (1, 4)}",
+        "{[]: 1}",
+    ],
+)
+def test_a_probe_whose_header_nobody_can_read(own_repo, header):
+    text = header.encode() + b"\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for key in ("obs", "noise", "action"):
+            archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
+    with pytest.raises(BundleError, match=rf"{PROBE_FILE}.*\S.*export the policy again"):
+        load_bundle(own_repo / "tiny")
+
+
 def test_a_bare_array_as_probe(own_repo):
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(3))
@@ -176,6 +209,61 @@ def test_a_missing_repository_and_an_empty_directory(tmp_path):
         load_bundle(tmp_path / "nothing")
     with pytest.raises(BundleError, match="without manifest.json"):
         load_bundle(tmp_path)
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """As a user whom permissions stop, which they do not root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    try:
+        os.seteuid(65534)
+    except PermissionError:
+        pytest.skip("this root may not become somebody else")
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_repo() -> Iterator[Path]:
+    """A repository at a place that everybody reaches, which pytest's own directories are not."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        write_bundle(path / "repo", make_spec())
+        try:
+            yield path / "repo"
+        finally:
+            for directory in (path / "repo", path / "repo" / "tiny"):
+                directory.chmod(0o755)
+
+
+class TestPermissions:
+    @pytest.mark.parametrize("mode", [0o000, 0o444])
+    def test_a_repository_that_may_not_be_read(self, open_repo, mode):
+        open_repo.chmod(mode)
+        with without_privileges():
+            for path in (open_repo, open_repo / "nothing"):
+                with pytest.raises(BundleError, match=f"cannot read {open_repo}.*check its permissions"):
+                    list_versions(path / "tiny")
+                with pytest.raises(BundleError, match=f"cannot read {open_repo}.*check its permissions"):
+                    load_bundle(path / "tiny")
+            with pytest.raises(BundleError, match=rf"{open_repo}.*: Permission denied; check its permissions"):
+                list_policies(open_repo if mode == 0 else open_repo / "nothing")
+
+    def test_a_policy_that_may_not_be_read_hides_no_other(self, open_repo):
+        write_bundle(open_repo, make_spec("other"))
+        (open_repo / "tiny").chmod(0o000)
+        with without_privileges():
+            assert list_policies(open_repo) == ["other", "tiny"]
+            with pytest.raises(BundleError, match=r"tiny: Permission denied; check its permissions"):
+                find_bundle(open_repo / "tiny")
+            found = survey(open_repo).policies
+        assert found["tiny"].problem.endswith("tiny: Permission denied; check its permissions")
+        assert found["other"].versions == (1,)
 
 
 def test_a_half_copied_bundle_never_loads(own_repo, tmp_path):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -45,6 +49,18 @@ def serving(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], s
             yield process, match[1], match[2]
         finally:
             process.kill()
+
+
+def npy(header: str) -> bytes:
+    """A .npy file with the header, and no data."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(4))
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +307,26 @@ def test_selections_and_configurations():
             ServerConfig(repo="x", **change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"drain_seconds": value} for value in (math.nan, math.inf, 1e10)),
+        *({"poll": value} for value in (math.nan, math.inf, 1e300)),
+        *({"max_rate": value} for value in (math.nan, math.inf)),
+        *({"max_action_step": value} for value in (math.nan, math.inf)),
+        *({"max_queue_delay_us": value} for value in (10**11, 10**400)),
+        *({"max_connections": value} for value in (2**31, 10**400)),
+        {"max_calls_per_connection": 2**31},
+        {"max_streams": 2**31},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_number_that_nothing_can_count_or_wait_for_is_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        ServerConfig(repo=Path("x"), **change)
+    ServerConfig(repo=Path("x"), drain_seconds=86_400.0, poll=86_400.0, max_connections=2**31 - 1)
+
+
 class TestClient:
     def run(self, capsys, *arguments):
         status = client_cli.main(arguments)
@@ -346,6 +382,11 @@ class TestClient:
             (["act", "--obs", "1,2,3,4", "--obs-file", "x"], "got both"),
             (["act", "--seed", "-1"], "seed"),
             (["act", "--policy", "nope"], "'nope'"),
+            (["act", "--policy", "x\udc80"], r"UTF-8, got 'x\\udc80'"),
+            (["info", "--version", "\udc80"], r"UTF-8, got '\\udc80'"),
+            (["health", "--policy", "\udc80"], r"UTF-8, got '\\udc80'"),
+            (["act", "--client-id", "\udc80"], r"UTF-8, got '\\udc80'"),
+            (["health", "--timeout", "nan"], "timeout_s"),
             (["act", "--seed", "1", "--deterministic"], "got both"),
         ],
     )
@@ -354,6 +395,41 @@ class TestClient:
         assert (status, out) == (2, "")
         assert re.search(message, err)
         assert "Traceback" not in err
+
+    def test_an_address_that_is_not_utf_8(self, capsys):
+        status, out, err = self.run(capsys, "act", "--address", "x\udc80:1")
+        assert (status, out) == (2, "")
+        assert r"got 'x\udc80:1'" in err
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (b"PK\x03\x04junk", "not a zip file"),
+            (
+                npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}"),
+                "nable to allocate",
+            ),
+            (npy("(" * 9000), "."),
+            (npy("-" * 9500 + "1"), "."),
+            (npz(), "an archive of arrays"),
+        ],
+        ids=["zip", "shape", "parentheses", "nesting", "npz"],
+    )
+    def test_a_damaged_file_of_observations(self, capsys, address, content, reason, tmp_path):
+        (tmp_path / "obs.npy").write_bytes(content)
+        status, out, err = self.run(
+            capsys, "act", "--address", address, "--obs-file", str(tmp_path / "obs.npy")
+        )
+        assert (status, out) == (2, "")
+        assert re.fullmatch(rf"rsm-client: wanted a .npy file of numbers, got '.*' \(.*{reason}.*\); .*\n", err)
+
+    @pytest.mark.parametrize("name", ["info", "act", "health", "bench"])
+    def test_the_timeout_is_that_of_connecting_too(self, capsys, name):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            status, _, err = self.run(capsys, name, "--address", address, "--timeout", "0.2")
+        assert status == 2
+        assert f"no answer from {address} within 0.2 s" in err
 
     def test_no_server(self, capsys):
         for name in ("info", "act", "health", "bench"):

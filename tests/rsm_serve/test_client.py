@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from types import SimpleNamespace
@@ -104,10 +105,26 @@ def test_the_answer_to_another_request_is_refused(address, monkeypatch):
             client.act(np.zeros(4))
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("inf"), float("nan")])
-def test_every_call_has_a_deadline(timeout_s):
-    with pytest.raises(InvalidRequestError, match="deadline"):
-        PolicyClient("127.0.0.1:1", timeout_s=timeout_s)
+@pytest.mark.parametrize("timeout_s", [0, -1, float("inf"), float("nan"), 1e10, 86_401])
+def test_every_call_has_a_deadline(timeout_s, address):
+    wanted = r"wanted {}timeout_s > 0 and at most 86400 s, a day, got .*; every call has a deadline"
+    for kind in (PolicyClient, AsyncPolicyClient):
+        with pytest.raises(InvalidRequestError, match=wanted.format("")):
+            kind("127.0.0.1:1", timeout_s=timeout_s)
+        with pytest.raises(InvalidRequestError, match=wanted.format("connect_")):
+            kind("127.0.0.1:1", connect_timeout_s=timeout_s)
+    with pytest.raises(InvalidRequestError, match=wanted.format("")):
+        check_health("127.0.0.1:1", timeout_s=timeout_s)
+    with PolicyClient(address) as client, pytest.raises(InvalidRequestError, match=wanted.format("")):
+        client.stream(timeout_s=timeout_s)
+
+
+def test_the_longest_deadline(address):
+    with PolicyClient(address, timeout_s=86_400, connect_timeout_s=86_400) as client, client.stream() as stream:
+        assert client.act(np.zeros(4), seed=1).seed == 1
+        assert stream.act(np.zeros(4), seed=2).seed == 2
+        assert stream.act(np.zeros(4), seed=3).seed == 3
+    assert check_health(address, timeout_s=86_400) == "SERVING"
 
 
 def test_no_server_at_the_address():
@@ -226,6 +243,39 @@ class TestAsyncClient:
 
         with pytest.raises(NotReadyError, match="async with"):
             asyncio.run(main())
+
+    def test_a_stream_that_the_server_ended_between_two_steps(self, bundle_repo, tmp_path):
+        where = f"unix:{tmp_path}/rsm.sock"
+        config = ServerConfig(repo=bundle_repo, addresses=(where,))
+
+        async def main():
+            with contextlib.ExitStack() as first:
+                first.enter_context(background_server(config))
+                client = await AsyncPolicyClient(where, timeout_s=30).connect()
+                stream = client.stream()
+                await stream.act(np.zeros(4))
+                await asyncio.to_thread(first.close)
+            while not stream._stream.done():
+                await asyncio.sleep(0.01)
+            with pytest.raises(NotReadyError):
+                await stream.act(np.zeros(4))
+            with background_server(config):
+                assert (await stream.act(np.zeros(4), seed=2)).seed == 2
+                await stream.close()
+                await client.close()
+
+        asyncio.run(asyncio.wait_for(main(), 60))
+
+    def test_a_closed_stream_says_so(self, address):
+        async def main():
+            async with AsyncPolicyClient(address, timeout_s=30) as client:
+                async with client.stream() as stream:
+                    await stream.act(np.zeros(4))
+                with pytest.raises(NotReadyError, match="the stream to .* was closed here; open another"):
+                    await stream.act(np.zeros(4))
+                assert (await client.act(np.zeros(4), seed=2)).seed == 2
+
+        asyncio.run(main())
 
     def test_a_late_step(self, address, silent_port):
         async def main():

@@ -217,6 +217,7 @@ class TestMistakes:
         [
             (["nowhere", "--against", "127.0.0.1:1"], "wanted files or directories of records"),
             (["RECORDS", "--against", "nowhere"], "wanted an address such as"),
+            (["RECORDS", "--against", "a" * 300], "wanted an address such as"),  # no file can have such a name
             (["RECORDS", "--against", "REPO"], "bundle"),
             (["RECORDS", "--against", "REPO/tiny", "--version", "9"], "wanted answers for tiny:1"),
             (["RECORDS", "--against", "REPO/tiny/2", "--version", "1"], "wanted version 1, got the bundle"),

@@ -186,6 +186,23 @@ class TestMetrics:
         assert "rsm_requests" in {family.name for family in parse_openmetrics(text)}
         assert get(f"{http_of(server)}/metrics")[2]["content-type"].startswith("text/plain")
 
+    @pytest.mark.parametrize(
+        "accept",
+        [
+            "application/openmetrics-text; version=a.b.c",
+            "application/openmetrics-text; version=1.x",
+            "text/plain; version=1.0.x; escaping",
+            "text/plain; version=" + 5000 * "9",
+            ";;;=,=;version=",
+        ],
+    )
+    def test_an_accept_header_that_nobody_understands_gets_plain_text(self, server, accept, caplog):
+        status, text, headers = get(f"{http_of(server)}/metrics", Accept=accept)
+        assert status == 200
+        assert headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert "# TYPE rsm_requests_total counter" in text
+        assert "failed" not in caplog.text
+
     def test_every_way_to_fail_has_its_code_and_reason(self, bundle_repo):
         bundle = load_bundle(bundle_repo / "tiny")
         session = Gated(open_session(bundle))
@@ -335,6 +352,15 @@ class TestPort:
         with (
             pytest.raises(AddressError, match="wanted an address such as"),
             background_server(ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http="nonsense")),
+        ):
+            pass
+
+    @pytest.mark.parametrize("host", ["a" * 70, "a..b"])
+    def test_a_host_name_that_is_none_is_one_sentence(self, bundle_repo, host):
+        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=f"{host}:0", insecure=True)
+        with (
+            pytest.raises(AddressError, match=rf"wanted to listen on {host}:0 for HTTP, got: .*--http"),
+            background_server(config),
         ):
             pass
 

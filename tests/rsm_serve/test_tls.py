@@ -317,6 +317,15 @@ def test_rsm_client_says_one_sentence(tls_address, stranger):
     assert re.fullmatch(r"rsm-client: wanted a certificate signed by .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("name", ["info", "act", "health", "bench", "replay"])
+def test_the_help_does_not_promise_tls_by_the_environment(name, capsys):
+    assert client_cli.main([name, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "switches TLS on, as grpcs:// in the address does. [default: with TLS, RSM_TLS_CA]" in text
+    assert "[default: with TLS, RSM_TLS_CERT]" in text
+    assert "[default: with TLS, RSM_TLS_KEY]" in text
+
+
 class TestExposure:
     @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "0:0", "[::ffff:0.0.0.0]:0"])
     def test_everybodys_address_needs_tls_or_a_word(self, bundle_repo, address, capsys):
