@@ -99,7 +99,7 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every subcommand shares."""
     for option in (
         click.option(
-            "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to connect, and per call."
+            "--timeout", "timeout_s", default=5.0, show_default=True, help="Seconds to connect, and per call."
         ),
         click.option("--version", default=None, help="Version of the policy.  [default: the current]"),
         click.option("--policy", default=None, help="Name; may be left out if the server has exactly one."),
@@ -254,6 +254,10 @@ def replay(
     finally:
         target.close()
     report.unreadable = reader.unreadable
+    if reader.vanished:
+        click.echo(
+            f"rsm-client: {reader.vanished} files made room for newer ones before they were read", err=True
+        )
     if not report.compared and not report.failed_now:
         raise UsageError(_nothing_compared(report))
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else replaying.table(report))

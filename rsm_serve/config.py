@@ -184,8 +184,11 @@ class ServerConfig:
             )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
-        if self.record_max_mb < 1:
-            raise ConfigError(f"wanted record_max_mb >= 1, got {self.record_max_mb}")
+        if self.record_max_mb < self.processes or self.record_max_mb < 1:
+            raise ConfigError(
+                f"wanted record_max_mb >= 1, for each process, got {self.record_max_mb} for {self.processes}; "
+                "raise --record-max-mb"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             given = self.tls_cert or self.tls_key
             raise ConfigError(f"wanted --tls-cert and --tls-key together, got only {given}; give both")

@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from rsm_serve import recording
 from rsm_serve.batcher import Answered
@@ -48,6 +48,8 @@ and a writer that went on at once would keep the event loop from it until all is
 RETRY_S = 1.0
 """Between two attempts to write to a disk that is full or gone."""
 CLOSE_S = 5.0
+LOCK = ".lock"
+"""A file whose lock says that somebody records in its directory."""
 MAX_ASKED_CHARACTERS = 128
 """Of a policy's name that is not here: it is the caller's own text."""
 _NO_TIMING = Timing()
@@ -312,8 +314,7 @@ class RotatingFiles:
         self._number = 0
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = open(directory / ".lock", "wb", opener=_private)  # noqa: SIM115 (kept)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = _locked(directory)
         except BlockingIOError:
             raise ConfigError(
                 f"wanted a directory for the records of this server alone, got {str(directory)!r}, where "
@@ -360,6 +361,14 @@ class RotatingFiles:
     def _begin(self) -> None:
         """Make room, then open the next file."""
         # A directory that is gone is not made again: it may have been another disk's, and this one would fill.
+        # One that somebody made again is another one, in which another server may record.
+        if not _same_file(self._lock, self._directory / LOCK):
+            try:
+                lock = _locked(self._directory)
+            except BlockingIOError:
+                raise OSError(f"another server records in {self._directory} now") from None
+            self._lock.close()
+            self._lock = lock
         files = recording.numbered_files(self._directory)
         sizes = [path.stat().st_size for path in files]
         while files and sum(sizes) + self._file_bytes > self._max_bytes:
@@ -391,6 +400,29 @@ class RotatingFiles:
         if self._path is not None:
             self._path = None
             os.close(self._descriptor)
+
+
+def _locked(directory: Path) -> BinaryIO:
+    """The lock of a directory, held until it is closed.
+
+    Raises:
+        BlockingIOError: another recorder has it.
+        OSError: the directory is gone, or cannot be written to.
+    """
+    lock: BinaryIO = open(directory / LOCK, "wb", opener=_private)  # noqa: SIM115 (kept)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def _same_file(opened: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _private(path: str, flags: int) -> int:

@@ -148,22 +148,35 @@ def decode(content: bytes) -> Record:
 
 @dataclass
 class Reader:
-    """Yields the records of files, oldest first; what cannot be read is counted and left out."""
+    """Yields the records of files, oldest first; what cannot be read is counted and left out.
+
+    Read is what was there when the reader was made: of a directory into which a server records, not what came
+    since, such as the requests of a replay itself.
+    """
 
     files: Sequence[Path]
     unreadable: int = 0
     """Damaged or incomplete records met so far; behind one whose length is damaged, a file is not read on."""
+    vanished: int = 0
+    """Files met so far that a server had deleted meanwhile, to make room for newer ones."""
+
+    def __post_init__(self) -> None:
+        self._sizes = {path: _size(path) for path in self.files}
 
     def __iter__(self) -> Iterator[Record]:
         for path in self.files:
             yield from self._records(path)
 
     def _records(self, path: Path) -> Iterator[Record]:
+        if _NUMBERED.fullmatch(path.name) and not path.exists():
+            self.vanished += 1
+            return
+        end = self._sizes[path]
         with _open(path) as file:
             if file.read(len(MAGIC)) != MAGIC:
                 self.unreadable += 1
                 return
-            while head := file.read(_FRAME.size):
+            while file.tell() < end and (head := file.read(_FRAME.size)):
                 content = self._content(head, file)
                 if content is None:
                     self.unreadable += 1
@@ -190,24 +203,43 @@ class Reader:
 def read(*paths: str | Path) -> Reader:
     """The records of files, or of all files in directories, in the order in which they were written.
 
+    A directory of `rsm-serve --processes` has one for each process; they are read one after the other.
+
     Raises:
-        UsageError: a path is neither, or a directory has no records.
+        UsageError: a path is neither, cannot be read, or is a directory without records.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files = numbered_files(path)
-            if not files:
-                raise UsageError(
-                    f"wanted a directory of records, got {str(path)!r} without any *{SUFFIX}; "
-                    "name the directory of rsm-serve --record"
-                )
-            found += files
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UsageError(f"wanted files or directories of records, got {str(path)!r}; check the path")
+        try:
+            found += _files(path)
+        except OSError as error:
+            raise UsageError(f"wanted to read {str(path)!r:.300}, got: {error.strerror}; check it") from None
     return Reader(found)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that a path stands for."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"wanted files or directories of records, got {str(path)!r:.300}; check the path")
+    numbered = (entry for entry in path.iterdir() if entry.name.isdecimal() and entry.is_dir())
+    processes = sorted(numbered, key=lambda entry: int(entry.name))
+    files = [file for directory in (path, *processes) for file in numbered_files(directory)]
+    if not files:
+        raise UsageError(
+            f"wanted a directory of records, got {str(path)!r} without any *{SUFFIX}; "
+            "name the directory of rsm-serve --record"
+        )
+    return files
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 of a file that has vanished."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def numbered_files(directory: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import math
 import secrets
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rsm_serve.bundle import SPEC_FILE, list_versions, parse_version
 from rsm_serve.client import PolicyClient
 from rsm_serve.commandline import aligned
 from rsm_serve.connection import Target
@@ -116,13 +117,14 @@ class Bundles:
     """
 
     def __init__(self, path: Path, version: str = "") -> None:
-        from rsm_serve.bundle import list_versions
-
+        if version and parse_version(version) is None:
+            raise UsageError(f"wanted the number of a version such as 3 as --version, got {version!r:.60}")
         self._path = path
-        self._many = path.is_dir() and bool(list_versions(path))
+        versions = list_versions(path)
+        self._many = bool(versions)
         self._version = version
         self._opened: dict[str, Any] = {}
-        self.policy = path.resolve().name if self._many else self._open("").spec.name
+        self.policy = _name_of(path, versions) if versions else self._open("").spec.name
         if version and not self._many and self._open("").spec.version != version:
             raise UsageError(
                 f"wanted version {version}, got the bundle {str(path)!r} of version "
@@ -163,6 +165,16 @@ class Bundles:
             raise self._opened[version]
         policy: Policy = self._opened[version]
         return policy
+
+
+def _name_of(policy_dir: Path, versions: Sequence[int]) -> str:
+    """A policy's name as any of its versions says it, which a link to its directory need not."""
+    for number in versions:
+        try:
+            return PolicySpec.from_json((policy_dir / str(number) / SPEC_FILE).read_bytes()).name
+        except (OSError, BundleError):  # told when it is asked
+            continue
+    return policy_dir.absolute().name
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ def test_what_is_wrong_is_said_once(own_repo):
         ({"processes": 0}, "processes >= 1"),
         ({"processes": 2, "addresses": ("unix:/tmp/x",)}, "unix socket"),
         ({"processes": 2, "admin_token_file": "x"}, "--poll"),
+        ({"processes": 3, "record": Path("x"), "record_max_mb": 2}, "record_max_mb >= 1, for each process"),
     ],
 )
 def test_what_processes_cannot_share_is_refused(options, message):

@@ -135,6 +135,44 @@ class TestFormat:
             read(tmp_path)
         with pytest.raises(UsageError, match="wanted files or directories of records"):
             read(tmp_path / "nothing")
+        with pytest.raises(UsageError, match="wanted to read .*File name too long"):
+            read(tmp_path / ("x" * 300))
+
+    @pytest.mark.parametrize("named", ["directory", "file"])
+    def test_what_is_recorded_meanwhile_is_not_read(self, tmp_path, named):
+        """A replay against the server that records there would read its own requests, for ever."""
+        path, frame = tmp_path / "00000001.rsmrec", encode(make_record())
+        path.write_bytes(MAGIC + 3 * frame)
+        reader = read(tmp_path if named == "directory" else path)
+        count = 0
+        for _ in reader:
+            count += 1
+            with path.open("ab") as file:
+                file.write(frame)
+            (tmp_path / f"{count + 1:08d}.rsmrec").write_bytes(MAGIC + frame)
+        assert (count, reader.unreadable, reader.vanished) == (3, 0, 0)
+        assert len(list(read(tmp_path))) == 9, "by another reader"
+
+    def test_files_that_make_room_meanwhile_are_left_out(self, tmp_path):
+        paths = [tmp_path / f"{number:08d}.rsmrec" for number in (1, 2, 3)]
+        for path in paths:
+            path.write_bytes(MAGIC + encode(make_record()))
+        reader = read(tmp_path)
+        paths[0].unlink()
+        found = [next(iter(reader))]
+        paths[2].unlink()
+        assert (len(found), reader.unreadable, reader.vanished) == (1, 0, 1)
+        again = read(tmp_path)
+        assert (len(list(again)), again.vanished) == (1, 0)
+
+    def test_a_directory_of_processes_has_theirs(self, tmp_path):
+        for place in ("0", "1", "10", "other"):
+            (tmp_path / place).mkdir()
+            record = make_record(version=place if place.isdecimal() else "99")
+            (tmp_path / place / "00000001.rsmrec").write_bytes(MAGIC + encode(record))
+        assert [record.version for record in read(tmp_path)] == ["0", "1", "10"]
+        (tmp_path / "00000007.rsmrec").write_bytes(MAGIC + encode(make_record(version="7")))
+        assert [record.version for record in read(tmp_path)] == ["7", "0", "1", "10"]
 
 
 class TestServer:
@@ -261,6 +299,25 @@ class TestServer:
 
 
 class TestRecorder:
+    def test_a_directory_that_was_made_anew_is_locked_anew(self, tmp_path):
+        directory = tmp_path / "records"
+        files = RotatingFiles(directory, 2**20)
+        files.append(b"one")
+        shutil.rmtree(directory)
+        directory.mkdir()
+        files.look()
+        files.append(b"two")
+        with pytest.raises(ConfigError, match="another one records"):
+            RotatingFiles(directory, 2**20)
+        shutil.rmtree(directory)
+        other = RotatingFiles(directory, 2**20)
+        files.look()
+        with pytest.raises(OSError, match="another server records in .* now"):
+            files.append(b"three")
+        other.close()
+        assert files.append(b"four")
+        files.close()
+
     def test_what_the_writer_cannot_keep_up_with_is_dropped_and_told_once(self, tmp_path, caplog):
         recorder, count = Recorder(tmp_path, 2**26), MAX_PENDING_BYTES // 1024 + 100
         for _ in range(count):  # the writer does not run yet

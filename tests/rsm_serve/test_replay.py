@@ -25,7 +25,7 @@ from rsm_serve.server import PolicyServer, background_server
 from tests.bundles import make_model, make_probe, make_spec, write_bundle
 from tests.rsm_serve.test_guard import HIGH, LOW, guarded
 from tests.rsm_serve.test_recording import OBS, make_record
-from tests.rsm_serve.test_server import ANY_PORT
+from tests.rsm_serve.test_server import ANY_PORT, wait_until
 
 ASKED = 6
 
@@ -108,6 +108,24 @@ class TestAgreement:
     def test_with_the_bundle(self, capsys, records, repo, place):
         status, found = report(capsys, records, "--against", repo / place)
         assert (status, found["compared"], found["equal"]) == (0, ASKED, ASKED)
+
+    def test_with_a_link_to_the_bundle(self, capsys, records, repo, tmp_path):
+        (tmp_path / "other").symlink_to(repo / "tiny", target_is_directory=True)
+        status, found = report(capsys, records, "--against", tmp_path / "other")
+        assert (status, found["compared"]) == (
+            0,
+            report(capsys, records, "--against", repo / "tiny")[1]["compared"],
+        )
+
+    def test_with_the_server_that_records_there(self, capsys, bundle_repo, tmp_path):
+        config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, record=tmp_path)
+        with background_server(config) as server:
+            with PolicyClient(server.addresses[0], timeout_s=30) as client:
+                for _ in range(20):
+                    client.act(np.zeros(4))
+            wait_until(lambda: len(list(read(tmp_path))) == 20 if numbered_files(tmp_path) else False, "20")
+            status, found = report(capsys, tmp_path, "--against", server.addresses[0])
+        assert (status, found["records"], found["compared"]) == (0, 20, 20)
 
     def test_as_text_and_of_a_few(self, capsys, records, repo):
         status, out, _ = run(capsys, records, "--against", repo / "tiny", "--limit", 2)
@@ -221,6 +239,11 @@ class TestMistakes:
             (["RECORDS", "--against", "REPO"], "bundle"),
             (["RECORDS", "--against", "REPO/tiny", "--version", "9"], "wanted answers for tiny:1"),
             (["RECORDS", "--against", "REPO/tiny/2", "--version", "1"], "wanted version 1, got the bundle"),
+            (
+                ["RECORDS", "--against", "REPO/tiny", "--version", "abc"],
+                "wanted the number of a version such as 3",
+            ),
+            (["x" * 300, "--against", "127.0.0.1:1"], "File name too long"),
             (["RECORDS", "--against", "REPO/tiny", "--policy", "x"], "wanted records of answered requests"),
             (["RECORDS", "--against", "REPO/tiny", "--tolerance", "2"], "tolerance"),
             (["RECORDS", "--against", "127.0.0.1:1"], "no policy server answers"),
