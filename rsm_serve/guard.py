@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -244,6 +244,7 @@ class GuardedAnswers:
     def __init__(self, limits: GuardLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._guard = ActionGuard(limits)
         self._clock = clock
+        self._unsettled: dict[object, deque[tuple[Future, Callable[[], None]]]] = {}
         self.admit = self._guard.admit
 
     def follow(
@@ -253,22 +254,26 @@ class GuardedAnswers:
         client: Hashable | None,
         request: ActRows,
         observer: LaneObserver | None,
+        *,
+        stream: object | None = None,
     ) -> Future:
         """The future of what is given out for a queued request; cancelling it cancels `sampled`.
 
-        An action that nobody waited for any more is not the client's last one.
+        An action that nobody waited for any more is not the client's last one. Requests of a `stream` are
+        settled in their order, in which they are answered; by priority, or by two versions, they may be sampled
+        in another.
         """
         given: Future = sampled.get_loop().create_future()
 
-        def settle(done: Future) -> None:
-            error = None if done.cancelled() else done.exception()  # also marks it as seen
+        def settle() -> None:
+            error = None if sampled.cancelled() else sampled.exception()  # also marks it as seen
             if given.done():
                 return
-            if done.cancelled():
+            if sampled.cancelled():
                 given.cancel()
                 return
             try:
-                given.set_result(self._given(done, error, spec, client, request, observer))
+                given.set_result(self._given(sampled, error, spec, client, request, observer))
             except Exception as fault:
                 given.set_exception(fault)
 
@@ -276,9 +281,21 @@ class GuardedAnswers:
             if done.cancelled():
                 sampled.cancel()
 
-        sampled.add_done_callback(settle)
+        if stream is None:
+            sampled.add_done_callback(lambda _: settle())
+        else:
+            self._unsettled.setdefault(stream, deque()).append((sampled, settle))
+            sampled.add_done_callback(lambda _: self._settle_in_turn(stream))
         given.add_done_callback(cancelled)
         return given
+
+    def _settle_in_turn(self, stream: object) -> None:
+        unsettled = self._unsettled.get(stream)
+        while unsettled and unsettled[0][0].done():
+            _, settle = unsettled.popleft()
+            settle()
+        if not unsettled:
+            self._unsettled.pop(stream, None)
 
     def _given(
         self,

@@ -156,9 +156,8 @@ class Intake:
         rows = len(request.rows.obs_BO)
         sampled = future
         if self._guard is not None:
-            future = self._guard.follow(
-                sampled, lane.spec, who.client_id or stream, request.rows, lane.observer
-            )
+            client = who.client_id or stream
+            future = self._guard.follow(sampled, lane.spec, client, request.rows, lane.observer, stream=stream)
         watch(future, lane.observer, label, rows=rows, started_s=started_s, timeout_s=timeout_s)
         if self._tracer is not None:
             self._tracer.follow(future, method, lane.spec, call.invocation_metadata(), started_s=started_s)

@@ -205,6 +205,10 @@ class LifeCycle:
             self._refuse_when_stopping()
             if failure:
                 raise RepositoryError(failure)
+            # Canaries and pinned versions went with an unload. One that fails is told in the log and the index.
+            for other in sorted(wanted.fixed(name) - self._registry.ready(name)):
+                await self._bring(name, other, make_current=other == current)
+                self._refuse_when_stopping()
             self._wishes = wanted
             self._found[name] = found
             self._settle(name, current)

@@ -5,6 +5,7 @@ Decode, submit to the lane, encode; what a message means is in `rsm_serve.oip_co
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -167,8 +168,8 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         try:
             # Cancelling this handler (the caller left, or its deadline passed) cancels the future, which
             # takes the request out of the queue.
-            submitted = self._submit("ModelInfer", request, context)
-            return submitted.encode(await submitted.future)
+            future, encode = self._submit("ModelInfer", request, context)
+            return encode(await future)
         except Exception as error:
             await self._abort(context, error)
 
@@ -178,7 +179,8 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
         """Sample actions at every control step, in order, several in flight."""
         identity = object()
         stream: _InferStream = OrderedStream(
-            lambda request: self._submit_streamed(request, context, identity), self._refused
+            lambda request: self._submit_streamed(request, context, identity),
+            lambda request, error: self._refused(_named(request), error),
         )
         try:
             async with self._streams.open(stream, requests, context.add_done_callback) as responses:
@@ -235,7 +237,8 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
 
     def _submit(
         self, method: str, request: pb.ModelInferRequest, context: _Context, stream: object | None = None
-    ) -> Submitted[_Answer, pb.ModelInferResponse]:
+    ) -> tuple[asyncio.Future[_Answer], Callable[[_Answer], pb.ModelInferResponse]]:
+        """The future answer, and what makes its message."""
         lane, call, future = self._intake.submit(
             f"{SERVICE}/{method}",
             context,
@@ -245,25 +248,23 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             lambda lane: decode_infer(lane.spec, request, lane.limits.max_batch_size),
             stream,
         )
-        return Submitted(future, partial(encode_infer, lane.spec, call, request.id))
+        return future, partial(encode_infer, lane.spec, call, request.id)
 
     def _submit_streamed(
         self, request: pb.ModelInferRequest, context: _Context, stream: object
     ) -> Submitted[_Answer, pb.ModelStreamInferResponse]:
-        submitted = self._submit("ModelStreamInfer", request, context, stream)
-        return Submitted(submitted.future, lambda answered: _streamed(submitted.encode(answered)))
+        future, encode = self._submit("ModelStreamInfer", request, context, stream)
+        refuse = partial(self._refused, _named(request))  # not the request, which may be large
+        return Submitted(future, lambda answered: _streamed(encode(answered)), refuse)
 
-    def _refused(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
+    def _refused(self, named: pb.ModelInferResponse, error: Exception) -> pb.ModelStreamInferResponse:
         self._log_fault(error)
-        response = pb.ModelStreamInferResponse(error_message=": ".join(wire_status(error)))
-        response.infer_response.model_name = request.model_name[:MAX_NAME_ECHO]
-        response.infer_response.model_version = request.model_version[:MAX_NAME_ECHO]
-        response.infer_response.id = request.id[:MAX_ECHO]
-        return response
+        return pb.ModelStreamInferResponse(error_message=": ".join(wire_status(error)), infer_response=named)
 
     async def _lane(self, name: str, version: str, context: _Context) -> Lane:
         try:
-            return self._registry.find(name, version)
+            # What a caller meets who is no canary's; nobody in particular asks here.
+            return self._registry.find(name, version, fixed=True)
         except RequestError as error:
             await self._abort(context, error)
 
@@ -280,6 +281,15 @@ class InferenceService(oip_pb2_grpc.GRPCInferenceServiceServicer):
             raise NotOfferedError(SWITCHED_OFF)
         _check_repository(repository_name)
         return self._control
+
+
+def _named(request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    """What of a request comes back with an error, as much of it as can."""
+    return pb.ModelInferResponse(
+        model_name=request.model_name[:MAX_NAME_ECHO],
+        model_version=request.model_version[:MAX_NAME_ECHO],
+        id=request.id[:MAX_ECHO],
+    )
 
 
 def _streamed(response: pb.ModelInferResponse) -> pb.ModelStreamInferResponse:

@@ -329,9 +329,15 @@ class Registry:
         return loaded.ready.get(str(version), loaded.current)
 
     def _unknown(self, name: str) -> RequestError:
-        for status in self._troubles.values():
-            if status.name == name and status.state is State.LOADING:
-                return NotReadyError(f"policy {name!r:.90} is being loaded; try again in a moment")
+        # Without a name there is one policy at most, which is the one that is meant.
+        troubles = [status for status in self._troubles.values() if name in (status.name, "")]
+        if name or not self._policies:
+            if any(status.state is State.LOADING for status in troubles):
+                return NotReadyError(f"{_called(name)} is being loaded; try again in a moment")
+            if troubles:
+                return NotReadyError(
+                    f"{_called(name)} failed to load (the server's log says why); try again later"
+                )
         if not self._policies:
             return PolicyNotFoundError("wanted a policy, this server has none at present; try again later")
         wanted = f"policy {name!r:.90}" if name else "a policy name, because several are loaded"
@@ -353,6 +359,10 @@ class Registry:
             if state in states:
                 return NotReadyError(f"{wanted}, {what}")
         return PolicyNotFoundError(f"{wanted}, {has}; leave the version out for the current one")
+
+
+def _called(name: str) -> str:
+    return f"policy {name!r:.90}" if name else "this server's policy"
 
 
 def _key(lane: Lane) -> tuple[str, int]:

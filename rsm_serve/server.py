@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,6 +62,7 @@ HANDSHAKE_MS = 10_000
 """For a new connection to become one of HTTP/2, and of TLS; then it is closed."""
 MAX_METADATA_BYTES = 16 * 1024
 """Of a call; gRPC itself refuses more, with RESOURCE_EXHAUSTED."""
+IDLE_S = 0.05
 FLUSH_S = 0.5
 """Time for the last answers to leave, and for watchers of health to be cut off, after draining."""
 
@@ -114,7 +116,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> pb.GetSpecResponse:
         """What a policy takes and gives."""
         try:
-            lane = self._intake.registry.find(request.policy, request.version)
+            # What a caller meets who is no canary's; nobody in particular asks here.
+            lane = self._intake.registry.find(request.policy, request.version, fixed=True)
         except RequestError as error:
             await _abort(context, error)
         return pb.GetSpecResponse(
@@ -142,11 +145,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
         def submit(request: pb.ActRequest) -> Submitted[Answered[ActResult], pb.ActResponse]:
             future = self._submit("ActStream", request, context, identity)
+            request_id = request.request_id  # not the request, which may be large
             return Submitted(
-                future, lambda done: encode_response(request.request_id, done.answer, done.queue_us)
+                future,
+                lambda done: encode_response(request_id, done.answer, done.queue_us),
+                partial(_refused, request_id),
             )
 
-        stream: _ActStream = OrderedStream(submit, _refused)
+        stream: _ActStream = OrderedStream(submit, lambda request, error: _refused(request.request_id, error))
         try:
             async with self._streams.open(stream, requests, context.add_done_callback) as responses:
                 async for response in responses:
@@ -182,9 +188,9 @@ def _caller(request: pb.ActRequest) -> Caller:
     )
 
 
-def _refused(request: pb.ActRequest, error: Exception) -> pb.ActResponse:
-    _log_fault(error, request_id=request.request_id)
-    return encode_error(request.request_id, error)
+def _refused(request_id: int, error: Exception) -> pb.ActResponse:
+    _log_fault(error, request_id=request_id)
+    return encode_error(request_id, error)
 
 
 class PolicyServer:
@@ -311,7 +317,8 @@ class PolicyServer:
         waits = asyncio.gather(*(lane.batcher.drained() for lane in lanes))
         finished = True
         try:
-            await asyncio.wait_for(waits, limit_s)
+            # An idle worker needs a moment to say that it has nothing left.
+            await asyncio.wait_for(waits, max(limit_s, IDLE_S))
         except asyncio.TimeoutError:
             finished = False
         # The answers have been computed; what is open after the flush is watchers and idle streams.

@@ -29,6 +29,13 @@ class Submitted(Generic[Answer, Response]):
     future: asyncio.Future[Answer]
     encode: Callable[[Answer], Response]
     """Makes the message for its answer."""
+    refuse: Callable[[Exception], Response]
+    """Makes the message if it fails."""
+
+
+@dataclass(eq=False, slots=True)
+class _Refused(Generic[Response]):
+    response: Response
 
 
 class OrderedStream(Generic[Request, Answer, Response]):
@@ -36,7 +43,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
 
     Args:
         submit: queues a request.
-        refuse: makes the message for a request that failed, in `submit` or later.
+        refuse: makes the message for a request that `submit` refuses.
         window: requests that may be in flight; then the reader stops and the transport's flow control acts.
     """
 
@@ -49,8 +56,9 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self._submit = submit
         self._refuse = refuse
         self._window = window
-        # A request with what became of it; the first one is the one that is being answered.
-        self._pending: deque[tuple[Request, Submitted[Answer, Response] | Exception]] = deque()
+        # What was queued, or the response to what was refused; the first is the one that is being answered. Not
+        # the requests themselves: they may have 16 MiB each, and wait for a caller that reads nothing.
+        self._pending: deque[Submitted[Answer, Response] | _Refused[Response]] = deque()
         # At most one side waits: the reader while the window is full, the writer while nothing is pending.
         self._moved: asyncio.Future[None] | None = None
         self._read_all = False
@@ -66,7 +74,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
                     await self._move()
                 if self.ended_by_server:
                     break
-                self._pending.append((request, self._submitted(request)))
+                self._pending.append(self._submitted(request))
                 del request  # nor here; see `responses`
                 self._wake()
         except RequestError as error:
@@ -77,11 +85,11 @@ class OrderedStream(Generic[Request, Answer, Response]):
             self._read_all = True
             self._wake()
 
-    def _submitted(self, request: Request) -> Submitted[Answer, Response] | Exception:
+    def _submitted(self, request: Request) -> Submitted[Answer, Response] | _Refused[Response]:
         try:
             return self._submit(request)
         except Exception as error:
-            return error
+            return _Refused(self._refuse(request, error))
 
     async def responses(self) -> AsyncIterator[Response]:
         """One per request, in the order of the requests."""
@@ -90,19 +98,19 @@ class OrderedStream(Generic[Request, Answer, Response]):
                 if self._read_all or self.ended_by_server:
                     return
                 await self._move()
-            # In a call of its own, so that nothing of the request stays here: a stream can be idle for hours,
-            # and a request be of 16 MiB.
-            yield await self._response(*self._pending[0])
-            self._pending.popleft()
+            yield await self._response(self._pending[0])
+            if self._pending:  # not closed meanwhile
+                self._pending.popleft()
             self._wake()
 
-    async def _response(self, request: Request, submitted: Submitted[Answer, Response] | Exception) -> Response:
-        if isinstance(submitted, Exception):
-            return self._refuse(request, submitted)
+    @staticmethod
+    async def _response(submitted: Submitted[Answer, Response] | _Refused[Response]) -> Response:
+        if isinstance(submitted, _Refused):
+            return submitted.response
         try:
             return submitted.encode(await submitted.future)
         except Exception as error:
-            return self._refuse(request, error)
+            return submitted.refuse(error)
 
     def end(self) -> None:
         """Answer what has been read, then stop."""
@@ -111,7 +119,8 @@ class OrderedStream(Generic[Request, Answer, Response]):
 
     def cancel(self) -> None:
         """Nobody waits any more."""
-        for _, submitted in self._pending:
+        pending, self._pending = self._pending, deque()
+        for submitted in pending:
             if isinstance(submitted, Submitted):
                 future = submitted.future
                 if not future.cancel() and not future.cancelled():

@@ -193,6 +193,25 @@ class TestAnswers:
 
         asyncio.run(main())
 
+    def test_a_stream_is_limited_in_the_order_in_which_it_is_answered(self):
+        async def main() -> None:
+            guard = GuardedAnswers(GuardLimits(0.1), clock=lambda: 0.0)
+            loop = asyncio.get_running_loop()
+            sampled = [loop.create_future() for _ in range(4)]
+            given = [guard.follow(one, SPEC, "arm", self.rows, None, stream="s") for one in sampled]
+            actions = ((0, 0), (3, 0), (3, 0), (3, 0))
+            for index in (3, 1):  # sampled first, by another version or a higher priority
+                sampled[index].set_result(self.answered(actions[index]))
+            await asyncio.sleep(0.01)
+            assert not any(one.done() for one in given)
+            given[2].cancel()
+            sampled[0].set_result(self.answered(actions[0]))
+            found = [(await given[index]).answer.action[0, 0] for index in (0, 1, 3)]
+            assert found == pytest.approx([0, 0.4, 0.8])
+            assert not guard._unsettled
+
+        asyncio.run(main())
+
     def test_giving_up_takes_the_request_out_of_the_queue(self):
         async def main() -> None:
             guard = GuardedAnswers(GuardLimits(0.1))

@@ -228,6 +228,16 @@ def test_an_answer_under_way_comes_from_the_version_that_was_asked(own_repo):
 
 
 class TestFailures:
+    def test_a_policy_of_which_nothing_loads_is_not_ready_rather_than_unknown(self, own_repo):
+        add_version(own_repo, 1, "other")
+        damage(own_repo / "tiny" / "1")
+        with serve(own_repo, poll=30) as server:
+            run(server, server.lifecycle.refresh())
+            with pytest.raises(NotReadyError, match="policy 'tiny' failed to load"):
+                acting_version(server)
+            with pytest.raises(PolicyNotFoundError, match="wanted policy 'nope'"):
+                server.registry.find("nope", "")
+
     def test_a_broken_version_is_tried_once_per_change_and_the_old_one_goes_on(self, own_repo, caplog):
         with serve(own_repo) as server:
             broken = damage(add_version(own_repo, 2))
@@ -687,6 +697,24 @@ def resident_mb() -> float:
 
 
 class TestCanaries:
+    def test_the_specification_is_the_current_versions(self, own_repo):
+        """By lot, a client that always meets the current version would send what the canary takes."""
+        write_bundle(own_repo, make_spec("tiny", "2", obs_size=6))
+        name = next(name for name in map(str, range(99)) if lot("tiny", name, None) >= 0.9)
+        with serve(own_repo, canaries=(Canary("tiny", 2, 0.9),)) as server:
+            for _ in range(5):
+                with PolicyClient(server.addresses[0], policy="tiny", client_id=name, timeout_s=30) as client:
+                    assert client.act(np.zeros(4)).version == "1"
+
+    def test_a_canary_comes_back_with_its_policy(self, own_repo):
+        add_version(own_repo, 2)
+        with serve(own_repo, canaries=(Canary("tiny", 2, 1.0),)) as server:
+            assert acting_version(server) == "2"
+            run(server, server.lifecycle.unload("tiny"))
+            run(server, server.lifecycle.load("tiny"))
+            assert acting_version(server) == "2"
+            assert server.registry.current("tiny") == 1
+
     def test_clients_stick_to_their_version_and_the_answer_names_it(self, own_repo):
         add_version(own_repo, 2)
         share = 0.4

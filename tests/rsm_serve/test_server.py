@@ -499,3 +499,14 @@ def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop
     assert answer.seed is not None
     assert expected.seed is not None
     assert np.array_equal(answer.seed, expected.seed)
+
+
+def test_an_idle_server_has_nothing_left_to_answer_however_little_time_it_is_given(bundle_repo):
+    config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=0)
+
+    async def main() -> bool:
+        server = PolicyServer(config)
+        await server.start()
+        return await server.drain()
+
+    assert asyncio.run(main())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
+from rsm_serve.errors import InvalidRequestError
 from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
 
 
@@ -23,7 +26,7 @@ def test_a_stream_whose_handler_is_dropped_is_closed_when_the_call_ends():
         changes: list[int] = []
         ends: list[Any] = []
         stream: OrderedStream[str, int, int] = OrderedStream(
-            lambda request: Submitted(future, int), lambda request, error: -1
+            lambda request: Submitted(future, int, lambda error: -1), lambda request, error: -1
         )
 
         async def one_request() -> AsyncIterator[str]:
@@ -47,7 +50,7 @@ def test_a_stream_is_closed_at_the_end_of_its_block():
     async def main() -> None:
         changes: list[int] = []
         stream: OrderedStream[str, int, int] = OrderedStream(
-            lambda request: Submitted(asyncio.get_running_loop().create_future(), int),
+            lambda request: Submitted(asyncio.get_running_loop().create_future(), int, lambda error: -1),
             lambda request, error: -1,
         )
         async with OpenStreams(changes.append).open(stream, silent(), lambda close: None):
@@ -70,7 +73,7 @@ def test_what_comes_after_the_end_is_not_submitted():
 
         def submit(request: str) -> Submitted[int, int]:
             submitted.append(request)
-            return Submitted(answer, int)
+            return Submitted(answer, int, lambda error: -1)
 
         stream: OrderedStream[str, int, int] = OrderedStream(submit, lambda request, error: -1)
         reader = asyncio.create_task(stream.read(requests()))
@@ -81,5 +84,40 @@ def test_what_comes_after_the_end_is_not_submitted():
         await reader
         assert [response async for response in stream.responses()] == [7]
         assert submitted == ["before"]
+
+    asyncio.run(main())
+
+
+def test_a_stream_keeps_no_request():
+    """Of refused ones neither: they may have 16 MiB each, and wait for a caller that reads nothing."""
+
+    class Request:
+        pass
+
+    async def main() -> None:
+        kept: list[weakref.ref[Request]] = []
+        futures: list[asyncio.Future[int]] = []
+
+        async def requests() -> AsyncIterator[Request]:
+            for _ in range(6):
+                request = Request()
+                kept.append(weakref.ref(request))
+                yield request
+                del request
+
+        def submit(request: Request) -> Submitted[int, int]:
+            if len(kept) % 2:
+                raise InvalidRequestError("no")
+            futures.append(asyncio.get_running_loop().create_future())
+            return Submitted(futures[-1], int, lambda error: -2)
+
+        stream: OrderedStream[Request, int, int] = OrderedStream(submit, lambda request, error: -1)
+        await stream.read(requests())
+        gc.collect()
+        assert [one() for one in kept] == [None] * 6
+        for number, future in enumerate(futures[:-1]):
+            future.set_result(number)
+        futures[-1].set_exception(InvalidRequestError("late"))
+        assert [response async for response in stream.responses()] == [-1, 0, -1, 1, -1, -2]
 
     asyncio.run(main())
