@@ -184,10 +184,13 @@ class ServerConfig:
             )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"wanted workers >= 1, got {self.workers}; leave it out for no limit")
-        if self.record_max_mb < self.processes or self.record_max_mb < 1:
+        if self.record_max_mb < 1:
+            raise ConfigError(f"wanted record_max_mb >= 1, got {self.record_max_mb}")
+        # What one of the processes is given is its share already.
+        if self.record is not None and not self.shares_ports and self.record_max_mb < self.processes:
             raise ConfigError(
-                f"wanted record_max_mb >= 1, for each process, got {self.record_max_mb} for {self.processes}; "
-                "raise --record-max-mb"
+                f"wanted record_max_mb of at least 1 for each of {self.processes} processes, got "
+                f"{self.record_max_mb}; raise --record-max-mb, or start fewer"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             given = self.tls_cert or self.tls_key

@@ -221,6 +221,9 @@ class LifeCycle:
                 raise PolicyNotFoundError(f"wanted to unload policy {name!r:.90}, this server has {names}")
             self._wishes.unloaded.add(name)
             self._wishes.pinned.pop(name, None)
+            for key in [key for key in self._failed_stamps if key[0] == name]:  # nobody waits for it any more
+                del self._failed_stamps[key]
+                self._registry.forget(*key)
             self._drop(name, "it was unloaded by request")
 
     def index(self) -> Sequence[IndexEntry]:
@@ -598,7 +601,13 @@ async def in_thread(function: Callable[[], T], abandon: Callable[[T], object] | 
                 abandon(result)
 
     threading.Thread(target=run, name=LOADER, daemon=True).start()
-    return await future
+    try:
+        return await future
+    except Exception:
+        # It is settled. Its exception has this frame, which has it: a circle that would keep what a load that
+        # failed has read, until the collector comes by.
+        del future
+        raise
 
 
 def _close_abandoned(outcome: tuple[Stamp, Lane | Exception]) -> None:

@@ -21,6 +21,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.errors import AddressError, ConfigError
 from rsm_serve.local import open_policy
 from rsm_serve.processes import reserved
+from rsm_serve.recording import read
 from tests.server_process import ServerProcess, running_server, samples, wait_until
 
 COMMAND = [sys.executable, "-m", "rsm_serve.cli", "--address", "127.0.0.1:0"]
@@ -137,6 +138,17 @@ def test_a_port_is_taken_from_the_start_and_between_the_servers():
     check_free(address)
 
 
+def test_what_all_processes_recorded_is_read(bundle_repo, tmp_path):
+    # 3: the share of each is below their number, which nobody may mistake for the limit of all.
+    options = ("--processes", "2", "--record", str(tmp_path / "records"), "--record-max-mb", "3")
+    with running_server(bundle_repo, tmp_path / "log", *options) as served:
+        for seed in range(20):
+            ask(served.address, np.zeros(4, np.float32), seed)
+    reader = read(tmp_path / "records")
+    assert sorted(record.seeds[0] for record in reader if record.seeds is not None) == list(range(20))
+    assert reader.unreadable == 0
+
+
 def test_what_is_wrong_is_said_once(own_repo):
     (own_repo / "tiny" / "1" / "model.onnx").write_bytes(b"no graph")
     command = [*COMMAND, "--repo", str(own_repo), "--processes", "3"]
@@ -153,7 +165,10 @@ def test_what_is_wrong_is_said_once(own_repo):
         ({"processes": 0}, "processes >= 1"),
         ({"processes": 2, "addresses": ("unix:/tmp/x",)}, "unix socket"),
         ({"processes": 2, "admin_token_file": "x"}, "--poll"),
-        ({"processes": 3, "record": Path("x"), "record_max_mb": 2}, "record_max_mb >= 1, for each process"),
+        (
+            {"processes": 3, "record": Path("x"), "record_max_mb": 2},
+            "at least 1 for each of 3 processes, got 2",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused(options, message):
