@@ -80,7 +80,7 @@ def _share_of(config: ServerConfig, index: int) -> ServerConfig:
         http = with_port(http, port + index if port else 0)
     if record is not None:
         record = record / str(index)
-    record_max_mb = config.record_max_mb // config.processes
+    record_max_mb = max(1, config.record_max_mb // config.processes)  # where nothing is recorded, too
     return replace(config, http=http, record=record, record_max_mb=record_max_mb)
 
 
