@@ -147,6 +147,7 @@ class TestFormat:
         count = 0
         for _ in reader:
             count += 1
+            assert count <= 3, "what the loop itself has written"
             with path.open("ab") as file:
                 file.write(frame)
             (tmp_path / f"{count + 1:08d}.rsmrec").write_bytes(MAGIC + frame)
