@@ -24,7 +24,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=
     /build/bin/pip install --no-cache-dir -c requirements.lock hatchling
 # The dependencies first: their layer outlives changes of our own code.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca,target=/etc/pip-ca.pem \
-    mkdir rsm_train rsm_serve rsm_eval export export/rsm_export \
+    mkdir rsm_common rsm_train rsm_serve rsm_eval export export/rsm_export \
     && /build/bin/pip wheel --no-cache-dir --no-build-isolation -c requirements.lock -w /wheels ".[serve]" \
     && rm /wheels/rsm_toolkit-*.whl
 COPY . .

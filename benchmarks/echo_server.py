@@ -20,8 +20,8 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from rsm_common.seeds import draw_noise, expand_seed
 from rsm_serve.local import open_policy
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import CHANNEL_OPTIONS, run_loop
 
 

@@ -36,7 +36,7 @@ from rsm_export.cost import graph_cost
 from rsm_export.onnx_graph import OPSET, build_graph
 from torch import Tensor, nn
 
-from rsm_serve.policy import BoxSpec, PolicySpec
+from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.critic import init_critics
 from rsm_train.diffusion import NoiseSchedule, SamplerSettings, reverse_chain
 from rsm_train.networks import Params, depth, embed_time, init_denoiser

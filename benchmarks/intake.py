@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 from record import write_record
 
-from rsm_serve.batcher import Answered
-from rsm_serve.guard import GuardedAnswers, GuardLimits
-from rsm_serve.policy import ActResult, ActRows, BoxSpec, PolicySpec, Timing
-from rsm_serve.recorder import Recorder
-from rsm_serve.scheduling import Caller
+from rsm_common.policy import ActResult, ActRows, Timing
+from rsm_common.spec import BoxSpec, PolicySpec
+from rsm_serve.engine.action_guard import GuardedAnswers, GuardLimits
+from rsm_serve.engine.batcher import Answered
+from rsm_serve.recording.recorder import Recorder
 from rsm_serve.server import run_loop
+from rsm_serve.wire.caller import Caller
 
 Follow = Callable[[asyncio.Future[Answered[ActResult]]], object]
 

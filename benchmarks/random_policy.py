@@ -11,8 +11,8 @@ from rsm_export.bundle_writer import write_bundle
 from rsm_export.chain import fold
 from rsm_export.onnx_graph import build_graph
 
-from rsm_serve.bundle import Bundle, Probe
-from rsm_serve.policy import BoxSpec, PolicySpec
+from rsm_common.spec import BoxSpec, PolicySpec
+from rsm_serve.bundle.contract import Bundle, Probe
 from rsm_train.critic import init_critics
 from rsm_train.diffusion import SamplerSettings
 from rsm_train.networks import init_denoiser

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rsm_serve.provenance import machine_facts, provenance
+from rsm_common.provenance import machine_facts, provenance
 
 
 def write_record(results: dict[str, Any], out: Path | None, *, show: bool = True) -> None:

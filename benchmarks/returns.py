@@ -37,8 +37,8 @@ from typing import Any
 from record import write_record
 from returns_report import CONFIG_FILE, Variant, draw, read_runs, report, slices_file, steps_of, table
 
-from rsm_serve.commandline import parse_seeds
-from rsm_serve.errors import ConfigError, RsmError
+from rsm_common.commandline import parse_seeds
+from rsm_common.errors import ConfigError, RsmError
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "rsm_train.cli")
 SAC_RATES = (0.2, 1.0)
@@ -277,7 +277,7 @@ class Trainer:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from rsm_serve.provenance import machine_facts
+    from rsm_common.provenance import machine_facts
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {**machine_facts(), **({"gpu": gpu} if gpu else {})}

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from rsm_common.errors import CheckpointError, ConfigError
 from rsm_eval.learning import METRICS_FILE, LearningCurve, load_learning_curve, read_metrics
 from rsm_eval.statistics import mean_interval
-from rsm_serve.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.json"
 PROTOCOL = (

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from random_policy import make_bundle
 from record import write_record
 
-from rsm_serve.bundle import Bundle
-from rsm_serve.policy import PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.contract import Bundle
 from rsm_serve.sessions.choice import open_session
 from rsm_serve.sessions.openvino import OpenVINOSession
 

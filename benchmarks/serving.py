@@ -117,7 +117,7 @@ def rsm_serve(
 ) -> contextlib.AbstractContextManager[Server]:
     """`rsm-serve` with one policy, on any free port."""
     arguments = ["--repo", str(repository), "--policy", policy, "--address", "127.0.0.1:0", *options]
-    return started([sys.executable, "-m", "rsm_serve.cli", *arguments], environment)
+    return started([sys.executable, "-m", "rsm_serve.commands.serve_cli", *arguments], environment)
 
 
 def echo(*options: str | Path) -> contextlib.AbstractContextManager[Server]:
@@ -329,7 +329,7 @@ def measure_start(repository: Path, times: int = 5) -> dict[str, Any]:
     ready_s, load_s = [], []
     for _ in range(times):
         begun_s = time.perf_counter()
-        command = [sys.executable, "-m", "rsm_serve.cli", "--repo", repository, "--policy", "n1"]
+        command = [sys.executable, "-m", "rsm_serve.commands.serve_cli", "--repo", repository, "--policy", "n1"]
         process = subprocess.Popen(
             [*map(str, command), "--address", "127.0.0.1:0"],
             stdout=subprocess.PIPE,

@@ -35,12 +35,13 @@ import numpy as np
 from numpy.typing import NDArray
 from record import write_record
 
-from rsm_serve.atomic import write_file
-from rsm_serve.bundle import CURRENT_FILE
+from rsm_common.atomic import write_file
+from rsm_common.errors import RequestError
+from rsm_common.policy import ActResult
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.contract import CURRENT_FILE
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
-from rsm_serve.errors import RequestError
-from rsm_serve.policy import ActResult, PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
 from tests.bundles import make_model, make_spec, reference_action, write_bundle
 from tests.server_process import ServerProcess, running_server
 
@@ -317,7 +318,7 @@ def leaver(worker: Worker) -> None:
     """Opens streams, asks, reads some answers and leaves, by cancelling or by closing the connection."""
     import grpc
 
-    from rsm_serve.connection import SERVICE
+    from rsm_serve.client.connection import SERVICE
     from rsm_serve.pb import policy_pb2 as pb
 
     for _ in worker.steps(0.1):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rsm_serve import atomic
-from rsm_serve.commandline import aligned, dataclass_options, require_extra, run_command
-from rsm_serve.errors import UsageError
+from rsm_common import atomic
+from rsm_common.commandline import aligned, dataclass_options, require_extra, run_command
+from rsm_common.errors import UsageError
 
 if TYPE_CHECKING:
     from rsm_eval.animation import Animation, NoAnimation

@@ -12,8 +12,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from rsm_serve.errors import UnsupportedEnvError
-from rsm_serve.policy import BoxSpec
+from rsm_common.errors import UnsupportedEnvError
+from rsm_common.spec import BoxSpec
 
 BoxEnv: TypeAlias = gym.Env[NDArray[Any], NDArray[Any]]
 """An environment whose observations and actions are flat boxes of real numbers."""

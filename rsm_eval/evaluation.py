@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.commandline import parse_seeds
+from rsm_common.errors import ConfigError, UsageError
+from rsm_common.provenance import installed_versions, machine_facts
+from rsm_common.spec import PolicySpec
 from rsm_eval.envs import EnvPool, control_dt_s
 from rsm_eval.latency import Latency, measure_latency
 from rsm_eval.rollout import RolloutResult, episode_seeds, rollout
 from rsm_eval.sources import OpenedPolicy
 from rsm_eval.statistics import Summary, summarise
-from rsm_serve.commandline import parse_seeds
-from rsm_serve.errors import ConfigError, UsageError
-from rsm_serve.policy import PolicySpec
-from rsm_serve.provenance import installed_versions, machine_facts
 from rsm_serve.sessions.choice import Backend
 
 SCHEMA_VERSION = 1

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.errors import ConfigError
+from rsm_common.policy import Policy
+from rsm_common.spec import check_env
 from rsm_eval.envs import EnvPool, env_seed
 from rsm_eval.rollout import action_seeds
-from rsm_serve.errors import ConfigError
-from rsm_serve.policy import Policy, check_env
 
 STAGES = ("queue", "batch", "compute", "network", "total")
 """The order in which an answer passes them; `network` is what of `total` the others do not explain:

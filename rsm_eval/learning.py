@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_serve.errors import CheckpointError
+from rsm_common.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.errors import BackendError, ConfigError
+from rsm_common.policy import ActResult, Policy, Timing
+from rsm_common.seeds import expand_seed
+from rsm_common.spec import check_env
 from rsm_eval.envs import BoxEnv, EnvPool, env_seed, observation_size, time_limit
-from rsm_serve.errors import BackendError, ConfigError
-from rsm_serve.policy import ActResult, Policy, Timing, check_env
-from rsm_serve.seeds import expand_seed
 
 MAX_BATCH_ROWS = 64
 """Rows per policy call; more episodes are split into several calls. Servers bound their batches."""
@@ -76,7 +77,7 @@ class RolloutResult:
 
 
 def episode_seeds(seed: int, episodes: int) -> NDArray[np.uint64]:
-    """The episode seeds [episodes] of one evaluation seed: `rsm_serve.seeds.expand_seed`.
+    """The episode seeds [episodes] of one evaluation seed: `rsm_common.seeds.expand_seed`.
 
     The first is the evaluation seed itself, and a longer evaluation starts with the episodes of a shorter.
     """

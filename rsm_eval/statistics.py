@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from rsm_serve.errors import ConfigError
+from rsm_common.errors import ConfigError
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from rsm_serve.errors import AddressError
+from rsm_common.errors import AddressError
 
 UNIX = "unix:"
 _UNIX_PATH_BYTES = 107

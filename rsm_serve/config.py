@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rsm_common.errors import ConfigError
 from rsm_serve.addresses import unix_path
-from rsm_serve.batcher import BatchLimits
-from rsm_serve.canary import Canary, check_shares
-from rsm_serve.errors import ConfigError
-from rsm_serve.guard import Fallback, GuardLimits
-from rsm_serve.registry import Selection
+from rsm_serve.engine.action_guard import Fallback, GuardLimits
+from rsm_serve.engine.batcher import BatchLimits
+from rsm_serve.engine.canary import Canary, check_shares
+from rsm_serve.engine.registry import Selection
 from rsm_serve.sessions.choice import Backend
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"

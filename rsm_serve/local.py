@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.bundle import Bundle, Probe, load_bundle
-from rsm_serve.errors import BackendError, BundleError
-from rsm_serve.policy import ActResult, ActRows, PolicySpec, Seed, Timing, act_rows
-from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_common.errors import BackendError, BundleError
+from rsm_common.policy import ActResult, ActRows, Seed, Timing, act_rows
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.contract import Bundle, Probe, load_bundle
 from rsm_serve.sessions import Session
 from rsm_serve.sessions.choice import open_session, probe_tolerance
 
@@ -127,7 +128,7 @@ class LocalPolicy:
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
     ) -> ActResult:
-        """Sample actions; see `rsm_serve.policy.Policy.act`.
+        """Sample actions; see `rsm_common.policy.Policy.act`.
 
         Raises:
             InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.

@@ -18,11 +18,27 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from rsm_serve import oip
-from rsm_serve.access import Access
+from rsm_common.errors import AddressError, RequestError, retry_after_ms, wire_status
+from rsm_common.policy import ActResult, ActRows
 from rsm_serve.addresses import UNIX, check_free, check_unexposed, with_port
-from rsm_serve.batcher import Answered
-from rsm_serve.codec import (
+from rsm_serve.config import ServerConfig
+from rsm_serve.engine.action_guard import GuardedAnswers
+from rsm_serve.engine.batcher import Answered
+from rsm_serve.engine.intake import Intake
+from rsm_serve.engine.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
+from rsm_serve.engine.registry import Lane, Registry
+from rsm_serve.observe.tracing import Tracer
+from rsm_serve.pb import oip_pb2, policy_pb2_grpc
+from rsm_serve.pb import policy_pb2 as pb
+from rsm_serve.rpc import oip_service as oip
+from rsm_serve.rpc.auth_interceptor import Gate
+from rsm_serve.rpc.bad_messages import GuardedServer
+from rsm_serve.rpc.health import HealthService
+from rsm_serve.rpc.streams import OpenStreams, OrderedStream, Submitted
+from rsm_serve.security.access import Access
+from rsm_serve.security.server_tls import server_credentials
+from rsm_serve.wire.caller import Caller, check_client_id
+from rsm_serve.wire.codec import (
     ERROR_MARK,
     MAX_MESSAGE_BYTES,
     RETRY_AFTER,
@@ -30,28 +46,12 @@ from rsm_serve.codec import (
     encode_error,
     encode_response,
 )
-from rsm_serve.config import ServerConfig
-from rsm_serve.errors import AddressError, RequestError, retry_after_ms, wire_status
-from rsm_serve.gate import Gate
-from rsm_serve.guard import GuardedAnswers
-from rsm_serve.health import HealthService
-from rsm_serve.intake import Intake
-from rsm_serve.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
-from rsm_serve.malformed import GuardedServer
-from rsm_serve.pb import oip_pb2, policy_pb2_grpc
-from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import ActResult, ActRows
-from rsm_serve.registry import Lane, Registry
-from rsm_serve.scheduling import Caller, check_client_id
-from rsm_serve.streams import OpenStreams, OrderedStream, Submitted
-from rsm_serve.tls import server_credentials
-from rsm_serve.tracing import Tracer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rsm_serve.monitor import Monitor
-    from rsm_serve.recorder import Recorder
+    from rsm_serve.http.endpoints import Monitor
+    from rsm_serve.recording.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -408,13 +408,13 @@ def run_loop(main: Callable[[], Any]) -> Any:
 
 
 def _new_monitor() -> Monitor:
-    from rsm_serve.monitor import Monitor  # prometheus_client alone takes 0.06 s to import
+    from rsm_serve.http.endpoints import Monitor  # prometheus_client alone takes 0.06 s to import
 
     return Monitor()
 
 
 def _new_recorder(directory: Path, max_bytes: int) -> Recorder:
-    from rsm_serve.recorder import Recorder  # file locks, which not every system has
+    from rsm_serve.recording.recorder import Recorder  # file locks, which not every system has
 
     return Recorder(directory, max_bytes)
 

@@ -67,9 +67,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsm_serve import atomic
-from rsm_serve.errors import BundleError, CheckpointError
-from rsm_serve.policy import PolicySpec
+from rsm_common import atomic
+from rsm_common.errors import BundleError, CheckpointError
+from rsm_common.spec import PolicySpec
 from rsm_train.diffusion import GaussianSettings, PolicySettings, SamplerSettings, SelectionName
 from rsm_train.networks import TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, Params, subset
 from rsm_train.policy import GaussianWeights, PolicyWeights, TorchPolicy

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rsm_serve.commandline import dataclass_options, parse_seeds, require_extra, run_command
-from rsm_serve.errors import CheckpointError, ConfigError, TrainingError
+from rsm_common.commandline import dataclass_options, parse_seeds, require_extra, run_command
+from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from rsm_train.many_seeds import Plan

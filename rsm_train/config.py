@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from rsm_serve.errors import ConfigError
+from rsm_common.errors import ConfigError
 from rsm_train.algorithms.common import Algorithm
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
 from rsm_train.algorithms.sac import SAC, SACConfig

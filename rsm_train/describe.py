@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from rsm_serve.commandline import aligned
+from rsm_common.commandline import aligned
 from rsm_train.config import ALGORITHM_CONFIGS, PRESETS, AlgorithmConfig, Preset, RunConfig
 
 

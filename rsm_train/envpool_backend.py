@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from rsm_common.errors import MissingExtraError, UnsupportedEnvError
 from rsm_eval.envs import action_bounds, make_env, observation_size
-from rsm_serve.errors import MissingExtraError, UnsupportedEnvError
 from rsm_train.episodes import RESTORED, episode_seed
 
 

@@ -17,7 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsm_serve.errors import TrainingError
+from rsm_common.errors import TrainingError
 from rsm_train.algorithms.common import Batch
 from rsm_train.config import VectorName
 from rsm_train.episodes import RESTORED, OpenEpisode, make_episodes

@@ -19,8 +19,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.errors import TrainingError
 from rsm_eval.envs import BoxEnv, make_env
-from rsm_serve.errors import TrainingError
 
 RESTORED = "rsm_restored"
 """In the info of a first reset: whether the open episode could be restored."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsm_common.commandline import aligned
 from rsm_eval.envs import make_env, time_limit
 from rsm_eval.rollout import DEFAULT_MAX_STEPS
-from rsm_serve.commandline import aligned
 from rsm_train.checkpoint import Checkpoint
 from rsm_train.config import AlgorithmConfig, RunConfig
 from rsm_train.graphs import WARM_UP_CALLS

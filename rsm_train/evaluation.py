@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.policy import ActResult
+from rsm_common.seeds import draw_noise
 from rsm_eval.envs import EnvPool
 from rsm_eval.rollout import Ask, rollout
-from rsm_serve.policy import ActResult
-from rsm_serve.seeds import draw_noise
 from rsm_train.policy import TorchPolicy
 
 

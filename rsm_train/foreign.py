@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from rsm_serve.errors import BundleError, CheckpointError
-from rsm_serve.policy import BoxSpec, PolicySpec
+from rsm_common.errors import BundleError, CheckpointError
+from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.checkpoint import Checkpoint, write_checkpoint
 from rsm_train.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
 from rsm_train.networks import TIME_EMBEDDING_SIZE, Params

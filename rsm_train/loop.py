@@ -19,14 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rsm_common import atomic
+from rsm_common.commandline import require_extra
+from rsm_common.errors import ConfigError, TrainingError
+from rsm_common.provenance import provenance
+from rsm_common.seeds import expand_seed
+from rsm_common.spec import PolicySpec
 from rsm_eval.envs import EnvPool, control_dt_s, env_boxes
 from rsm_eval.rollout import episode_seeds
-from rsm_serve import atomic
-from rsm_serve.commandline import require_extra
-from rsm_serve.errors import ConfigError, TrainingError
-from rsm_serve.policy import PolicySpec
-from rsm_serve.provenance import provenance
-from rsm_serve.seeds import expand_seed
 from rsm_train.algorithms.common import Algorithm, Metrics
 from rsm_train.checkpoint import (
     CONFIG_FILE,

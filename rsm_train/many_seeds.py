@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rsm_common.commandline import EXIT_INTERRUPTED, EXIT_USER_ERROR, aligned
+from rsm_common.errors import ConfigError
 from rsm_eval.envs import make_env
 from rsm_eval.statistics import mean_interval
-from rsm_serve.commandline import EXIT_INTERRUPTED, EXIT_USER_ERROR, aligned
-from rsm_serve.errors import ConfigError
 from rsm_train.checkpoint import list_checkpoints, read_state
 from rsm_train.config import resolve, run_directory
 from rsm_train.loop import pick_device

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
-from rsm_serve.errors import UsageError
+from rsm_common.errors import UsageError
 from rsm_train.checkpoint import METRICS_FILE
 from rsm_train.evaluation import Evaluation
 

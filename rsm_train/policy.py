@@ -12,7 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rsm_serve.policy import ActResult, PolicySpec, Seed, Timing, act_rows
+from rsm_common.policy import ActResult, Seed, Timing, act_rows
+from rsm_common.spec import PolicySpec
 from rsm_train.critic import choose_best, q_values, select_value
 from rsm_train.diffusion import NoiseSchedule, SamplerSettings
 from rsm_train.networks import Params, SplitDenoiser, gaussian, sample_actions, split_denoiser
@@ -150,7 +151,7 @@ class TorchPolicy:
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
     ) -> ActResult:
-        """See `rsm_serve.policy.Policy.act`."""
+        """See `rsm_common.policy.Policy.act`."""
         start = time.perf_counter()
         rows = act_rows(self.spec, obs, seed=seed, noise=noise, deterministic=deterministic)
         noise_BTNA = rows.drawn_noise(self.spec)

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rsm_serve import atomic
-from rsm_serve.errors import CheckpointError, ConfigError
+from rsm_common import atomic
+from rsm_common.errors import CheckpointError, ConfigError
 from rsm_train.algorithms.common import Batch
 
 SEGMENT_ROWS = 50_000

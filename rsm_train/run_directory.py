@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rsm_serve import atomic
-from rsm_serve.errors import CheckpointError, ConfigError
+from rsm_common import atomic
+from rsm_common.errors import CheckpointError, ConfigError
 from rsm_train.checkpoint import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,

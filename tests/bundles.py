@@ -14,9 +14,17 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from rsm_serve.bundle import CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, PROBE_FILE, SPEC_FILE, Probe, manifest_json
-from rsm_serve.policy import BoxSpec, PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import BoxSpec, PolicySpec
+from rsm_serve.bundle.contract import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PROBE_FILE,
+    SPEC_FILE,
+    Probe,
+    manifest_json,
+)
 
 
 def make_spec(

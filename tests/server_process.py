@@ -86,7 +86,15 @@ def samples(text: str) -> dict[str, float]:
 @contextlib.contextmanager
 def running_server(repository: Path, log_file: Path, *arguments: str) -> Iterator[ServerProcess]:
     """A server on free ports; is told to stop at the end, and must then stop cleanly."""
-    command = [sys.executable, "-m", "rsm_serve.cli", "--repo", str(repository), "--backend", "onnxruntime"]
+    command = [
+        sys.executable,
+        "-m",
+        "rsm_serve.commands.serve_cli",
+        "--repo",
+        str(repository),
+        "--backend",
+        "onnxruntime",
+    ]
     command += ["--address", "127.0.0.1:0", "--http", "127.0.0.1:0", *arguments]
     with (
         log_file.open("w") as log,

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
+    "rsm_common": ROOT / "rsm_common",
     "rsm_train": ROOT / "rsm_train",
     "rsm_serve": ROOT / "rsm_serve",
     "rsm_eval": ROOT / "rsm_eval",
@@ -27,42 +28,42 @@ RUNTIMES = {
 }
 # Of the two above and what they alone need: nothing but these may be added to the standard library.
 TENSORRT_MODULES = ("tensorrt", "tensorrt_engine", "engine_cache", "onnx_structure")
-TENSORRT_NEEDS = ("tensorrt", "cuda.bindings", "numpy", "rsm_serve")
-CLIENT = ("rsm_serve.client", "rsm_serve.client_cli")
-NO_GRPC = (
-    "batcher",
-    "bundle",
-    "errors",
-    "policy",
-    "seeds",
-    "commandline",
-    "local",
-    "sessions",
-    "registry",
-    "repository",
-    "lifecycle",
-    "canary",
-    "scheduling",
-    "turns",
-    "addresses",
-    "statistics",
-    "streams",
-    "intake",
-    "config",
-    "observer",
-    "telemetry",
-    "tracing",
-    "http_server",
-    "monitor",
-    "logs",
-    "guard",
-    "recorder",
-    "watched",
-    "pem",
-    "tokens",
-    "access",
-    "limits",
-)
+TENSORRT_NEEDS = ("tensorrt", "cuda.bindings", "numpy", "rsm_common", "rsm_serve")
+CLIENT = ("rsm_serve.client", "rsm_serve.commands.client_cli")
+# Of rsm_serve, only these may know gRPC.
+GRPC = ("rpc", "client", "server", "security.server_tls", "commands.client_cli")
+# Rooms of rsm_serve and the rooms that each may import.
+ARROWS: dict[str, set[str]] = {
+    "addresses": set(),
+    "wire": {"pb"},
+    "security": {"config"},
+    "bundle": {"security"},
+    "sessions": {"bundle"},
+    "local": {"bundle", "sessions"},
+    "observe": {"engine", "recording"},
+    "recording": {"engine", "observe", "pb", "wire"},
+    "client": {"pb", "security", "wire"},
+    "engine": {"bundle", "config", "local", "observe", "recording", "wire"},
+    "config": {"addresses", "engine", "sessions"},
+    "rpc": {"engine", "observe", "pb", "security", "wire"},
+    "http": {"addresses", "engine", "observe"},
+    "server": {
+        "addresses",
+        "config",
+        "engine",
+        "http",
+        "observe",
+        "pb",
+        "recording",
+        "rpc",
+        "security",
+        "wire",
+    },
+    "commands": {
+        *("addresses", "bundle", "client", "config", "engine", "http", "local"),
+        *("observe", "recording", "security", "server", "sessions"),
+    },
+}
 PURE_TRAINING = (
     "diffusion",
     "networks",
@@ -142,8 +143,15 @@ def test_every_module_keeps_the_table(package, name, path):
         assert not forbidden(names, tuple(runtimes))
     if name in {SESSIONS + part for part in TENSORRT_MODULES}:
         assert not outside(names - {"cuda"}, TENSORRT_NEEDS)
-    if below(name, tuple(f"rsm_serve.{part}" for part in NO_GRPC)):
-        assert not forbidden(names, ("grpc", "grpc_health", "grpc_reflection", "rsm_serve.pb"))
+        if not below(name, tuple(f"rsm_serve.{part}" for part in GRPC)):
+            assert not forbidden(names, ("grpc", "grpc_health", "grpc_reflection"))
+        room = name.removeprefix("rsm_serve").lstrip(".").partition(".")[0]
+        if room:
+            rooms = {found.split(".")[1] for found in forbidden(names, ("rsm_serve",)) if "." in found}
+            assert rooms <= {room} | ARROWS[room]
+    if package == "rsm_common":
+        assert not forbidden(names, ("rsm_serve", "rsm_train", "rsm_eval", "rsm_export"))
+        assert not outside(names, ("numpy", "click", "rsm_common"))
     if below(name, tuple(f"rsm_train.{part}" for part in PURE_TRAINING)):
         assert not outside(names, ("torch", *(f"rsm_train.{part}" for part in PURE_TRAINING))) - {"rsm_train"}
     if package in ("rsm_train", "rsm_eval"):
@@ -153,14 +161,16 @@ def test_every_module_keeps_the_table(package, name, path):
     if package == "rsm_export":
         # The exporter obeys the bundle contract; it does not know the server, and the evaluator only where
         # returns are asked for.
-        assert not forbidden(names, ("rsm_serve.server", "rsm_serve.batcher", "rsm_serve.client", "grpc"))
+        assert not forbidden(
+            names, ("rsm_serve.server", "rsm_serve.engine.batcher", "rsm_serve.client", "grpc")
+        )
         if name not in EXPORT_WITH_RETURNS:
             at_import = imports(path, name, top_level=True)
             assert not forbidden(at_import, ("rsm_eval", "matplotlib", *EXPORT_WITH_RETURNS))
 
 
 def test_the_clients_closure_needs_only_the_base_install():
-    files = dict(modules("rsm_serve"))
+    files = dict(modules("rsm_serve")) | dict(modules("rsm_common"))
     seen: set[str] = set()
     todo = list(CLIENT)
     while todo:
@@ -169,25 +179,27 @@ def test_the_clients_closure_needs_only_the_base_install():
             continue
         seen.add(name)
         names = imports(files[name], name, top_level=True)
-        assert not outside(names, ("numpy", "grpc", "google.protobuf", "click", "rsm_serve")), name
+        assert not outside(names, ("numpy", "grpc", "google.protobuf", "click", "rsm_common", "rsm_serve")), (
+            name
+        )
         todo.extend(names)
-    assert {"rsm_serve.client", "rsm_serve.codec", "rsm_serve.policy", "rsm_serve.errors"} <= seen
+    assert {"rsm_serve.client", "rsm_serve.wire.codec", "rsm_common.policy", "rsm_common.errors"} <= seen
     assert "rsm_serve.server" not in seen
 
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("rsm_serve.client", {"numpy", "grpc", "google", "rsm_serve"}),
-        ("rsm_serve.client_cli", {"numpy", "grpc", "google", "rsm_serve", "click"}),
-        ("rsm_serve.batcher", {"rsm_serve"}),
-        ("rsm_serve.bundle", {"numpy", "rsm_serve"}),
-        ("rsm_serve.policy", {"numpy", "rsm_serve"}),
-        ("rsm_serve.errors", {"rsm_serve"}),
-        ("rsm_serve.observer", {"rsm_serve"}),
-        ("rsm_serve.logs", {"rsm_serve"}),
-        ("rsm_serve.local", {"numpy", "rsm_serve", "click"}),
-        ("rsm_serve.sessions.choice", {"numpy", "rsm_serve", "click"}),
+        ("rsm_serve.client", {"numpy", "grpc", "google", "rsm_serve", "rsm_common"}),
+        ("rsm_serve.commands.client_cli", {"numpy", "grpc", "google", "rsm_serve", "click", "rsm_common"}),
+        ("rsm_serve.engine.batcher", {"rsm_serve", "rsm_common"}),
+        ("rsm_serve.bundle", {"numpy", "rsm_serve", "rsm_common"}),
+        ("rsm_common.policy", {"numpy", "rsm_common"}),
+        ("rsm_common.errors", {"rsm_common"}),
+        ("rsm_serve.observe.observer", {"rsm_serve", "rsm_common"}),
+        ("rsm_serve.observe.logs", {"rsm_serve", "rsm_common"}),
+        ("rsm_serve.local", {"numpy", "rsm_serve", "click", "rsm_common"}),
+        ("rsm_serve.sessions.choice", {"numpy", "rsm_serve", "click", "rsm_common"}),
     ],
 )
 def test_what_a_module_really_loads(module, allowed):
@@ -201,7 +213,7 @@ def test_what_a_module_really_loads(module, allowed):
     loaded = {name for name in output.stdout.split() if name not in sys.stdlib_module_names}
     loaded = {name for name in loaded if not name.startswith("_")} - ALWAYS
     assert loaded <= allowed
-    assert "rsm_serve" in loaded
+    assert module.split(".")[0] in loaded
 
 
 def test_the_rules_themselves_can_fail(tmp_path):

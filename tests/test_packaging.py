@@ -220,7 +220,7 @@ def dockerfile_command(instruction: str) -> list[str]:
 
 
 def test_image_starts_a_server_with_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    from rsm_serve.cli import main
+    from rsm_serve.commands.serve_cli import main
 
     assert dockerfile_command("ENTRYPOINT") == ["rsm-serve"]
     # click reads every option before it shows the help, and refuses an unknown one.
@@ -229,7 +229,7 @@ def test_image_starts_a_server_with_options_that_exist(capsys: pytest.CaptureFix
 
 
 def test_image_health_check_is_a_client_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from rsm_serve.client_cli import main
+    from rsm_serve.commands.client_cli import main
 
     text = (ROOT / "Dockerfile").read_text()
     health_check = json.loads(re.findall(r"^HEALTHCHECK .*\\\n\s*CMD (\[.*\])$", text, flags=re.MULTILINE)[0])
@@ -247,7 +247,7 @@ def test_the_images_options_serve_metrics(bundle_repo: Path) -> None:
     """The server of the image, but for its ports and repository."""
     options = [re.sub(r"^0\.0\.0\.0:\d+$", "0.0.0.0:0", part) for part in dockerfile_command("CMD")]
     options[options.index("--repo") + 1] = str(bundle_repo)
-    command = [sys.executable, "-m", "rsm_serve.cli", *options]
+    command = [sys.executable, "-m", "rsm_serve.commands.serve_cli", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

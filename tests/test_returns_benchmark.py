@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rsm_serve.errors import ConfigError
+from rsm_common.errors import ConfigError
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)

@@ -19,7 +19,7 @@ import torch
 from rsm_export.cli import main as rsm_export
 
 from rsm_eval.cli import main as rsm_eval
-from rsm_serve.bundle import (
+from rsm_serve.bundle.contract import (
     MANIFEST_FILE,
     MAX_JSON_BYTES,
     MAX_PROBE_BYTES,
@@ -29,7 +29,7 @@ from rsm_serve.bundle import (
     SPEC_FILE,
     manifest_json,
 )
-from rsm_serve.cli import main as rsm_serve
+from rsm_serve.commands.serve_cli import main as rsm_serve
 from rsm_train.foreign import import_weights
 from tests.bundles import make_model, make_probe, make_spec, write_bundle
 from tests.foreign import critic_arrays, policy_arrays
@@ -409,7 +409,7 @@ def test_as_processes(tmp_path):
     version_dir = write_bundle(tmp_path / "repo", make_spec())
     rewrite(version_dir, PROBE_FILE, b"garbage")
     for arguments in (
-        ["rsm_serve.cli", "--repo", str(tmp_path / "repo"), "--address", "127.0.0.1:0"],
+        ["rsm_serve.commands.serve_cli", "--repo", str(tmp_path / "repo"), "--address", "127.0.0.1:0"],
         ["rsm_eval.cli", "--env", ENV_ID, "--policy", str(version_dir)],
     ):
         command = [sys.executable, "-m", *arguments]

@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.errors import ParityError
+from rsm_common.spec import PolicySpec
 from rsm_export.config import Precision
-from rsm_serve.errors import ParityError
-from rsm_serve.policy import PolicySpec
 from rsm_train.policy import PolicyWeights, TorchPolicy
 
 Array = NDArray[np.float32]

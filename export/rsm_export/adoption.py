@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
 from rsm_export.bundle_writer import next_version, write_bundle, write_time
-from rsm_serve.bundle import Probe, load_graph
+from rsm_serve.bundle.contract import Probe, load_graph
 from rsm_serve.local import LocalPolicy
-from rsm_serve.policy import PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions.choice import open_session
 
 PROBE_ROWS = 8

@@ -11,6 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from rsm_common.errors import CheckpointError, ConfigError
+from rsm_common.policy import Policy
+from rsm_common.provenance import provenance
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import DEFAULT_TOLERANCE
 from rsm_export.accuracy import TOLERANCES, Accuracy
 from rsm_export.bundle_writer import write_time
 from rsm_export.chain import fold
@@ -18,12 +23,8 @@ from rsm_export.config import ExportConfig
 from rsm_export.cost import GraphCost, graph_cost
 from rsm_export.metadata import embed_spec
 from rsm_export.onnx_graph import build_graph
-from rsm_serve.bundle import Bundle, Probe
-from rsm_serve.errors import CheckpointError, ConfigError
+from rsm_serve.bundle.contract import Bundle, Probe
 from rsm_serve.local import LocalPolicy
-from rsm_serve.policy import DEFAULT_TOLERANCE, Policy
-from rsm_serve.provenance import provenance
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions import Session
 from rsm_serve.sessions.choice import RUNTIMES, open_session
 from rsm_train.checkpoint import Checkpoint

@@ -7,9 +7,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from rsm_common import atomic
+from rsm_common.errors import BundleError
+from rsm_common.spec import PolicySpec
 from rsm_export.triton_config import triton_config
-from rsm_serve import atomic
-from rsm_serve.bundle import (
+from rsm_serve.bundle.contract import (
     CONFIG_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -20,8 +22,6 @@ from rsm_serve.bundle import (
     list_versions,
     manifest_json,
 )
-from rsm_serve.errors import BundleError
-from rsm_serve.policy import PolicySpec
 
 
 def next_version(repository: Path, name: str) -> int:

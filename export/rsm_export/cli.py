@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rsm_common import atomic
+from rsm_common.commandline import EXIT_OK, EXIT_USER_ERROR, dataclass_options, require_extra, run_command
+from rsm_common.errors import ConfigError
 from rsm_export.config import ExportConfig, SearchConfig
-from rsm_serve import atomic
-from rsm_serve.bundle import MODEL_SUFFIX
-from rsm_serve.commandline import EXIT_OK, EXIT_USER_ERROR, dataclass_options, require_extra, run_command
-from rsm_serve.errors import ConfigError
+from rsm_serve.bundle.contract import MODEL_SUFFIX
 
 if TYPE_CHECKING:
     from rsm_export.exporter import Export

@@ -9,12 +9,12 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rsm_common.errors import ParityError
+from rsm_common.policy import Policy
 from rsm_eval.envs import EnvPool
 from rsm_eval.rollout import episode_seeds, rollout
 from rsm_eval.statistics import MeanInterval, mean_interval
 from rsm_export.config import SearchConfig
-from rsm_serve.errors import ParityError
-from rsm_serve.policy import Policy
 
 SCREENING_SEED, CONFIRMING_SEED = 0x5343_5245_454E, 0x434F_4E46_4952_4D
 

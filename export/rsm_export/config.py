@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rsm_serve.errors import ConfigError
+from rsm_common.errors import ConfigError
 from rsm_serve.sessions.choice import Backend
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rsm_common.errors import BundleError
+from rsm_common.spec import PolicySpec
 from rsm_export.build import Built, build, diffusion_sampler, observations_of
 from rsm_export.bundle_writer import next_version, write_bundle
 from rsm_export.config import ExportConfig, SearchConfig
 from rsm_export.cost import GraphCost, graph_cost
 from rsm_export.verification import Verification, verify
-from rsm_serve.errors import BundleError
-from rsm_serve.policy import PolicySpec
 from rsm_train.checkpoint import Checkpoint, load_checkpoint
 
 if TYPE_CHECKING:

@@ -12,7 +12,10 @@ from typing import Any
 
 import onnx
 
-from rsm_serve.bundle import (
+from rsm_common.commandline import aligned
+from rsm_common.errors import BundleError
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.contract import (
     MANIFEST_FILE,
     PAYLOAD_FILES,
     file_record,
@@ -20,10 +23,7 @@ from rsm_serve.bundle import (
     load_bundle,
     read_manifest,
 )
-from rsm_serve.commandline import aligned
-from rsm_serve.errors import BundleError
-from rsm_serve.onnx_file import POLICY_KEY, read_metadata
-from rsm_serve.policy import PolicySpec
+from rsm_serve.bundle.onnx_file import POLICY_KEY, read_metadata
 
 _SHOWN_ONE_BY_ONE = 8
 """Longer runs of elements with the same bounds become one line."""

@@ -12,8 +12,8 @@ import json
 
 import onnx
 
-from rsm_serve.onnx_file import POLICY_KEY
-from rsm_serve.policy import PolicySpec
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.onnx_file import POLICY_KEY
 
 NOT_A_VERSION = "0"
 _TRAINING = ("run", "step")

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from rsm_common.commandline import aligned
+from rsm_common.errors import BundleError, ConfigError
+from rsm_common.provenance import machine_facts, provenance
+from rsm_common.seeds import draw_noise, expand_seed
 from rsm_eval.envs import EnvPool
 from rsm_export.build import Opened
 from rsm_export.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, Loss
 from rsm_export.config import ExportConfig, SamplerName, SearchConfig
 from rsm_export.cost import GraphCost
-from rsm_serve.commandline import aligned
-from rsm_serve.errors import BundleError, ConfigError
-from rsm_serve.provenance import machine_facts, provenance
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_train.diffusion import SamplerSettings
 
 _LATENCY_ROUNDS, _LATENCY_CALLS = 12, 20

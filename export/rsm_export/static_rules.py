@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from rsm_serve.errors import BundleError
+from rsm_common.errors import BundleError
 
 FORBIDDEN_OPS = frozenset(
     {"Loop", "If", "Scan", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, defs, numpy_helper, shape_inference
 
-from rsm_serve.errors import BundleError
+from rsm_common.errors import BundleError
 
 OPSETS = range(9, 26)
 """Opsets that the parser of TensorRT 11 takes."""

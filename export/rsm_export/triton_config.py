@@ -11,8 +11,8 @@ optional in its own ModelConfig.)
 
 from __future__ import annotations
 
-from rsm_serve.bundle import MODEL_FILE
-from rsm_serve.policy import PolicySpec
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.contract import MODEL_FILE
 
 MAX_BATCH_SIZE = 64
 """Largest batch that Triton may form."""

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from rsm_common.errors import BackendError, BundleError, ParityError
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import BoxSpec
 from rsm_export.accuracy import Accuracy, allowed, compare
 from rsm_export.config import Precision
 from rsm_export.static_rules import check_model, check_static_rules
 from rsm_export.tensorrt_rules import check_tensorrt
-from rsm_serve.errors import BackendError, BundleError, ParityError
-from rsm_serve.policy import BoxSpec
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.sessions import Session
 from rsm_train.policy import TorchPolicy
 

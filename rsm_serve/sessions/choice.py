@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rsm_serve.bundle import Bundle
-from rsm_serve.commandline import require_extra
-from rsm_serve.errors import BundleError, MissingExtraError, UsageError
-from rsm_serve.policy import PolicySpec
+from rsm_common.commandline import require_extra
+from rsm_common.errors import BundleError, MissingExtraError, UsageError
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.contract import Bundle
 from rsm_serve.sessions import Session
 
 if TYPE_CHECKING:

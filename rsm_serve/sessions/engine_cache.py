@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsm_serve.atomic import write_file
-from rsm_serve.errors import UsageError
+from rsm_common.atomic import write_file
+from rsm_common.errors import UsageError
 
 logger = logging.getLogger(__name__)
 

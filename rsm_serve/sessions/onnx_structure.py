@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from rsm_serve.onnx_file import (
+from rsm_serve.bundle.onnx_file import (
     ATTRIBUTE_GRAPHS,
     GRAPH_INITIALIZER,
     GRAPH_NODE,

@@ -16,8 +16,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 from numpy.typing import NDArray
 
-from rsm_serve.errors import MissingExtraError
-from rsm_serve.policy import PolicySpec
+from rsm_common.errors import MissingExtraError
+from rsm_common.spec import PolicySpec
 from rsm_serve.sessions.signature import FLOAT32, GraphTensor, check_signature, unloadable
 
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_serve.errors import UsageError
-from rsm_serve.policy import PolicySpec
+from rsm_common.errors import UsageError
+from rsm_common.spec import PolicySpec
 from rsm_serve.sessions.signature import FLOAT32, GraphTensor, check_signature, unloadable
 
 MAX_GRAPH_ROWS = 64

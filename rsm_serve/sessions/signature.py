@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rsm_serve.errors import BundleError
-from rsm_serve.policy import PolicySpec
+from rsm_common.errors import BundleError
+from rsm_common.spec import PolicySpec
 
 FLOAT32 = "float32"
 

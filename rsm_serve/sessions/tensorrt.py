@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_serve.errors import (
+from rsm_common.errors import (
     BackendError,
     BundleError,
     InvalidRequestError,
@@ -28,7 +28,7 @@ from rsm_serve.errors import (
     RsmError,
     UsageError,
 )
-from rsm_serve.policy import PolicySpec
+from rsm_common.spec import PolicySpec
 from rsm_serve.sessions.engine_cache import default_cache_dir
 from rsm_serve.sessions.tensorrt_engine import (
     BatchRange,

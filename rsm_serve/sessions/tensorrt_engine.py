@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rsm_serve.errors import BundleError, MissingExtraError, UsageError
-from rsm_serve.policy import PolicySpec
+from rsm_common.errors import BundleError, MissingExtraError, UsageError
+from rsm_common.spec import PolicySpec
 from rsm_serve.sessions.engine_cache import CACHE_FORMAT, EngineCache
 from rsm_serve.sessions.onnx_structure import OnnxStructure, read_structure
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rsm_common.policy import ActResult, Seed, Timing, act_rows
+from rsm_common.spec import PolicySpec
 from rsm_eval.envs import env_boxes, make_env
-from rsm_serve.policy import ActResult, PolicySpec, Seed, Timing, act_rows
 
 Function = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[Any]]
 BALANCING_GAINS = np.array([0.5, 10.0, 1.0, 2.0], np.float32)

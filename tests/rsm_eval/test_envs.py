@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rsm_common.errors import UnsupportedEnvError
 from rsm_eval.envs import (
     EnvPool,
     action_bounds,
@@ -19,7 +20,6 @@ from rsm_eval.envs import (
     observation_size,
     time_limit,
 )
-from rsm_serve.errors import UnsupportedEnvError
 from tests.rsm_eval import tiny_env
 
 MODULE = "tests.rsm_eval.tiny_env"

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from rsm_common.errors import CheckpointError
 from rsm_eval.learning import load_learning_curve
-from rsm_serve.errors import CheckpointError
 
 LINES = [
     {"step": 100, "wall_s": 1.0, "kind": "train", "episode_return": 5.0},

@@ -10,14 +10,14 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rsm_common.commandline import parse_seeds
+from rsm_common.errors import ConfigError, MissingExtraError, UsageError
 from rsm_eval import animation, cli
 from rsm_eval.cli import main, write_atomically
 from rsm_eval.evaluation import EvalConfig
 from rsm_eval.rollout import episode_seeds, rollout
 from rsm_eval.sources import open_policy
-from rsm_serve.commandline import parse_seeds
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import ConfigError, MissingExtraError, UsageError
 from rsm_serve.server import background_server
 from tests.rsm_eval.test_learning import write as write_metrics
 from tests.rsm_eval.tiny_env import ENV_ID

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from rsm_common.errors import BackendError, ConfigError, UnsupportedEnvError
+from rsm_common.policy import Timing
+from rsm_common.seeds import expand_seed
 from rsm_eval.envs import EnvPool, make_env
 from rsm_eval.latency import measure_latency
 from rsm_eval.rollout import action_seeds, episode_seeds, rollout
-from rsm_serve.errors import BackendError, ConfigError, UnsupportedEnvError
-from rsm_serve.policy import Timing
-from rsm_serve.seeds import expand_seed
 from tests.rsm_eval import tiny_env
 from tests.rsm_eval.policies import FunctionPolicy, balancer, constant
 

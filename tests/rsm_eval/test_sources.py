@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rsm_eval.sources import open_policy, run_dir_of
-from rsm_serve.config import ServerConfig
-from rsm_serve.errors import (
+from rsm_common.errors import (
     BackendError,
     BundleError,
     CheckpointError,
@@ -15,6 +13,8 @@ from rsm_serve.errors import (
     PolicyNotFoundError,
     UsageError,
 )
+from rsm_eval.sources import open_policy, run_dir_of
+from rsm_serve.config import ServerConfig
 from rsm_serve.server import background_server
 
 OBS = np.array([0.1, -0.2, 0.3, 0.4], np.float32)

@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import pytest
 
+from rsm_common.errors import ConfigError
 from rsm_eval.statistics import interquartile_mean, mean_interval, summarise
-from rsm_serve.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

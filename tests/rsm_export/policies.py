@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rsm_serve.policy import BoxSpec, PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.critic import init_critics
 from rsm_train.diffusion import SamplerSettings
 from rsm_train.networks import init_denoiser

@@ -15,12 +15,12 @@ from rsm_export.exporter import export_checkpoint
 from rsm_export.onnx_graph import OPSET
 from rsm_export.static_rules import FORBIDDEN_OPS
 
-from rsm_serve.bundle import load_bundle
+from rsm_common.errors import BundleError, CheckpointError, ConfigError, ParityError
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import BundleError, CheckpointError, ConfigError, ParityError
 from rsm_serve.local import open_policy
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
 from rsm_train.checkpoint import load_checkpoint, load_torch_policy
 from tests.rsm_train.runs import tiny_run

@@ -11,11 +11,11 @@ import pytest
 from rsm_export.cli import main as rsm_export
 from safetensors.numpy import save_file
 
+from rsm_common.seeds import draw_noise, expand_seed
 from rsm_eval.cli import main as rsm_eval
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
 from rsm_train.checkpoint import load_torch_policy
 from tests.foreign import act, critic_arrays, policy_arrays, time_features

@@ -12,10 +12,10 @@ from rsm_export.cli import main
 from rsm_export.inspection import graph_facts
 from rsm_export.metadata import with_spec
 
-from rsm_serve.bundle import MANIFEST_FILE, PAYLOAD_FILES, file_record, load_bundle
+from rsm_common.errors import BundleError
+from rsm_serve.bundle.contract import MANIFEST_FILE, PAYLOAD_FILES, file_record, load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import BundleError
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
 from tests.bundles import make_model, make_spec, reference_action, write_bundle

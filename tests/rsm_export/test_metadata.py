@@ -12,11 +12,11 @@ import pytest
 from onnx import helper
 from rsm_export.metadata import embed_spec, read_spec, with_spec
 
+from rsm_common.errors import BundleError
 from rsm_eval.cli import main as evaluate
 from rsm_eval.sources import open_policy as open_source
-from rsm_serve.errors import BundleError
+from rsm_serve.bundle.onnx_file import POLICY_KEY, read_metadata
 from rsm_serve.local import open_policy
-from rsm_serve.onnx_file import POLICY_KEY, read_metadata
 from tests.bundles import make_model, make_spec, reference_action
 from tests.rsm_eval.tiny_env import ENV_ID
 

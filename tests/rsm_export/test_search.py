@@ -21,8 +21,8 @@ from rsm_export.cost import GraphCost
 from rsm_export.exporter import export_checkpoint
 from rsm_export.search import as_trained, candidates, search, table
 
+from rsm_common.errors import BundleError, ConfigError, ParityError
 from rsm_eval.envs import EnvPool
-from rsm_serve.errors import BundleError, ConfigError, ParityError
 from rsm_serve.local import open_policy
 from rsm_train.checkpoint import load_checkpoint
 from rsm_train.diffusion import SamplerSettings

@@ -13,9 +13,9 @@ from rsm_export.config import Precision
 from rsm_export.onnx_graph import build_graph
 from rsm_export.tensorrt_rules import OPSETS, SUPPORTED_TYPES, check_tensorrt
 
-from rsm_serve.errors import BundleError
-from rsm_serve.policy import PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
+from rsm_common.errors import BundleError
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
 from rsm_serve.sessions.onnx_structure import read_structure
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_serve.sessions.tensorrt import TensorRTSession

@@ -9,8 +9,8 @@ from rsm_export.bundle_writer import write_bundle
 from rsm_export.triton_config import triton_config
 from tritonclient.grpc import model_config_pb2
 
-from rsm_serve.bundle import CONFIG_FILE, list_versions, load_bundle
-from rsm_serve.errors import BundleError
+from rsm_common.errors import BundleError
+from rsm_serve.bundle.contract import CONFIG_FILE, list_versions, load_bundle
 from tests.bundles import make_model, make_probe, make_spec
 
 
@@ -110,7 +110,7 @@ def test_a_description_that_cannot_be_written_takes_its_version_back(tmp_path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rsm_serve.atomic.write_file", full)
+        patch.setattr("rsm_common.atomic.write_file", full)
         with pytest.raises(BundleError, match="No space left"):
             publish(tmp_path, make_spec("tiny", str(earlier + 1)))
     left = sorted(path.name for path in (tmp_path / "tiny").iterdir())
@@ -119,7 +119,7 @@ def test_a_description_that_cannot_be_written_takes_its_version_back(tmp_path, m
 
 def test_a_description_that_was_written_keeps_its_version(tmp_path, monkeypatch):
     """Interrupted after the rename: taking the version back would leave config.pbtxt naming nothing."""
-    from rsm_serve import atomic
+    from rsm_common import atomic
 
     write_file = atomic.write_file
 
@@ -127,7 +127,7 @@ def test_a_description_that_was_written_keeps_its_version(tmp_path, monkeypatch)
         write_file(path, content)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rsm_serve.atomic.write_file", interrupted)
+    monkeypatch.setattr("rsm_common.atomic.write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         publish(tmp_path, make_spec())
     assert described(tmp_path / "tiny")[0] == list_versions(tmp_path / "tiny") == [1]

@@ -15,8 +15,8 @@ from rsm_export.onnx_graph import build_graph
 from rsm_export.static_rules import check_static_rules
 from rsm_export.verification import ROWS, observations, verify
 
-from rsm_serve.errors import BundleError, ParityError
-from rsm_serve.policy import BoxSpec
+from rsm_common.errors import BundleError, ParityError
+from rsm_common.spec import BoxSpec
 from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from tests.rsm_export.policies import inputs, random_policy, weights_of
 

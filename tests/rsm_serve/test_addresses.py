@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from rsm_common.errors import AddressError
 from rsm_serve.addresses import check_free, split_address
-from rsm_serve.errors import AddressError
 
 
 @pytest.mark.parametrize(

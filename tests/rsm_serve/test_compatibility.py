@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rsm_serve.bundle import MANIFEST_FILE, PAYLOAD_FILES, SPEC_FILE, load_bundle, manifest_json
+from rsm_common.errors import BundleError
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import DEFAULT_TOLERANCE, SCHEMA_VERSION, PolicySpec
+from rsm_serve.bundle.contract import MANIFEST_FILE, PAYLOAD_FILES, SPEC_FILE, load_bundle, manifest_json
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.errors import BundleError
 from rsm_serve.local import open_policy
-from rsm_serve.policy import DEFAULT_TOLERANCE, SCHEMA_VERSION, PolicySpec
-from rsm_serve.seeds import draw_noise, expand_seed
 from rsm_serve.server import background_server
 from tests.bundles import make_spec, reference_action
 

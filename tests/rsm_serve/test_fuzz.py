@@ -30,12 +30,12 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from rsm_common.errors import MAX_SENTENCE, RequestError
+from rsm_common.seeds import DETERMINISTIC_SEED, draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
 from rsm_serve.client import PolicyClient
-from rsm_serve.errors import MAX_SENTENCE, RequestError
 from rsm_serve.pb import oip_pb2
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import PolicySpec
-from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise, expand_seed
 from tests.bundles import make_spec, reference_action, write_bundle
 from tests.server_process import ServerProcess, running_server, wait_until
 

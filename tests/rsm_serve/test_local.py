@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from rsm_serve.bundle import Bundle, load_bundle
-from rsm_serve.errors import BackendError, BundleError, InvalidRequestError, UsageError
+from rsm_common.errors import BackendError, BundleError, InvalidRequestError, UsageError
+from rsm_common.policy import act_rows
+from rsm_common.seeds import DETERMINISTIC_SEED, draw_noise
+from rsm_common.spec import BoxSpec
+from rsm_serve.bundle.contract import Bundle, load_bundle
 from rsm_serve.local import LocalPolicy, open_policy, run_bundle
-from rsm_serve.policy import BoxSpec, act_rows
-from rsm_serve.seeds import DETERMINISTIC_SEED, draw_noise
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_probe, make_spec, reference_action, write_bundle
 

@@ -41,26 +41,26 @@ import grpc
 import numpy as np
 import pytest
 
-from rsm_serve.batcher import BatchLimits
-from rsm_serve.bundle import load_bundle
-from rsm_serve.client import AsyncPolicyClient, PolicyClient
-from rsm_serve.config import ServerConfig
-from rsm_serve.errors import (
+from rsm_common.errors import (
     DeadlineExpiredError,
     InvalidRequestError,
     QueueFullError,
     RequestError,
     SupersededError,
 )
+from rsm_common.policy import ActResult
+from rsm_serve.bundle.contract import load_bundle
+from rsm_serve.client import AsyncPolicyClient, PolicyClient
+from rsm_serve.config import ServerConfig
+from rsm_serve.engine.batcher import BatchLimits
+from rsm_serve.engine.registry import Lane
 from rsm_serve.local import LocalPolicy
-from rsm_serve.oip_codec import MAX_ECHO
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.policy import ActResult
-from rsm_serve.registry import Lane
+from rsm_serve.rpc.oip_codec import MAX_ECHO
+from rsm_serve.rpc.streams import STREAM_WINDOW
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
-from rsm_serve.streams import STREAM_WINDOW
 from tests.bundles import make_model, make_spec, write_bundle
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, Gated, Rig, raw_stub, wait_until
 from tests.server_process import running_server

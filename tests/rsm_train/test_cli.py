@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rsm_serve.commandline import _default_text
+from rsm_common.commandline import _default_text
 from rsm_train.cli import main
 from rsm_train.config import ALGORITHM_CONFIGS, RunConfig
 from tests.rsm_train.runs import tiny_run

@@ -1,6 +1,6 @@
 import pytest
 
-from rsm_serve.errors import ConfigError
+from rsm_common.errors import ConfigError
 from rsm_train.algorithms.dpmd import DPMDConfig
 from rsm_train.config import ALGORITHM_CONFIGS, PRESETS, resolve
 

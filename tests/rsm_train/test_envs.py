@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsm_serve.errors import MissingExtraError, TrainingError, UnsupportedEnvError
+from rsm_common.errors import MissingExtraError, TrainingError, UnsupportedEnvError
 from rsm_train.envs import TrainingEnvs, _make_vector
 from rsm_train.episodes import episode_seed
 from tests.rsm_train.training_envs import MODULE, CountingEnv, FailingEnv

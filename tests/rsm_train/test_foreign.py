@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rsm_serve.errors import CheckpointError
+from rsm_common.errors import CheckpointError
 from rsm_train.checkpoint import load_checkpoint
 from rsm_train.foreign import import_weights
 from tests.foreign import critic_arrays, policy_arrays

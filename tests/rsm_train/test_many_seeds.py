@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rsm_serve.errors import ConfigError
+from rsm_common.errors import ConfigError
 from rsm_train.checkpoint import list_checkpoints
 from rsm_train.cli import main
 from rsm_train.many_seeds import Worker, failures, format_results, interrupted, plan, run_seeds, unfinished

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rsm_serve.errors import MissingExtraError, UsageError
+from rsm_common.errors import MissingExtraError, UsageError
 from rsm_train.evaluation import Evaluation
 from rsm_train.metrics import RunLog, duration
 from tests.rsm_train.runs import tiny_run

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rsm_serve.errors import CheckpointError, ConfigError
+from rsm_common.errors import CheckpointError, ConfigError
 from rsm_train.algorithms.common import Batch
 from rsm_train.replay import (
     ReplayBuffer,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rsm_serve.errors import CheckpointError
+from rsm_common.errors import CheckpointError
 from rsm_train.results import read_result
 
 

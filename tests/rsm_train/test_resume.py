@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rsm_serve.errors import CheckpointError, ConfigError, TrainingError
+from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.checkpoint import find_checkpoint, list_checkpoints, load_torch_policy
 from rsm_train.cli import main

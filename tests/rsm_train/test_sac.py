@@ -5,7 +5,7 @@ import pytest
 import torch
 from rsm_export.exporter import export_checkpoint
 
-from rsm_serve.errors import CheckpointError
+from rsm_common.errors import CheckpointError
 from rsm_train.algorithms.common import Batch, copy_params
 from rsm_train.algorithms.sac import SAC, SACConfig, sample
 from rsm_train.checkpoint import load_torch_policy

@@ -1,0 +1,449 @@
+"""What a loadable bundle is: the contract between the exporter and everything that runs a policy.
+
+    <repository>/<policy name>/
+        config.pbtxt        for Triton and KServe; not read here
+        CURRENT             may be absent: the number of the version to serve, as text; see `repository`
+        <version>/          1, 2, ...
+            model.onnx      the unrolled chain
+            policy.json     PolicySpec
+            probe.npz       observations, noise and expected actions, replayed at load
+            manifest.json   sha256 and size of each of the three
+
+Nothing is ever unpickled. A file is read once, and the bytes that were verified are the bytes that run. A link
+to a file is followed, since volumes are mounted through links; what it leads to must have the manifest's hash.
+
+The graph repeats policy.json in its metadata, so that a bare model.onnx, without the other files, can be run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+import stat
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsm_common.errors import BundleError
+from rsm_common.spec import PolicySpec
+from rsm_serve.bundle.onnx_file import POLICY_KEY, check_self_contained, read_metadata
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "model.onnx"
+SPEC_FILE = "policy.json"
+PROBE_FILE = "probe.npz"
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.pbtxt"
+CURRENT_FILE = "CURRENT"
+MAX_POINTER_BYTES = 64
+PAYLOAD_FILES = (MODEL_FILE, SPEC_FILE, PROBE_FILE)
+MANIFEST_SCHEMA_VERSION = 1
+MODEL_SUFFIX = ".onnx"
+
+MAX_JSON_BYTES = 2**24
+"""Of policy.json and of manifest.json."""
+MAX_PROBE_BYTES = 2**26
+"""Of one array of the probe."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Recorded inputs and outputs that a loaded graph must reproduce; P rows, all float32."""
+
+    obs: NDArray[np.float32]
+    """[P, O]"""
+    noise: NDArray[np.float32]
+    """[P, T, N, A]"""
+    action: NDArray[np.float32]
+    """[P, A]"""
+
+    def to_bytes(self) -> bytes:
+        """The content of probe.npz."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, obs=self.obs, noise=self.noise, action=self.action)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, spec: PolicySpec) -> Probe:
+        """Parse probe.npz and check it against the specification.
+
+        Raises:
+            BundleError: not an npz file of plain arrays, or shapes or dtypes that are not the policy's.
+        """
+        wanted = {
+            "obs": (spec.observation.size,),
+            "noise": spec.noise_shape,
+            "action": (spec.action.size,),
+        }
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                arrays = {key: _read_array(archive, key, shape) for key, shape in wanted.items()}
+        except BundleError:
+            raise
+        # zipfile, tokenize, ast and numpy read what anybody may have written: a nested header alone can be a
+        # MemoryError, a TokenError, a TypeError, a RecursionError, ...
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BundleError(
+                f"{PROBE_FILE} must be an npz file of the plain arrays obs, noise and action ({reason:.200}); "
+                "export the policy again"
+            ) from None
+        rows = len(arrays["obs"])
+        for key, array in arrays.items():
+            if len(array) != rows:
+                raise _wrong_array(key, (rows, *wanted[key]), array.dtype, array.shape)
+        return cls(**arrays)
+
+    @classmethod
+    def none(cls, spec: PolicySpec) -> Probe:
+        """No rows: nothing was recorded."""
+        shapes = ((0, spec.observation.size), (0, *spec.noise_shape), (0, spec.action.size))
+        return cls(*(np.zeros(shape, np.float32) for shape in shapes))
+
+
+def _read_array(archive: zipfile.ZipFile, key: str, row_shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A float32 array [P, *row_shape], P >= 1, of an npz file.
+
+    numpy's own reader allocates whatever an array's header declares. Here nothing is unpacked beyond the
+    limit, and a header is believed only if the bytes that it promises are there.
+
+    Raises:
+        BundleError: another dtype or shape.
+        Exception: of any other kind: not an npz file of plain arrays.
+    """
+    with archive.open(f"{key}.npy") as file:
+        content = file.read(MAX_PROBE_BYTES + 1)
+    if len(content) > MAX_PROBE_BYTES:
+        raise ValueError(f"{key} has more than {MAX_PROBE_BYTES} bytes")
+    buffer = io.BytesIO(content)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(np.lib.format.read_magic(buffer))
+    if read_header is None:
+        raise ValueError(f"{key} is of an unknown version of the npy format")
+    shape, fortran_order, dtype = read_header(buffer)
+    if dtype.hasobject:
+        raise ValueError(f"{key} holds Python objects")
+    rows = shape[0] if shape else 0
+    if dtype != np.float32 or shape != (rows, *row_shape) or rows < 1:
+        raise _wrong_array(key, (rows, *row_shape), dtype, shape)
+    data = buffer.read()
+    if len(data) != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{key} has {len(data)} bytes of data, which is not its shape's {list(shape)}")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+    return array.astype(np.float32, order="C")
+
+
+def _wrong_array(
+    key: str, wanted: tuple[int, ...], dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> BundleError:
+    return BundleError(
+        f"{PROBE_FILE}: wanted {key} as float32 {list(wanted)}, got {dtype} {list(shape)}; "
+        "export the policy again"
+    )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One verified version of one policy, in memory."""
+
+    path: Path
+    spec: PolicySpec
+    model: bytes
+    """The ONNX graph."""
+    probe: Probe
+    """Without rows if the graph came alone."""
+
+
+def check_policy_name(name: str) -> str:
+    """Return the name if it is safe as a directory name.
+
+    Raises:
+        BundleError: anything else, such as a path.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise BundleError(
+            f"wanted a policy name of letters, digits, '.', '_' and '-' that starts with a letter or digit and "
+            f"has no '..', got {name!r:.80}; choose one, for example with rsm-export --name"
+        )
+    return name
+
+
+def parse_version(text: str) -> int | None:
+    """The number of a version's directory; None if the text is not one."""
+    return int(text) if _VERSION.fullmatch(text) else None
+
+
+def list_versions(policy_dir: Path) -> list[int]:
+    """The version numbers below a policy directory, ascending; empty if there are none.
+
+    Raises:
+        BundleError: it may not be read.
+    """
+    try:
+        if not policy_dir.is_dir():
+            return []
+        found = [entry.name for entry in policy_dir.iterdir() if entry.is_dir()]
+    except OSError as error:
+        raise _unreadable(policy_dir, error) from None
+    return sorted(int(name) for name in found if _VERSION.fullmatch(name))
+
+
+def list_policies(repository: Path) -> list[str]:
+    """The names of the policies in a repository that have at least one version, or may not be read; sorted.
+
+    Raises:
+        BundleError: the repository is not a directory, or may not be read.
+    """
+    try:
+        if not repository.is_dir():
+            raise BundleError(
+                f"wanted a repository of bundles, got {str(repository)!r}, which is not a directory; "
+                "create one with rsm-export --repo"
+            )
+        names = [entry.name for entry in repository.iterdir() if _NAME.fullmatch(entry.name)]
+    except OSError as error:
+        raise _unreadable(repository, error) from None
+    return sorted(name for name in names if _may_have_versions(repository / name))
+
+
+def _may_have_versions(policy_dir: Path) -> bool:
+    try:
+        return bool(list_versions(policy_dir))
+    except BundleError:  # one policy must not hide the others; whoever loads it hears why
+        return True
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"cannot read {path}: {error.strerror or error}; check its permissions")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is; not where that may not be known, which reading what is around it will say."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_pointer(policy_dir: Path) -> int | None:
+    """The version that CURRENT names, whether it is there or not; None without the file.
+
+    Raises:
+        BundleError: it cannot be read, or names none.
+    """
+    path = policy_dir / CURRENT_FILE
+    try:
+        if not (path.is_symlink() or path.exists()):
+            return None
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BundleError(f"wanted a file at {path}, got something else; make it one")
+        with path.open("rb") as file:
+            text = file.read(MAX_POINTER_BYTES + 1).decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; check what it is") from None
+    number = parse_version(text)
+    if number is None:
+        raise BundleError(
+            f"wanted the number of a version in {path}, got {text!r:.40}; "
+            "write it to a file beside it and rename that over it"
+        )
+    return number
+
+
+def find_bundle(path: Path) -> Path:
+    """The version directory that a path means: itself, or the current version below a policy directory.
+
+    That is the one that a server of the repository serves: what CURRENT names, or without that file the newest.
+
+    Raises:
+        BundleError: there is no bundle at the path, it may not be read, or CURRENT names none that is there.
+    """
+    if _is_file(path / MANIFEST_FILE):
+        return path
+    versions = list_versions(path)
+    if versions:
+        current = read_pointer(path) or versions[-1]
+        if current not in versions:
+            raise BundleError(
+                f"wanted version {current} of {str(path)!r}, which {CURRENT_FILE} names, "
+                f"got {', '.join(map(str, versions))}; name a version's directory, or correct {CURRENT_FILE}"
+            )
+        return path / str(current)
+    found = "no such directory" if not path.is_dir() else f"a directory without {MANIFEST_FILE} or versions"
+    raise BundleError(
+        f"wanted a bundle at {str(path)!r}, got {found}; create one with rsm-export RUN --repo DIR"
+    )
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read and verify a bundle.
+
+    Args:
+        path: a version directory; or a policy directory, which means its current version (see `find_bundle`);
+            or a bare model.onnx, which is run as it is, with a warning: nothing vouches for it.
+
+    Raises:
+        BundleError: a file is missing, or its size or hash is not the manifest's, or its content is not
+            what the contract says.
+    """
+    if _is_file(Path(path)):
+        logger.warning(
+            "%s is a bare graph: there is no manifest to verify it by and no probe to replay; "
+            "make a bundle of it with rsm-export %s --repo DIR",
+            path,
+            path,
+        )
+        return load_graph(Path(path))
+    version_dir = find_bundle(Path(path))
+    manifest = read_manifest(version_dir)
+    content = {name: _read_verified(version_dir / name, manifest[name]) for name in PAYLOAD_FILES}
+    try:
+        spec = PolicySpec.from_json(content[SPEC_FILE])
+        check_policy_name(spec.name)
+        if not _VERSION.fullmatch(spec.version):
+            raise BundleError(
+                f"wanted a version such as 1 in {SPEC_FILE}, got {spec.version!r:.60}; export the policy again"
+            )
+        check_self_contained(content[MODEL_FILE])
+        probe = Probe.from_bytes(content[PROBE_FILE], spec)
+    except BundleError as error:
+        raise BundleError(f"bundle {version_dir}: {error}") from None
+    return Bundle(version_dir, spec, content[MODEL_FILE], probe)
+
+
+def load_graph(path: Path) -> Bundle:
+    """Read a graph that came alone, by the specification in its metadata; it has no probe.
+
+    Raises:
+        BundleError: it cannot be read, or is not a graph of rsm-export.
+    """
+    try:
+        model = path.read_bytes()
+        text = read_metadata(model).get(POLICY_KEY)
+        if text is None:
+            raise BundleError(
+                f"wanted a graph of rsm-export, with {POLICY_KEY} in its metadata, got one without; "
+                "export the policy again"
+            )
+        spec = PolicySpec.from_json(text)
+        check_self_contained(model)
+    except OSError as error:
+        raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
+    except BundleError as error:
+        raise BundleError(f"graph {path}: {error}") from None
+    return Bundle(path, spec, model, Probe.none(spec))
+
+
+def file_record(content: bytes) -> dict[str, str | int]:
+    """What the manifest records of a file."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+
+
+def manifest_json(content: dict[str, bytes]) -> bytes:
+    """The content of manifest.json for the given files."""
+    files = {name: file_record(data) for name, data in content.items()}
+    return (json.dumps({"schema_version": MANIFEST_SCHEMA_VERSION, "files": files}, indent=2) + "\n").encode()
+
+
+def read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
+    """Size and sha256 of the files of a bundle, by name, as its manifest says.
+
+    Raises:
+        BundleError: the manifest is missing, damaged, or lists other files than a bundle has.
+    """
+    path = version_dir / MANIFEST_FILE
+    try:
+        data = json.loads(_read_file(path, MAX_JSON_BYTES))
+        files = dict(data["files"])
+        version = data["schema_version"]
+    except FileNotFoundError:
+        raise BundleError(f"bundle {version_dir}: {MANIFEST_FILE} is missing; copy the whole bundle") from None
+    except OSError as error:
+        raise BundleError(
+            f"bundle {version_dir}: cannot read {MANIFEST_FILE} ({error.strerror}); check its permissions"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(
+            f"bundle {version_dir}: {MANIFEST_FILE} is damaged ({error}); copy or export the bundle again"
+        ) from None
+    if type(version) is not int or version != MANIFEST_SCHEMA_VERSION:
+        raise BundleError(
+            f"bundle {version_dir}: wanted manifest schema version {MANIFEST_SCHEMA_VERSION}, "
+            f"got {version!r:.60}; export the policy again with this version of rsm-toolkit"
+        )
+    if set(files) != set(PAYLOAD_FILES) or not all(isinstance(record, dict) for record in files.values()):
+        raise BundleError(
+            f"bundle {version_dir}: {MANIFEST_FILE} must list size and sha256 of {', '.join(PAYLOAD_FILES)}, "
+            f"got {', '.join(sorted(files)) or 'nothing':.200}; export the policy again"
+        )
+    return files
+
+
+def _regular_size(path: Path) -> int:
+    """Size of a regular file.
+
+    Raises:
+        OSError: it cannot be found, or is something else, such as a pipe, which could block for ever.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return found.st_size
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: see `_regular_size`.
+        ValueError: it is larger.
+    """
+    _regular_size(path)
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit} bytes")
+    return content
+
+
+def _read_verified(path: Path, record: dict[str, str | int]) -> bytes:
+    where, size = f"bundle {path.parent}", record.get("size")
+    limit = MAX_JSON_BYTES if path.name == SPEC_FILE else sys.maxsize
+    try:
+        if not isinstance(size, int) or size > limit:
+            raise BundleError(
+                f"{where}: wanted a size of at most {limit} bytes of {path.name} in {MANIFEST_FILE}, "
+                f"got {size!r:.60}; export the policy again"
+            )
+        found = _regular_size(path)
+        content = _read_file(path, found) if found == size else b""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{where}: cannot read {path.name} ({reason}); copy the whole bundle") from None
+    if found != size or len(content) != size:
+        raise BundleError(
+            f"{where}: wanted {path.name} of {size} bytes, got {found}; "
+            "the file is truncated or changed, copy the bundle again"
+        )
+    if file_record(content) != record:
+        raise BundleError(
+            f"{where}: the sha256 of {path.name} is not the manifest's; "
+            "the file is damaged or changed, copy the bundle again"
+        )
+    return content

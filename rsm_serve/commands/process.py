@@ -1,0 +1,138 @@
+"""One server process, from loading to its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from rsm_common.commandline import EXIT_INTERRUPTED, EXIT_OK
+from rsm_serve.config import ServerConfig
+from rsm_serve.engine.lifecycle import LOADER, in_thread
+
+if TYPE_CHECKING:
+    from rsm_serve.server import PolicyServer
+
+logger = logging.getLogger(__name__)
+
+EXIT_NOT_DRAINED = 1
+
+Stop = Callable[[str], None]
+"""Stops a server, in its event loop; takes the reason."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Where a server serves, and what."""
+
+    addresses: tuple[str, ...]
+    policies: tuple[str, ...]
+    """NAME:VERSION of each."""
+    https: tuple[str, ...]
+    """Addresses of its HTTP port, if it has one."""
+
+    @classmethod
+    def of(cls, server: PolicyServer) -> Ready:
+        """Of a server that has started."""
+        names = [f"{lane.spec.name}:{lane.spec.version}" for lane in server.registry.lanes]
+        http = () if server.monitor is None else (server.monitor.address,)
+        return cls(server.addresses, tuple(names), http)
+
+    def print(self) -> None:
+        """The one machine-readable line on stdout."""
+        http = f" http={','.join(self.https)}" if self.https else ""
+        addresses, policies = ",".join(self.addresses), ",".join(self.policies)
+        print(f"rsm-serve ready: address={addresses} policies={policies}{http}", flush=True)
+
+
+def run_process(config: ServerConfig) -> int:
+    """Serve in this process until a signal; returns the exit status."""
+    from rsm_serve.server import run_loop
+
+    # Until there is something to drain. As the first process of a container it would not be ended otherwise.
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        status: int = run_loop(lambda: serve(config, Ready.print, on_signals))
+    except KeyboardInterrupt:
+        leave_if_loading(EXIT_INTERRUPTED, "rsm-serve: interrupted")
+        raise
+    leave_if_loading(status)
+    return status
+
+
+def _end(number: int, frame: object) -> None:
+    """End the process by the signal, or, where that has no effect, with the status that shells know it by."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+def on_signals(stop: Stop) -> None:
+    """Stop at SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number.name)
+
+
+async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: Callable[[Stop], None]) -> int:
+    """Load, announce, serve until stopped; returns the exit status.
+
+    Args:
+        config: what to serve.
+        announce: told where, when it serves.
+        stops: given the function that stops the server; a second call stops it at once.
+    """
+    server = await _load(config)
+    await server.start()
+    reasons: asyncio.Queue[str] = asyncio.Queue()
+    stops(reasons.put_nowait)
+    # What has been loaded stays: the collector need not walk it again, a pause of milliseconds each time.
+    gc.collect()
+    gc.freeze()
+    announce(Ready.of(server))
+    logger.info("%s: draining for at most %g s", await reasons.get(), config.drain_seconds)
+    drain = asyncio.ensure_future(server.drain())
+    second = asyncio.ensure_future(reasons.get())
+    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    if drain.done() and drain.result():
+        second.cancel()
+        logger.info("drained")
+        return EXIT_OK
+    logger.warning("stopped with requests unanswered")
+    if not drain.done():
+        drain.cancel()
+        await server.close()
+    second.cancel()
+    return EXIT_NOT_DRAINED
+
+
+async def _load(config: ServerConfig) -> PolicyServer:
+    """Load, while the event loop answers signals, and the HTTP port says that the server is loading."""
+    from rsm_serve.server import PolicyServer
+
+    monitor = None
+    if config.http is not None:
+        from rsm_serve.http.endpoints import Monitor
+
+        monitor = Monitor()
+        await monitor.open(config.http)
+    return await in_thread(lambda: PolicyServer(config, monitor=monitor))
+
+
+def leave_if_loading(status: int, message: str = "") -> None:
+    """End the process at once: a runtime that is torn down in the midst of a load would abort it."""
+    if any(thread.name == LOADER for thread in threading.enumerate()):
+        if message:
+            click.echo(message, err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,254 @@
+"""Several server processes behind one port: `rsm-serve --processes K`.
+
+The kernel gives every new connection to one of the processes (SO_REUSEPORT), where it stays, its streams with
+it. Each process is a whole server: event loop, batchers, sessions. So nothing is shared that could be contended
+for, and the death of one costs the connections of that one, until it is there again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import click
+
+from rsm_common.commandline import EXIT_OK, EXIT_USER_ERROR
+from rsm_common.errors import ConfigError, RsmError
+from rsm_serve.addresses import check_free, split_address, with_port
+from rsm_serve.commands.process import EXIT_NOT_DRAINED, Ready, Stop, leave_if_loading, serve
+from rsm_serve.config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+RESTART_AFTER_S = 1.0
+"""From a process's death to its next start: one that dies at once must not keep a core busy."""
+
+
+def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> int:
+    """Serve in several processes until a signal; returns the exit status.
+
+    Args:
+        config: what to serve, and in how many processes.
+        set_up_logging: called in each of them; is pickled.
+
+    Raises:
+        AddressError: an address is in use, or is not one.
+        ConfigError: this system cannot share a port.
+    """
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigError("wanted a system with SO_REUSEPORT for --processes, got none; leave it out")
+    with contextlib.ExitStack() as stack:
+        addresses = tuple([stack.enter_context(reserved(address)) for address in config.addresses])
+        shared = replace(config, addresses=addresses, shares_ports=True)
+        processes = [_Process(_share_of(shared, index), set_up_logging) for index in range(config.processes)]
+        signals = stack.enter_context(_Signals())
+        ready = []
+        for process in processes:  # one after the other: what is wrong is then said once, by the first
+            found = process.start_and_wait(signals)
+            if found is None:
+                _stop(processes, signals)
+                return process.status or EXIT_NOT_DRAINED
+            ready.append(found)
+        Ready(addresses, ready[0].policies, tuple(http for one in ready for http in one.https)).print()
+        while not signals.came:
+            due_s = [process.due_s for process in processes if process.due_s is not None]
+            timeout_s = max(0.0, min(due_s) - time.monotonic()) if due_s else None
+            # Of one that has died meanwhile too: its sentinel ends the wait.
+            running = [process.sentinel for process in processes if process.due_s is None]
+            wait([signals.fd, *running], timeout_s)
+            for process in processes:
+                process.tend()
+        return _stop(processes, signals)
+
+
+def _share_of(config: ServerConfig, index: int) -> ServerConfig:
+    """What one process serves: an HTTP port and a directory for records of its own."""
+    http, record = config.http, config.record
+    if http is not None:
+        port = split_address(http)[1]
+        http = with_port(http, port + index if port else 0)
+    if record is not None:
+        record = record / str(index)
+    record_max_mb = max(1, config.record_max_mb // config.processes)  # where nothing is recorded, too
+    return replace(config, http=http, record=record, record_max_mb=record_max_mb)
+
+
+class _Process:
+    """One of the servers, started as often as it dies.
+
+    Args:
+        config: of this process.
+        set_up_logging: called in it first.
+    """
+
+    def __init__(self, config: ServerConfig, set_up_logging: Callable[[], None]) -> None:
+        self._config = config
+        self._set_up_logging = set_up_logging
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self.due_s: float | None = None
+        """When to start it again, of `time.monotonic`; None while it runs."""
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.exitcode is None
+
+    @property
+    def sentinel(self) -> int:
+        assert self._process is not None
+        return self._process.sentinel
+
+    @property
+    def status(self) -> int:
+        """Its exit status; if it was killed, as a shell tells it."""
+        code = None if self._process is None else self._process.exitcode
+        return EXIT_NOT_DRAINED if code is None else 128 - code if code < 0 else code
+
+    def start_and_wait(self, signals: _Signals) -> Ready | None:
+        """Start it, and wait until it serves; None if it does not, or a signal came."""
+        self._start()
+        assert self._pipe is not None
+        while self.alive and not signals.came:
+            wait([self._pipe, self.sentinel, signals.fd])
+            with contextlib.suppress(EOFError):
+                if self._pipe.poll():
+                    ready: Ready = self._pipe.recv()
+                    return ready
+        return None
+
+    def tend(self) -> None:
+        """Start it again if it has died, a while later."""
+        if self.due_s is None and not self.alive:
+            assert self._process is not None
+            logger.error("process %s died (status %s); starting another", self._process.pid, self.status)
+            self.due_s = time.monotonic() + RESTART_AFTER_S
+        elif self.due_s is not None and self.due_s <= time.monotonic():
+            self.due_s = None
+            self._start()
+
+    def terminate(self) -> None:
+        """Let it drain; a second time: let it stop at once."""
+        if self.alive:
+            assert self._process is not None
+            self._process.terminate()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(self._config, self._set_up_logging, other_end), daemon=True
+        )
+        # A terminal sends SIGINT to all processes; this one alone decides what it means.
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, heard)
+        other_end.close()
+
+
+class _Signals:
+    """SIGTERM and SIGINT as something to wait for; a context manager."""
+
+    def __enter__(self) -> _Signals:
+        self.fd, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        os.set_blocking(self.fd, False)
+        self.came = False
+        self._heard = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._heard.items():
+            signal.signal(number, handler)
+        os.close(self.fd)
+        os.close(self._written)
+
+    def clear(self) -> None:
+        """Wait for the next one."""
+        self.came = False
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 64)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.came = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._written, b"!")
+
+
+def _sentinels(processes: Sequence[_Process]) -> list[int]:
+    return [process.sentinel for process in processes if process.alive]
+
+
+def _stop(processes: Sequence[_Process], signals: _Signals) -> int:
+    """Drain all; returns the exit status."""
+    while sentinels := _sentinels(processes):
+        for process in processes:
+            process.terminate()
+        signals.clear()
+        while sentinels and not signals.came:
+            wait([signals.fd, *sentinels])
+            sentinels = _sentinels(processes)
+    drained = all(process.status == EXIT_OK for process in processes)
+    return EXIT_OK if drained else EXIT_NOT_DRAINED
+
+
+@contextlib.contextmanager
+def reserved(address: str) -> Iterator[str]:
+    """The address, with a port that no other program can take until the end of the block.
+
+    Raises:
+        AddressError: it is in use, or is not one.
+    """
+    check_free(address)
+    host, port = split_address(address)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with contextlib.ExitStack() as stack:
+        for family, kind, _, _, where in found if port else found[:1]:
+            held = stack.enter_context(socket.socket(family, kind))
+            # It does not listen, so it is given no connection.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            try:
+                held.bind(where)
+            except OSError:
+                # It was free a moment ago: connections of a server that shared no port linger there, which the
+                # servers themselves may ignore, and this socket not.
+                if not port:
+                    raise
+        yield with_port(address, port or held.getsockname()[1])
+
+
+def _serve(config: ServerConfig, set_up_logging: Callable[[], None], pipe: Any) -> None:
+    """What a process does: serve until SIGTERM, or until the process that started it is gone."""
+    from rsm_serve.server import run_loop
+
+    set_up_logging()
+
+    def stops(stop: Stop) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stop, signal.SIGTERM.name)
+
+        def orphaned() -> None:
+            loop.remove_reader(pipe.fileno())
+            stop("the main process is gone")
+
+        loop.add_reader(pipe.fileno(), orphaned)
+
+    try:
+        status = run_loop(lambda: serve(config, pipe.send, stops))
+    except RsmError as error:
+        click.echo(f"rsm-serve: {error}", err=True)
+        status = EXIT_USER_ERROR
+    leave_if_loading(status)
+    raise SystemExit(status)

@@ -1,0 +1,355 @@
+"""What stands between a policy and a robot: a limit per control step, and what to do when the policy fails.
+
+The policy itself already refuses an action that is not finite or out of bounds. The guard remembers the last
+action of each client: it clips the next one towards it, and has one to give out where the policy has none.
+
+`ActionGuard` is pure: it takes `now` and owns no clock, task or socket. `GuardedAnswers` drives it in the event
+loop, which is its one writer whatever version answers: so a limit holds across a reload, when jumps happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsm_common.errors import BackendError, ConfigError, InvalidRequestError
+from rsm_common.policy import ActResult, ActRows, Adjustment, Timing
+from rsm_common.spec import BoxSpec, PolicySpec
+from rsm_serve.engine.batcher import Answered
+from rsm_serve.observe.observer import LaneObserver
+
+logger = logging.getLogger(__name__)
+
+Fallback = Literal["fail", "hold", "center"]
+Future = asyncio.Future[Answered[ActResult]]
+
+IDLE_S = 2.0
+"""An action that is older is no longer the last step, ..."""
+IDLE_STEPS = 10
+"""... unless it is one of the last ten steps of a slow policy, by its `control_dt_s`."""
+MAX_CLIENTS = 4096
+"""Clients whose last action is remembered; the one that has been silent longest goes first."""
+
+
+@dataclass(frozen=True)
+class GuardLimits:
+    """What the guard does.
+
+    Raises:
+        ConfigError: `max_step` is not in (0, 1].
+    """
+
+    max_step: float | None = None
+    """Largest change of an action element per step, as a fraction of its range; None: any."""
+    fallback: Fallback = "fail"
+    """What a client gets when the policy fails: the error, its last action, or the centre of the bounds."""
+
+    def __post_init__(self) -> None:
+        if self.max_step is not None and not 0 < self.max_step <= 1:
+            raise ConfigError(
+                f"wanted max_action_step above 0 and at most 1, a fraction of the action range, "
+                f"got {self.max_step}; 0.1 lets an action cross its range in ten steps"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to do."""
+        return self.max_step is not None or self.fallback != "fail"
+
+
+@dataclass
+class _Last:
+    """The last actions of one client, by row of its requests."""
+
+    space: BoxSpec
+    range_A: NDArray[np.float32]
+    """From bound to bound."""
+    action_RA: NDArray[np.float32]
+    given_R: NDArray[np.float64]
+    """When each was given out, seconds."""
+    chosen_R: NDArray[np.float64]
+    """When the policy last chose one for the row: what is held does not grow younger by being held."""
+
+
+class ActionGuard:
+    """The last action of every client, and what follows from it.
+
+    A client is whatever is hashable and its own: its client_id, or an object per stream. Times are seconds of
+    one monotonic clock that the caller reads.
+
+    Args:
+        limits: what to do.
+        max_clients: how many to remember.
+    """
+
+    def __init__(self, limits: GuardLimits, max_clients: int = MAX_CLIENTS) -> None:
+        self._limits = limits
+        self._max_clients = max_clients
+        self._last: OrderedDict[tuple[str, Hashable], _Last] = OrderedDict()
+
+    @property
+    def clients(self) -> int:
+        """How many are remembered."""
+        return len(self._last)
+
+    def admit(self, client: Hashable | None) -> None:
+        """Check that a request can be limited.
+
+        Raises:
+            InvalidRequestError: nobody in particular asks, so that no action before is known.
+        """
+        if client is None and self._limits.max_step is not None:
+            raise InvalidRequestError(
+                "wanted a client_id, because this server limits how far an action may be from the client's "
+                "last one (--max-action-step), got none; give every robot its own client_id, or use a stream"
+            )
+
+    def limit(
+        self, spec: PolicySpec, client: Hashable | None, action_BA: NDArray[np.float32], now: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
+        """What to give out for the policy's actions.
+
+        Args:
+            spec: of the policy.
+            client: who asks; None: nobody in particular.
+            action_BA: [B, A], inside the bounds.
+            now: seconds.
+
+        Returns:
+            (action [B, A], an `Adjustment` per row [B] or None if all are the policy's own).
+        """
+        if client is None:
+            return action_BA, None
+        last = self._recall(spec, client)
+        given_BA = self._clip(spec, last, action_BA, now)
+        self._remember(spec, client, last, given_BA, now, chosen=True)
+        if given_BA is action_BA:
+            return action_BA, None
+        limited_B = (given_BA != action_BA).any(axis=1)
+        return given_BA, np.where(limited_B, Adjustment.LIMITED, Adjustment.NONE).astype(np.int32)
+
+    def substitute(
+        self, spec: PolicySpec, client: Hashable | None, rows: int, now: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]] | None:
+        """What to give out where the policy failed, as `limit`; None: nothing, the request fails.
+
+        `hold` has something only where the policy itself chose an action for every row within the idle time.
+        """
+        if self._limits.fallback == "fail":
+            return None
+        last = None if client is None else self._recall(spec, client)
+        if self._limits.fallback == "hold":
+            kind, wanted_BA = Adjustment.HELD, _held(last, rows, now - _idle_s(spec))
+            if wanted_BA is None:
+                return None
+        else:
+            kind, center = Adjustment.CENTERED, (spec.action_low + spec.action_high) / 2
+            wanted_BA = np.tile(center.astype(np.float32), (rows, 1))
+        given_BA = self._clip(spec, last, wanted_BA, now)
+        if client is not None:
+            self._remember(spec, client, last, given_BA, now, chosen=False)
+        return given_BA, np.full(rows, kind, np.int32)
+
+    def _clip(
+        self, spec: PolicySpec, last: _Last | None, action_BA: NDArray[np.float32], now: float
+    ) -> NDArray[np.float32]:
+        """The actions, at most a step from the last ones; the very same array if nothing is changed."""
+        if last is None or self._limits.max_step is None:
+            return action_BA
+        rows = min(len(action_BA), len(last.action_RA))
+        recent_R = last.given_R[:rows] >= now - _idle_s(spec)
+        step_A = np.float32(self._limits.max_step) * last.range_A
+        before_RA = last.action_RA[:rows]
+        # Between the last action and the wanted one, which are both inside the bounds.
+        clipped_RA = np.minimum(np.maximum(action_BA[:rows], before_RA - step_A), before_RA + step_A)
+        changed_R = recent_R & (clipped_RA != action_BA[:rows]).any(axis=1)
+        if not changed_R.any():
+            return action_BA
+        given_BA = action_BA.copy()
+        given_BA[:rows][changed_R] = clipped_RA[changed_R]
+        return given_BA
+
+    def _recall(self, spec: PolicySpec, client: Hashable) -> _Last | None:
+        """What is known of a client; nothing if a version with another action space takes over."""
+        last = self._last.get((spec.name, client))
+        return last if last is not None and last.space == spec.action else None
+
+    def _remember(
+        self,
+        spec: PolicySpec,
+        client: Hashable,
+        last: _Last | None,
+        action_BA: NDArray[np.float32],
+        now: float,
+        *,
+        chosen: bool,
+    ) -> None:
+        rows, size = action_BA.shape
+        if last is None or len(last.action_RA) < rows:
+            last = _grown(last, spec, rows, size)
+        last.action_RA[:rows] = action_BA
+        last.given_R[:rows] = now
+        if chosen:
+            last.chosen_R[:rows] = now
+        key = (spec.name, client)
+        self._last[key] = last
+        self._last.move_to_end(key)
+        if len(self._last) > self._max_clients:
+            self._last.popitem(last=False)
+
+
+def _idle_s(spec: PolicySpec) -> float:
+    return max(IDLE_S, IDLE_STEPS * (spec.control_dt_s or 0.0))
+
+
+def _held(last: _Last | None, rows: int, since_s: float) -> NDArray[np.float32] | None:
+    """[B, A] if the policy has chosen an action for each of the rows since then."""
+    if last is None or len(last.chosen_R) < rows or not (last.chosen_R[:rows] >= since_s).all():
+        return None
+    return last.action_RA[:rows].copy()
+
+
+def _grown(last: _Last | None, spec: PolicySpec, rows: int, size: int) -> _Last:
+    """With room for `rows`; what is not known was given out an eternity ago."""
+    never_R = np.full(rows, -np.inf)
+    grown = _Last(
+        spec.action,
+        spec.action_high - spec.action_low,
+        np.zeros((rows, size), np.float32),
+        never_R,
+        never_R.copy(),
+    )
+    if last is not None:
+        known = len(last.action_RA)
+        grown.action_RA[:known] = last.action_RA
+        grown.given_R[:known], grown.chosen_R[:known] = last.given_R, last.chosen_R
+    return grown
+
+
+class GuardedAnswers:
+    """Puts an `ActionGuard` between the answers of the batchers and those who wait for them; in one event loop.
+
+    Args:
+        limits: what to do.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, limits: GuardLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._guard = ActionGuard(limits)
+        self._clock = clock
+        self._unsettled: dict[object, deque[tuple[Future, Callable[[], None]]]] = {}
+        self.admit = self._guard.admit
+
+    def follow(
+        self,
+        sampled: Future,
+        spec: PolicySpec,
+        client: Hashable | None,
+        request: ActRows,
+        observer: LaneObserver | None,
+        *,
+        stream: object | None = None,
+    ) -> Future:
+        """The future of what is given out for a queued request; cancelling it cancels `sampled`.
+
+        An action that nobody waited for any more is not the client's last one. Requests of a `stream` are
+        settled in their order, in which they are answered; by priority, or by two versions, they may be sampled
+        in another.
+        """
+        given: Future = sampled.get_loop().create_future()
+
+        def settle() -> None:
+            error = None if sampled.cancelled() else sampled.exception()  # also marks it as seen
+            if given.done():
+                return
+            if sampled.cancelled():
+                given.cancel()
+                return
+            try:
+                given.set_result(self._given(sampled, error, spec, client, request, observer))
+            except Exception as fault:
+                given.set_exception(fault)
+
+        def cancelled(done: Future) -> None:
+            if done.cancelled():
+                sampled.cancel()
+
+        if stream is None:
+            sampled.add_done_callback(lambda _: settle())
+        else:
+            self._unsettled.setdefault(stream, deque()).append((sampled, settle))
+            sampled.add_done_callback(lambda _: self._settle_in_turn(stream))
+        given.add_done_callback(cancelled)
+        return given
+
+    def _settle_in_turn(self, stream: object) -> None:
+        unsettled = self._unsettled.get(stream)
+        while unsettled and unsettled[0][0].done():
+            _, settle = unsettled.popleft()
+            settle()
+        if not unsettled:
+            self._unsettled.pop(stream, None)
+
+    def _given(
+        self,
+        sampled: Future,
+        error: BaseException | None,
+        spec: PolicySpec,
+        client: Hashable | None,
+        request: ActRows,
+        observer: LaneObserver | None,
+    ) -> Answered[ActResult]:
+        now = self._clock()
+        if error is not None:
+            return self._instead(error, spec, client, request, observer, now)
+        answered = sampled.result()
+        result = answered.answer
+        action_BA, adjusted_B = self._guard.limit(spec, client, result.action, now)
+        if adjusted_B is None:
+            return answered
+        limited = int(np.count_nonzero(adjusted_B))
+        logger.warning(
+            "%s:%s: %d of %d actions were limited to a step of --max-action-step from the client's last one",
+            *(spec.name, spec.version, limited, len(adjusted_B)),
+            extra={"policy": spec.name, "version": spec.version},
+        )
+        if observer is not None:
+            observer.adjusted(limited_rows=limited, fallback=False)
+        return Answered(replace(result, action=action_BA, adjusted=adjusted_B), answered.queue_us)
+
+    def _instead(
+        self,
+        error: BaseException,
+        spec: PolicySpec,
+        client: Hashable | None,
+        request: ActRows,
+        observer: LaneObserver | None,
+        now: float,
+    ) -> Answered[ActResult]:
+        """The fallback's answer; raises the error where there is none, or if it is not the policy's failure."""
+        rows = len(request.obs_BO)
+        found = self._guard.substitute(spec, client, rows, now) if isinstance(error, BackendError) else None
+        if found is None:
+            raise error
+        action_BA, adjusted_B = found
+        what = Adjustment(int(adjusted_B[0])).name.lower()
+        logger.error(
+            "%s:%s: answered by a %s action instead of: %s",
+            *(spec.name, spec.version, what, error),
+            extra={"policy": spec.name, "version": spec.version},
+        )
+        if observer is not None:
+            observer.adjusted(limited_rows=0, fallback=True)
+        # No particle was chosen, so there is no value of one; NaN keeps the answer's form.
+        q_B = np.full(rows, np.nan, np.float32) if spec.has_q else None
+        timing = Timing(batch_rows=rows)
+        result = request.result(action_BA, q_B, version=spec.version, timing=timing, adjusted_B=adjusted_B)
+        return Answered(result, 0.0)

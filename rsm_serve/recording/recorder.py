@@ -1,0 +1,430 @@
+"""Writes every request and what became of it to rotating files, beside the answers and never in their way.
+
+The event loop only hands over references; a thread of its own makes the messages and writes them. What it
+cannot keep up with, or cannot write, is dropped and counted. `rsm_serve.recording` has the format and a reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from rsm_common.errors import ConfigError
+from rsm_common.policy import ActResult, ActRows, Timing
+from rsm_common.spec import PolicySpec
+from rsm_serve.engine.batcher import Answered
+from rsm_serve.observe.observer import OK, outcome, status
+from rsm_serve.recording import format as recording
+from rsm_serve.recording.format import MAGIC, SUFFIX, Record
+from rsm_serve.wire.caller import Caller
+
+logger = logging.getLogger(__name__)
+
+Future = asyncio.Future[Answered[ActResult]]
+Reason = Literal["behind", "disk", "too_large"]
+
+MAX_PENDING_BYTES = 2**25
+"""What may wait for the writer; more is dropped."""
+MAX_FILE_BYTES = 2**26
+FILES = 8
+"""At least so many files share the space, so that deleting the oldest deletes no more than this part."""
+GATHER_S = 0.02
+"""How long the writer lets records gather: to wake it for each would cost the event loop more than the rest."""
+GROUP = 8
+"""Records that are written by one call, and without a pause."""
+GROUP_BYTES = 2**16
+"""Of a group; a larger record is written alone."""
+PAUSE_S = 100e-6
+"""After each group, while no more than half of the room is taken: the interpreter runs one thread at a time,
+and a writer that went on at once would keep the event loop from it until all is written (measured: 2 ms)."""
+RETRY_S = 1.0
+"""Between two attempts to write to a disk that is full or gone."""
+CLOSE_S = 5.0
+LOCK = ".lock"
+"""A file whose lock says that somebody records in its directory."""
+MAX_ASKED_CHARACTERS = 128
+"""Of a policy's name that is not here: it is the caller's own text."""
+_NO_TIMING = Timing()
+_OVERHEAD_BYTES = 1024
+"""Of a record that waits, beside its observation and noise."""
+
+
+@dataclass
+class RecordCounts:
+    """What became of the records; each number has one writer."""
+
+    written: int = 0
+    dropped: dict[Reason, int] = field(default_factory=lambda: {"behind": 0, "disk": 0, "too_large": 0})
+    """"behind": the writer could not keep up; "disk": it could not be written; "too_large": for a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """A request that was queued, and how it ended; turned into a `Record` by the writer."""
+
+    sampled: Future
+    given: Future
+    method: str
+    spec: PolicySpec
+    caller: Caller
+    rows: ActRows
+    arrived_unix_ns: int
+    seconds: float
+    code: str
+    reason: str
+    size: int
+
+    def record(self) -> Record:
+        action = q = adjusted = policy_action = None
+        timing, queue_us = _NO_TIMING, 0.0
+        if self.code == OK:
+            answered = self.given.result()
+            result, queue_us = answered.answer, answered.queue_us
+            action, q, adjusted, timing = result.action, result.q, result.adjusted, result.timing
+            if self.sampled.exception() is None:
+                policy_action = self.sampled.result().answer.action
+        return Record(
+            policy=self.spec.name,
+            version=self.spec.version,
+            method=self.method,
+            client_id=self.caller.client_id,
+            arrived_unix_ns=self.arrived_unix_ns,
+            obs=self.rows.obs_BO,
+            seeds=self.rows.seeds_B,
+            noise=self.rows.noise_BTNA,
+            code=self.code,
+            reason=self.reason,
+            action=action,
+            q=q,
+            adjusted=adjusted,
+            policy_action=policy_action,
+            timing=Timing(queue_us, timing.batch_us, timing.compute_us, timing.batch_rows, 1e6 * self.seconds),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A request that was not queued."""
+
+    refusal: Record
+    size: int = _OVERHEAD_BYTES
+
+    def record(self) -> Record:
+        return self.refusal
+
+
+class Recorder:
+    """Records the requests of one event loop; `start` comes first, `close` last.
+
+    Args:
+        directory: made if it is not there; records of before are kept.
+        max_bytes: of all files together.
+
+    Raises:
+        ConfigError: the directory cannot be written to, or another server records there.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.counts = RecordCounts()
+        self._files = RotatingFiles(directory, max_bytes)
+        self._waiting: queue.SimpleQueue[_Settled | _Refused | None] = queue.SimpleQueue()
+        # The difference is what waits. Each has one writer: the event loop, the thread.
+        self._taken_bytes = 0
+        self._done_bytes = 0
+        self._closing = threading.Event()
+        self._retry_at_s = 0.0
+        self._told: dict[Reason, int] = {}
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        """Start the writer."""
+        self._thread.start()
+
+    def follow(
+        self,
+        given: Future,
+        sampled: Future,
+        method: str,
+        spec: PolicySpec,
+        caller: Caller,
+        rows: ActRows,
+        *,
+        started_s: float,
+        timeout_s: float | None,
+    ) -> None:
+        """Record a queued request when it is settled; in the event loop.
+
+        Args:
+            given: what the caller gets.
+            sampled: what the policy gives; the same future where no guard stands between.
+            method: of the call, such as "Act" or "ModelInfer".
+            spec: of the policy.
+            caller: who asks.
+            rows: what is asked for.
+            started_s: `time.perf_counter()` at its arrival.
+            timeout_s: what the caller allowed, from then.
+        """
+        arrived_unix_ns = time.time_ns()
+
+        def settled(done: Future) -> None:
+            seconds = time.perf_counter() - started_s
+            code, reason = outcome(done, seconds, timeout_s)
+            noise = rows.noise_BTNA
+            size = _OVERHEAD_BYTES + rows.obs_BO.nbytes + (0 if noise is None else noise.nbytes)
+            self._put(
+                _Settled(
+                    sampled, done, method, spec, caller, rows, arrived_unix_ns, seconds, code, reason, size
+                )
+            )
+
+        given.add_done_callback(settled)
+
+    def refused(self, method: str, policy: str, version: str, caller: Caller | None, error: Exception) -> None:
+        """Record a request that was refused before it was queued: who asked for what, and why not."""
+        code, reason = status(error)
+        refusal = Record(
+            policy=policy[:MAX_ASKED_CHARACTERS],
+            version=version[:MAX_ASKED_CHARACTERS],
+            method=method,
+            client_id="" if caller is None else caller.client_id,
+            arrived_unix_ns=time.time_ns(),
+            obs=None,
+            seeds=None,
+            noise=None,
+            code=code,
+            reason=reason,
+        )
+        self._put(_Refused(refusal))
+
+    def close(self) -> None:
+        """Write what waits, for at most `CLOSE_S`; may be repeated."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._waiting.put(None)
+            if self._thread.ident is not None:
+                self._thread.join(CLOSE_S)
+        if not self._thread.is_alive():  # otherwise a disk that hangs: the files are left to the process's end
+            self._files.close()
+
+    def _put(self, item: _Settled | _Refused) -> None:
+        if self._taken_bytes - self._done_bytes > MAX_PENDING_BYTES:
+            self.counts.dropped["behind"] += 1
+            return
+        self._taken_bytes += item.size
+        self._waiting.put(item)
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            items = [self._waiting.get()]
+            self._closing.wait(GATHER_S)
+            self._files.look()
+            while items and not ended:
+                ended = items[-1] is None
+                self._write([item for item in items if item is not None])
+                if self._taken_bytes - self._done_bytes < MAX_PENDING_BYTES // 2 and not self._closing.is_set():
+                    time.sleep(PAUSE_S)
+                items = self._group()
+            self._tell()
+
+    def _group(self) -> list[_Settled | _Refused | None]:
+        """The next few that wait; the last one is None at the end."""
+        items: list[_Settled | _Refused | None] = []
+        with contextlib.suppress(queue.Empty):
+            while len(items) < GROUP and (not items or items[-1] is not None):
+                items.append(self._waiting.get_nowait())
+        return items
+
+    def _write(self, items: list[_Settled | _Refused]) -> None:
+        frames: list[bytes] = []
+        size = 0
+        for item in items:
+            self._done_bytes += item.size
+            try:
+                frame = recording.encode(item.record())
+            except Exception:  # our own fault: the thread goes on, or nothing would ever be recorded again
+                logger.exception("a record could not be made")
+                continue
+            if size + len(frame) > GROUP_BYTES:
+                self._append(frames)
+                frames, size = [], 0
+            frames.append(frame)
+            size += len(frame)
+        self._append(frames)
+
+    def _append(self, frames: list[bytes]) -> None:
+        if not frames:
+            return
+        if time.monotonic() < self._retry_at_s:
+            self.counts.dropped["disk"] += len(frames)
+            return
+        try:
+            written = self._files.append(b"".join(frames))
+        except OSError as error:
+            self._retry_at_s = time.monotonic() + RETRY_S
+            self.counts.dropped["disk"] += len(frames)
+            logger.warning("requests are not recorded (%s); serving goes on, trying again each second", error)
+            return
+        if written:
+            self.counts.written += len(frames)
+        else:
+            self.counts.dropped["too_large"] += len(frames)
+
+    def _tell(self) -> None:
+        """Say in the log what was dropped since the last time; of the disk, its error says it."""
+        for reason, text in _DROPPED.items():
+            new = self.counts.dropped[reason] - self._told.get(reason, 0)
+            if new:
+                self._told[reason] = self.counts.dropped[reason]
+                logger.warning("%d requests were answered and not recorded: %s", new, text)
+
+
+_DROPPED: dict[Reason, str] = {
+    "behind": "the disk does not keep up",
+    "too_large": "a record is larger than a file may be; raise --record-max-mb",
+}
+
+
+class RotatingFiles:
+    """Frames in numbered files, all together no larger than a bound; not for several threads.
+
+    Args:
+        directory: made if it is not there, for this user alone.
+        max_bytes: of all files; then the oldest is deleted.
+
+    Raises:
+        ConfigError: the directory cannot be written to, or is in use.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._file_bytes = min(MAX_FILE_BYTES, max_bytes // FILES)
+        self._path: Path | None = None
+        self._descriptor = -1
+        self._size = 0
+        self._number = 0
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _locked(directory)
+        except BlockingIOError:
+            raise ConfigError(
+                f"wanted a directory for the records of this server alone, got {str(directory)!r}, where "
+                "another one records; choose another --record"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"wanted a directory to record in, got {str(directory)!r} ({error.strerror}); "
+                "choose another --record"
+            ) from None
+
+    def append(self, frames: bytes) -> bool:
+        """Write one or more frames by one call; False if they are larger than a file may be.
+
+        Raises:
+            OSError: it could not be written; of what was, nothing is left.
+        """
+        if len(MAGIC) + len(frames) > self._file_bytes:
+            return False
+        if self._path is not None and self._size + len(frames) > self._file_bytes:
+            self._leave()
+        if self._path is None:
+            self._begin()
+        self._write(frames)
+        return True
+
+    def look(self) -> None:
+        """Make sure that the file is still in its place: what is written to a deleted one is lost silently."""
+        if self._path is None:
+            return
+        try:
+            there, ours = self._path.stat(), os.fstat(self._descriptor)
+        except OSError:
+            self._leave()
+            return
+        if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            self._leave()
+
+    def close(self) -> None:
+        """End the file and let others record here; may be repeated."""
+        self._leave()
+        self._lock.close()
+
+    def _begin(self) -> None:
+        """Make room, then open the next file."""
+        # A directory that is gone is not made again: it may have been another disk's, and this one would fill.
+        # One that somebody made again is another one, in which another server may record.
+        if not _same_file(self._lock, self._directory / LOCK):
+            try:
+                lock = _locked(self._directory)
+            except BlockingIOError:
+                raise OSError(f"another server records in {self._directory} now") from None
+            self._lock.close()
+            self._lock = lock
+        files = recording.numbered_files(self._directory)
+        sizes = [path.stat().st_size for path in files]
+        while files and sum(sizes) + self._file_bytes > self._max_bytes:
+            files[0].unlink(missing_ok=True)
+            del files[0], sizes[0]
+        number = recording.number_of(files[-1].name) + 1 if files else max(1, self._number + 1)
+        path = self._directory / f"{number:08d}{SUFFIX}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._path, self._descriptor, self._size, self._number = path, descriptor, 0, number
+        try:
+            self._write(MAGIC)
+        except OSError:
+            self._leave()
+            path.unlink(missing_ok=True)
+            raise
+
+    def _write(self, content: bytes) -> None:
+        written = os.write(self._descriptor, content)
+        if written == len(content):
+            self._size += written
+            return
+        try:  # the disk is full: what is written is there as a whole or not at all
+            os.ftruncate(self._descriptor, self._size)
+        except OSError:
+            self._leave()
+        raise OSError(f"only {written} of {len(content)} bytes could be written, as if the disk were full")
+
+    def _leave(self) -> None:
+        if self._path is not None:
+            self._path = None
+            os.close(self._descriptor)
+
+
+def _locked(directory: Path) -> BinaryIO:
+    """The lock of a directory, held until it is closed.
+
+    Raises:
+        BlockingIOError: another recorder has it.
+        OSError: the directory is gone, or cannot be written to.
+    """
+    lock: BinaryIO = open(directory / LOCK, "wb", opener=_private)  # noqa: SIM115 (kept)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def _same_file(opened: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,103 @@
+"""Messages that are none of the protocol's: a status for who sent them, no traceback for who reads the log.
+
+gRPC answers what its deserializer does not take with UNKNOWN, and logs it as a fault of the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from rsm_common.errors import InvalidRequestError
+from rsm_serve.rpc.streams import UNREADABLE
+
+_Context = Any  # grpc has no type stubs
+
+Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
+"""Ends a call with the status of an exception."""
+
+_MALFORMED = object()
+"""Stands for a message that could not be parsed."""
+
+
+class GuardedServer:
+    """What services are registered with instead of the server.
+
+    Args:
+        server: of `grpc.aio`.
+        abort: how a call ends with an error.
+        streams: whether the services' request streams are to be guarded too; those of `OrderedStream` do it
+            themselves, and for less.
+    """
+
+    def __init__(self, server: Any, abort: Abort, *, streams: bool = False) -> None:
+        self._server = server
+        self._abort = abort
+        self._streams = streams
+
+    def add_generic_rpc_handlers(self, handlers: tuple[Any, ...]) -> None:
+        """See `grpc.Server`."""
+        self._server.add_generic_rpc_handlers(tuple(_Generic(handler, self._guarded) for handler in handlers))
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """See `grpc.Server`."""
+        guarded = {name: self._guarded(handler) for name, handler in handlers.items()}
+        self._server.add_registered_method_handlers(service, guarded)
+
+    def _guarded(self, handler: Any) -> Any:
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        if handler.request_streaming:
+            return self._guarded_stream(handler) if self._streams else handler
+        codecs = {
+            "request_deserializer": _lenient(handler.request_deserializer),
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:  # gRPC's Health.Watch, a coroutine that writes by itself
+            return grpc.unary_stream_rpc_method_handler(self._guarded_call(handler.unary_stream), **codecs)
+        return grpc.unary_unary_rpc_method_handler(self._guarded_call(handler.unary_unary), **codecs)
+
+    def _guarded_call(self, behavior: Callable[[Any, _Context], Coroutine[Any, Any, Any]]) -> Any:
+        async def call(request: Any, context: _Context) -> Any:
+            if request is _MALFORMED:
+                await self._abort(context, InvalidRequestError(UNREADABLE))
+            return await behavior(request, context)
+
+        return call
+
+    def _guarded_stream(self, handler: Any) -> Any:
+        async def call(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+            try:
+                async for response in handler.stream_stream(requests, context):
+                    yield response
+            except DecodeError:
+                await self._abort(context, InvalidRequestError(UNREADABLE))
+
+        return grpc.stream_stream_rpc_method_handler(
+            call, handler.request_deserializer, handler.response_serializer
+        )
+
+
+class _Generic(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The handlers of a service, guarded; asked by versions of gRPC that do not take registered ones."""
+
+    def __init__(self, inner: Any, guarded: Callable[[Any], Any]) -> None:
+        self._inner = inner
+        self._guarded = guarded
+
+    def service(self, details: Any) -> Any:
+        """See `grpc.GenericRpcHandler`."""
+        return self._guarded(self._inner.service(details))
+
+
+def _lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def deserialize(content: bytes) -> Any:
+        try:
+            return deserializer(content)
+        except Exception:
+            return _MALFORMED
+
+    return deserialize

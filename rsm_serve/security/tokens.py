@@ -1,0 +1,68 @@
+"""Bearer tokens in files: one a line, `#` before comments, several while one takes the place of another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rsm_common.errors import ConfigError
+
+MIN_TOKEN_CHARS = 16
+MAX_TOKEN_CHARS = 1024
+MAX_TOKENS = 1000
+"""Of one file; a caller's is compared with every one of them."""
+_MAX_FILE_BYTES = 1 << 20
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750
+
+AUTHORIZATION = "authorization"
+"""The metadata that carries a token."""
+_SCHEME = "bearer "
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that shows a token; none for an empty one."""
+    return ((AUTHORIZATION, f"Bearer {token}"),) if token else ()
+
+
+def shown(authorization: str) -> str:
+    """The token in the metadata's value; empty if it is none."""
+    scheme, token = authorization[: len(_SCHEME)], authorization[len(_SCHEME) :]
+    return token.strip() if scheme.lower() == _SCHEME else ""
+
+
+def read_tokens(path: Path) -> tuple[str, ...]:
+    """The tokens of a file, one at least. No sentence says what stands there.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty, or has a line that is no token.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES).decode("utf-8", "replace")
+    except OSError as error:
+        raise ConfigError(f"wanted to read tokens in {path}, got: {error.strerror}; check the file") from None
+    lines = [line.partition("#")[0].strip() for line in content.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if line:
+            check_token(line, f"in line {number} of {path}")
+    tokens = tuple(filter(None, lines))
+    if not 1 <= len(tokens) <= MAX_TOKENS:
+        raise ConfigError(
+            f"wanted 1 to {MAX_TOKENS} tokens in {path}, one a line, got {len(tokens)}; "
+            f"make one with: openssl rand -hex 32 > {path}"
+        )
+    return tokens
+
+
+def check_token(token: str, where: str) -> str:
+    """Return the token.
+
+    Raises:
+        ConfigError: it is none, or too short to be a secret.
+    """
+    if not (MIN_TOKEN_CHARS <= len(token) <= MAX_TOKEN_CHARS and _TOKEN.fullmatch(token)):
+        raise ConfigError(
+            f"wanted {MIN_TOKEN_CHARS} to {MAX_TOKEN_CHARS} letters, digits and . _ ~ + / - as token {where}, "
+            f"got {len(token)} characters, or others; make one with: openssl rand -hex 32"
+        )
+    return token

@@ -1,0 +1,278 @@
+"""Bundles: what loads, and every way in which one does not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rsm_common.errors import BundleError
+from rsm_serve.bundle.contract import (
+    CURRENT_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PAYLOAD_FILES,
+    PROBE_FILE,
+    SPEC_FILE,
+    Probe,
+    check_policy_name,
+    find_bundle,
+    list_policies,
+    list_versions,
+    load_bundle,
+    manifest_json,
+)
+from rsm_serve.bundle.repository import survey
+from tests.bundles import make_spec, write_bundle
+
+
+def rewrite(version_dir: Path, name: str, content: bytes) -> None:
+    """Change a file and make the manifest agree with it."""
+    (version_dir / name).write_bytes(content)
+    files = {payload: (version_dir / payload).read_bytes() for payload in PAYLOAD_FILES}
+    (version_dir / MANIFEST_FILE).write_bytes(manifest_json(files))
+
+
+def test_a_bundle_loads_by_its_version_and_by_its_policy_directory(own_repo):
+    write_bundle(own_repo, make_spec("tiny", "10"))
+    write_bundle(own_repo, make_spec("tiny", "9"))
+    assert load_bundle(own_repo / "tiny" / "1").spec == make_spec("tiny", "1")
+    assert load_bundle(own_repo / "tiny").spec.version == "10"
+    assert list_versions(own_repo / "tiny") == [1, 9, 10]
+    assert list_policies(own_repo) == ["tiny"]
+
+
+def test_a_policy_directory_means_the_version_that_a_server_of_it_serves(own_repo):
+    write_bundle(own_repo, make_spec("tiny", "2"))
+    pointer = own_repo / "tiny" / CURRENT_FILE
+    pointer.write_text("1\n")
+    assert load_bundle(own_repo / "tiny").spec.version == "1"
+    assert load_bundle(own_repo / "tiny" / "2").spec.version == "2", "what is named is not asked for"
+    pointer.write_text("7\n")
+    with pytest.raises(BundleError, match=r"wanted version 7 of .*tiny', which CURRENT names, got 1, 2; name"):
+        load_bundle(own_repo / "tiny")
+    pointer.write_text("latest")
+    with pytest.raises(BundleError, match="wanted the number of a version in .*CURRENT, got 'latest'"):
+        load_bundle(own_repo / "tiny")
+
+
+@pytest.mark.parametrize("name", PAYLOAD_FILES)
+def test_a_flipped_byte_is_found(own_repo, name):
+    path = own_repo / "tiny" / "1" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=f"sha256 of {name}"):
+        load_bundle(own_repo / "tiny")
+
+
+@pytest.mark.parametrize("name", PAYLOAD_FILES)
+def test_a_truncated_file_is_found(own_repo, name):
+    path = own_repo / "tiny" / "1" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=f"{name} of .* bytes"):
+        load_bundle(own_repo / "tiny")
+
+
+@pytest.mark.parametrize("name", [*PAYLOAD_FILES, MANIFEST_FILE])
+def test_a_missing_file_is_named(own_repo, name):
+    (own_repo / "tiny" / "1" / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        load_bundle(own_repo / "tiny" / "1" if name != MANIFEST_FILE else own_repo / "tiny")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"schema_version": 1, "files": 3}',
+        b'{"schema_version": 2, "files": {}}',
+        b'{"schema_version": 1, "files": {"model.onnx": {}}}',
+        b'{"schema_version": 1, "files": {"model.onnx": 1, "policy.json": 2, "probe.npz": 3}}',
+        b'{"schema_version": 1, "files": {"../../secret": {}}}',
+    ],
+)
+def test_a_damaged_manifest_is_a_clear_error(own_repo, manifest):
+    (own_repo / "tiny" / "1" / MANIFEST_FILE).write_bytes(manifest)
+    with pytest.raises(BundleError, match=MANIFEST_FILE + "|manifest"):
+        load_bundle(own_repo / "tiny")
+
+
+def test_another_schema_is_refused_even_with_right_hashes(own_repo):
+    version_dir = own_repo / "tiny" / "1"
+    data = json.loads((version_dir / SPEC_FILE).read_bytes()) | {"schema_version": 99}
+    rewrite(version_dir, SPEC_FILE, json.dumps(data).encode())
+    with pytest.raises(BundleError, match="schema version 1 or 2, got 99"):
+        load_bundle(version_dir)
+
+
+class Bomb:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_inside_the_probe_is_never_opened(own_repo, tmp_path):
+    buffer = io.BytesIO()
+    bomb = np.array([Bomb(tmp_path / "exploded")], dtype=object)
+    np.savez(buffer, obs=bomb, noise=bomb, action=bomb)
+    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
+    with pytest.raises(BundleError, match="plain arrays"):
+        load_bundle(own_repo / "tiny")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x05\x06" + bytes(18), b"PK\x03\x04garbage"])
+def test_a_probe_that_is_no_archive(own_repo, content):
+    rewrite(own_repo / "tiny" / "1", PROBE_FILE, content)
+    with pytest.raises(BundleError, match=PROBE_FILE):
+        load_bundle(own_repo / "tiny")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "-" * 9500 + "1",
+        "(" * 9000,
+        "[" * 150 + "]" * 150,
+        "{'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 9000 + "4}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ", 4)}",
+        "{'descr': '<f4\\x00', 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': [('a', '<f4', (2**31,))], 'fortran_order': False, 'shape': (1, 4)}",
+        "{'descr': '|V9999999999999', 'fortran_order': False, 'shape': (1, 4)}",
+        "{[]: 1}",
+    ],
+)
+def test_a_probe_whose_header_nobody_can_read(own_repo, header):
+    text = header.encode() + b"\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for key in ("obs", "noise", "action"):
+            archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
+    with pytest.raises(BundleError, match=rf"{PROBE_FILE}.*\S.*export the policy again"):
+        load_bundle(own_repo / "tiny")
+
+
+def test_a_bare_array_as_probe(own_repo):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
+    with pytest.raises(BundleError, match=PROBE_FILE):
+        load_bundle(own_repo / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("obs", "noise", "action"),
+    [
+        (np.zeros((2, 5)), np.zeros((2, 3, 2, 2)), np.zeros((2, 2))),
+        (np.zeros((2, 4)), np.zeros((1, 3, 2, 2)), np.zeros((2, 2))),
+        (np.zeros((2, 4)), np.zeros((2, 3, 2, 2)), np.zeros((2, 1))),
+        (np.zeros((0, 4)), np.zeros((0, 3, 2, 2)), np.zeros((0, 2))),
+        (np.float32(0), np.zeros((2, 3, 2, 2)), np.zeros((2, 2))),
+    ],
+)
+def test_a_probe_of_another_shape(obs, noise, action):
+    probe = Probe(*(np.asarray(array, np.float32) for array in (obs, noise, action)))
+    with pytest.raises(BundleError, match="wanted (obs|noise|action) as float32"):
+        Probe.from_bytes(probe.to_bytes(), make_spec())
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "a/b", "../x", "/etc", "a..b", ".hidden", "a\0b", "a" * 200, "a b", "x\n"]
+)
+def test_names_that_could_leave_the_repository_are_refused(name):
+    with pytest.raises(BundleError, match="policy name"):
+        check_policy_name(name)
+
+
+def test_a_missing_repository_and_an_empty_directory(tmp_path):
+    with pytest.raises(BundleError, match="not a directory"):
+        list_policies(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="no such directory"):
+        load_bundle(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="without manifest.json"):
+        load_bundle(tmp_path)
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """As a user whom permissions stop, which they do not root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    try:
+        os.seteuid(65534)
+    except PermissionError:
+        pytest.skip("this root may not become somebody else")
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_repo() -> Iterator[Path]:
+    """A repository at a place that everybody reaches, which pytest's own directories are not."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        write_bundle(path / "repo", make_spec())
+        try:
+            yield path / "repo"
+        finally:
+            for directory in (path / "repo", path / "repo" / "tiny"):
+                directory.chmod(0o755)
+
+
+class TestPermissions:
+    @pytest.mark.parametrize("mode", [0o000, 0o444])
+    def test_a_repository_that_may_not_be_read(self, open_repo, mode):
+        open_repo.chmod(mode)
+        with without_privileges():
+            for path in (open_repo, open_repo / "nothing"):
+                with pytest.raises(BundleError, match=f"cannot read {open_repo}.*check its permissions"):
+                    list_versions(path / "tiny")
+                with pytest.raises(BundleError, match=f"cannot read {open_repo}.*check its permissions"):
+                    load_bundle(path / "tiny")
+            with pytest.raises(BundleError, match=rf"{open_repo}.*: Permission denied; check its permissions"):
+                list_policies(open_repo if mode == 0 else open_repo / "nothing")
+
+    def test_a_policy_that_may_not_be_read_hides_no_other(self, open_repo):
+        write_bundle(open_repo, make_spec("other"))
+        (open_repo / "tiny").chmod(0o000)
+        with without_privileges():
+            assert list_policies(open_repo) == ["other", "tiny"]
+            with pytest.raises(BundleError, match=r"tiny: Permission denied; check its permissions"):
+                find_bundle(open_repo / "tiny")
+            found = survey(open_repo).policies
+        assert found["tiny"].problem.endswith("tiny: Permission denied; check its permissions")
+        assert found["other"].versions == (1,)
+
+
+def test_a_half_copied_bundle_never_loads(own_repo, tmp_path):
+    source = own_repo / "tiny" / "1"
+    for count in range(len(PAYLOAD_FILES)):
+        target = tmp_path / f"copy{count}" / "1"
+        target.mkdir(parents=True)
+        for name in [MANIFEST_FILE, *PAYLOAD_FILES[:count]]:
+            shutil.copy(source / name, target / name)
+        with pytest.raises(BundleError):
+            load_bundle(target)
+    assert MODEL_FILE in PAYLOAD_FILES
