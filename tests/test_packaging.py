@@ -25,6 +25,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "rsm_train": "rsm_train",
+    "rsm_common": "rsm_common",
     "rsm_serve": "rsm_serve",
     "rsm_eval": "rsm_eval",
     "rsm_export": "export/rsm_export",
