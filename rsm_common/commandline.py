@@ -1,4 +1,4 @@
-"""What the commands share: options from configuration dataclasses, and one way to report a mistake."""
+"""Parts that every command shares: options from configuration dataclasses, grouped help, error reports."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib.util
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -19,6 +19,11 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _MAX_SEED = 2**64 - 1
 _MAX_SEEDS = 10_000
+
+OTHER = "Other"
+"""The last section of a help text: options without a group."""
+
+Config = TypeVar("Config")
 
 
 def run_command(command: click.Command | Callable[[], click.Command], argv: Sequence[str] | None = None) -> int:
@@ -96,6 +101,63 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+class GroupedOption(click.Option):
+    """An option that stands in a section of the help text of a `GroupedCommand`.
+
+    Args:
+        group: title of the section.
+    """
+
+    def __init__(self, *args: Any, group: str = OTHER, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists the options in sections, and examples at the end.
+
+    Sections come in the order of their first option; `OTHER` comes last.
+
+    Args:
+        examples: (purpose, command line) of each example.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command`."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "group", OTHER), []).append(record)
+        for title in sorted(sections, key=lambda title: title == OTHER):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command`."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for purpose, line in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}# {purpose}\n")
+                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
+
+
+class _Setting(NamedTuple):
+    """A field that is an option."""
+
+    name: str
+    """Of the option, with underscores."""
+    label: str
+    """Of the dataclass."""
+    field: dataclasses.Field[Any]
+    hint: Any
+    group: str
+
+
 def dataclass_options(
     *configs: type, defaults: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -104,7 +166,11 @@ def dataclass_options(
     A field `total_steps: int = field(default=..., metadata={"help": ...})` becomes `--total-steps`.
     A field of type bool becomes `--flag/--no-flag`; a Literal becomes a choice. Fields without a
     "help" entry get no option. A field that several dataclasses share becomes one option, with the help of
-    the first.
+    the first. More entries of the metadata:
+
+    "option": the option's name, with underscores, where it is not the field's name.
+    "group": title of the option's section in the help of a `GroupedCommand`. On a field whose type is a
+        dataclass: the fields of that dataclass become options in this section.
 
     Args:
         configs: the dataclasses.
@@ -114,48 +180,90 @@ def dataclass_options(
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        shared: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+        shared: dict[str, dict[str, _Setting]] = {}
         for config in configs:
-            for item in dataclasses.fields(config):
-                if "help" in item.metadata:
-                    shared.setdefault(item.name, {})[_label(config)] = item
-        hints: dict[str, Any] = {}
-        for config in reversed(configs):
-            hints |= typing.get_type_hints(config)
-        for name, items in reversed(shared.items()):
-            function = _option(items, hints[name], defaults)(function)
+            for setting in _settings(config, _label(config)):
+                shared.setdefault(setting.name, {})[setting.label] = setting
+        for settings in reversed(shared.values()):
+            function = _option(settings, defaults)(function)
         return function
 
     return decorate
 
 
+def from_options(config: type[Config], options: Mapping[str, Any]) -> Config:
+    """Make a configuration, its nested groups included, from the values of its options.
+
+    Args:
+        config: a dataclass as `dataclass_options` takes it.
+        options: values by option name, with underscores; a field without an option goes by its own name.
+            Fields that are not named keep their defaults.
+
+    Raises:
+        TypeError: the configuration has no such option, or a field without a default is missing.
+        ConfigError: a value is out of range.
+    """
+    left = dict(options)
+    made = _take(config, left)
+    if left:
+        raise TypeError(f"{config.__name__} has no option named {', '.join(sorted(left))}")
+    return made
+
+
+def _take(config: type[Config], left: dict[str, Any]) -> Config:
+    """Make a configuration and remove its options from `left`."""
+    hints = typing.get_type_hints(config)
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        name = item.metadata.get("option", item.name)
+        if name in left:
+            values[item.name] = left.pop(name)
+        elif "group" in item.metadata and dataclasses.is_dataclass(nested := hints[item.name]):
+            values[item.name] = _take(typing.cast(type, nested), left)
+    return config(**values)
+
+
+def _settings(config: type, label: str, group: str = OTHER) -> Iterator[_Setting]:
+    """The fields of a dataclass that are options, those of nested groups included."""
+    hints = typing.get_type_hints(config)
+    for item in dataclasses.fields(config):
+        hint, section = hints[item.name], item.metadata.get("group", group)
+        if "group" in item.metadata and dataclasses.is_dataclass(hint):
+            yield from _settings(typing.cast(type, hint), label, section)
+        elif "help" in item.metadata:
+            yield _Setting(item.metadata.get("option", item.name), label, item, hint, section)
+
+
 def _label(config: type) -> str:
-    """What a configuration is for: "sac" of SACConfig."""
+    """The name of a configuration in help texts: "sac" of SACConfig."""
     return config.__name__.removesuffix("Config").lower()
 
 
-def _option(items: Mapping[str, dataclasses.Field[Any]], hint: Any, defaults: bool) -> Callable[..., Any]:
-    """The option of one field, given as it is in each dataclass that has it, by label."""
-    item = next(iter(items.values()))
-    flag = "--" + item.name.replace("_", "-")
-    has_default = item.default is not dataclasses.MISSING
-    text = item.metadata["help"]
+def _option(shared: Mapping[str, _Setting], defaults: bool) -> Callable[..., Any]:
+    """The option of one field; `shared` has the field of every dataclass that has it, by label."""
+    first = next(iter(shared.values()))
+    flag = "--" + first.name.replace("_", "-")
+    default = first.field.default
+    has_default = default is not dataclasses.MISSING
+    text = first.field.metadata["help"]
     if not defaults:
-        text += _default_text({label: shared.default for label, shared in items.items()})
+        text += _default_text({label: setting.field.default for label, setting in shared.items()})
     settings: dict[str, Any] = {
-        "show_default": defaults and has_default and item.default is not None,
+        "cls": GroupedOption,
+        "group": first.group,
+        "show_default": defaults and has_default and default is not None,
         "required": defaults and not has_default,
         "help": text,
     }
     if defaults and has_default:
         # Not even None otherwise: for click a default, also of None, satisfies `required`.
-        settings["default"] = item.default
-    kind = _option_type(hint)
+        settings["default"] = default
+    kind = _option_type(first.hint)
     if kind is bool:
         if not defaults:
-            settings["default"] = None  # or click says False where nothing was said
-        return click.option(f"{flag}/--no-{flag[2:]}", item.name, **settings)
-    return click.option(flag, item.name, type=kind, **settings)
+            settings["default"] = None  # click's own default is False
+        return click.option(f"{flag}/--no-{flag[2:]}", first.name, **settings)
+    return click.option(flag, first.name, type=kind, **settings)
 
 
 def _default_text(by_label: Mapping[str, Any]) -> str:
