@@ -23,7 +23,7 @@ from record import write_record
 from rsm_common.policy import ActResult, ActRows, Timing
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_serve.engine.action_guard import GuardedAnswers, GuardLimits
-from rsm_serve.engine.batcher import Answered
+from rsm_serve.observe.settled import Answered
 from rsm_serve.recording.recorder import Recorder
 from rsm_serve.server import run_loop
 from rsm_serve.wire.caller import Caller

@@ -23,10 +23,10 @@ from rsm_common.policy import ActResult, ActRows
 from rsm_serve.addresses import UNIX, check_free, check_unexposed, with_port
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.action_guard import GuardedAnswers
-from rsm_serve.engine.batcher import Answered
 from rsm_serve.engine.intake import Intake
-from rsm_serve.engine.lifecycle import LifeCycle, load_repository, make_loader, wishes_of
+from rsm_serve.engine.lifecycle import LifeCycle
 from rsm_serve.engine.registry import Lane, Registry
+from rsm_serve.observe.settled import Answered
 from rsm_serve.observe.tracing import Tracer
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
@@ -37,6 +37,7 @@ from rsm_serve.rpc.health import HealthService
 from rsm_serve.rpc.streams import OpenStreams, OrderedStream, Submitted
 from rsm_serve.security.access import Access
 from rsm_serve.security.server_tls import server_credentials
+from rsm_serve.startup import load_repository, make_loader, wishes_of
 from rsm_serve.wire.caller import Caller, check_client_id
 from rsm_serve.wire.codec import (
     ERROR_MARK,

@@ -35,29 +35,22 @@ GRPC = ("rpc", "client", "server", "security.server_tls", "commands.client_cli")
 # Rooms of rsm_serve and the rooms that each may import.
 ARROWS: dict[str, set[str]] = {
     "addresses": set(),
+    "bundle": set(),
+    "observe": set(),
     "wire": {"pb"},
-    "security": {"config"},
-    "bundle": {"security"},
     "sessions": {"bundle"},
     "local": {"bundle", "sessions"},
-    "observe": {"engine", "recording"},
-    "recording": {"engine", "observe", "pb", "wire"},
-    "client": {"pb", "security", "wire"},
-    "engine": {"bundle", "config", "local", "observe", "recording", "wire"},
+    "recording": {"observe", "pb", "wire"},
+    "engine": {"bundle", "local", "observe", "recording", "wire"},
     "config": {"addresses", "engine", "sessions"},
+    "security": {"config"},
+    "startup": {"bundle", "config", "engine", "observe"},
+    "client": {"pb", "security", "wire"},
     "rpc": {"engine", "observe", "pb", "security", "wire"},
     "http": {"addresses", "engine", "observe"},
     "server": {
-        "addresses",
-        "config",
-        "engine",
-        "http",
-        "observe",
-        "pb",
-        "recording",
-        "rpc",
-        "security",
-        "wire",
+        *("addresses", "config", "engine", "http", "observe", "pb"),
+        *("recording", "rpc", "security", "startup", "wire"),
     },
     "commands": {
         *("addresses", "bundle", "client", "config", "engine", "http", "local"),
@@ -134,6 +127,27 @@ def below(name: str, parents: tuple[str, ...]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
+def room_of(name: str) -> str:
+    """The folder or module directly below rsm_serve that a module belongs to; empty outside of rsm_serve."""
+    return name.removeprefix("rsm_serve.").partition(".")[0] if name.startswith("rsm_serve.") else ""
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A path that leads back to its first node, empty if the graph has none."""
+    finished: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        for successor in sorted(graph.get(node, set()) - finished):
+            if found := visit(successor, [*path, node]):
+                return found
+        finished.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
 @pytest.mark.parametrize(("package", "name", "path"), ALL, ids=[name for _, name, _ in ALL])
 def test_every_module_keeps_the_table(package, name, path):
     names = imports(path, name)
@@ -141,14 +155,11 @@ def test_every_module_keeps_the_table(package, name, path):
         assert not forbidden(names, ("torch", "onnx", "gymnasium", "rsm_train", "rsm_export", "rsm_eval"))
         runtimes = [runtime for runtime, homes in RUNTIMES.items() if name not in homes]
         assert not forbidden(names, tuple(runtimes))
-    if name in {SESSIONS + part for part in TENSORRT_MODULES}:
-        assert not outside(names - {"cuda"}, TENSORRT_NEEDS)
         if not below(name, tuple(f"rsm_serve.{part}" for part in GRPC)):
             assert not forbidden(names, ("grpc", "grpc_health", "grpc_reflection"))
-        room = name.removeprefix("rsm_serve").lstrip(".").partition(".")[0]
-        if room:
-            rooms = {found.split(".")[1] for found in forbidden(names, ("rsm_serve",)) if "." in found}
-            assert rooms <= {room} | ARROWS[room]
+        assert {room_of(other) for other in names} - {room_of(name), ""} <= ARROWS.get(room_of(name), set())
+    if name in {SESSIONS + part for part in TENSORRT_MODULES}:
+        assert not outside(names - {"cuda"}, TENSORRT_NEEDS)
     if package == "rsm_common":
         assert not forbidden(names, ("rsm_serve", "rsm_train", "rsm_eval", "rsm_export"))
         assert not outside(names, ("numpy", "click", "rsm_common"))
@@ -167,6 +178,32 @@ def test_every_module_keeps_the_table(package, name, path):
         if name not in EXPORT_WITH_RETURNS:
             at_import = imports(path, name, top_level=True)
             assert not forbidden(at_import, ("rsm_eval", "matplotlib", *EXPORT_WITH_RETURNS))
+
+
+def test_the_rooms_of_the_server_form_no_circle():
+    assert circle(ARROWS) == []
+
+
+def test_the_table_of_rooms_allows_nothing_that_is_not_used():
+    used: dict[str, set[str]] = {}
+    for name, path in modules("rsm_serve"):
+        used.setdefault(room_of(name), set()).update(room_of(other) for other in imports(path, name))
+    rooms = {room: others - {room, ""} for room, others in used.items() if room}
+    assert rooms == {room: ARROWS.get(room, set()) for room in rooms}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_modules_of_a_package_form_no_circle(package):
+    files = dict(modules(package))
+    graph = {name: {other for other in imports(path, name) if other in files} for name, path in files.items()}
+    # A package's `__init__` is imported before each of its modules, and may import them.
+    inits = {name for name, path in files.items() if path.name == "__init__.py"}
+    assert circle({name: others - inits - {name} for name, others in graph.items()}) == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"b"}, "d": {"c"}}) == ["b", "d", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
 def test_the_clients_closure_needs_only_the_base_install():

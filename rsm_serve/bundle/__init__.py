@@ -1,6 +1,6 @@
 """What a loadable policy is: the bundle directory, the repository of bundles, and reading ONNX files.
 
-Imports rsm_common and security.watched_files; never a runtime, gRPC or asyncio.
+Imports rsm_common alone; never a runtime, gRPC or asyncio.
 Used by rsm_export (which obeys it), sessions, engine and rsm_eval.
 """
 

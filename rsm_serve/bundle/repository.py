@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsm_common.errors import BundleError
+from rsm_common.file_stamp import FileStamp, file_stamp
 from rsm_serve.bundle.contract import (
     MANIFEST_FILE,
     PAYLOAD_FILES,
@@ -19,7 +20,6 @@ from rsm_serve.bundle.contract import (
     list_versions,
     read_pointer,
 )
-from rsm_serve.security.watched_files import FileStamp, file_stamp
 
 Stamp = tuple[FileStamp, ...]
 """What changes when a version's files do."""

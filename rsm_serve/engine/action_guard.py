@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from rsm_common.errors import BackendError, ConfigError, InvalidRequestError
 from rsm_common.policy import ActResult, ActRows, Adjustment, Timing
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.engine.batcher import Answered
 from rsm_serve.observe.observer import LaneObserver
+from rsm_serve.observe.settled import Answered
 
 logger = logging.getLogger(__name__)
 

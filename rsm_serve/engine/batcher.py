@@ -25,6 +25,7 @@ from rsm_common.errors import (
     RequestError,
     SupersededError,
 )
+from rsm_serve.observe.settled import Answered
 from rsm_serve.wire.caller import PRIORITY_STEP_S, check_priority, check_rows
 
 logger = logging.getLogger(__name__)
@@ -254,14 +255,6 @@ class _Rate:
     def seconds_for(self, rows: int) -> float | None:
         """How long so many rows will take; None before anything was computed."""
         return self._seconds * rows / self._rows if self._rows and self._seconds else None
-
-
-@dataclass(frozen=True)
-class Answered(Generic[Answer]):
-    """An answer and how long its request waited."""
-
-    answer: Answer
-    queue_us: float
 
 
 @dataclass(frozen=True)

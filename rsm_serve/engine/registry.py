@@ -18,11 +18,12 @@ from rsm_common.errors import BackendError, BundleError, NotReadyError, PolicyNo
 from rsm_common.policy import ActResult, ActRows
 from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.contract import check_policy_name, list_policies, list_versions, load_bundle
-from rsm_serve.engine.batcher import Answered, Batcher, BatchLimits
+from rsm_serve.engine.batcher import Batcher, BatchLimits
 from rsm_serve.engine.canary import Canary, choose, lot
 from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.observe.counts import LaneStatistics
 from rsm_serve.observe.observer import LaneObserver, Observer
+from rsm_serve.observe.settled import Answered
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,21 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rsm_common.policy import ActResult, Timing
-from rsm_serve.engine.batcher import Answered
+from rsm_serve.observe.settled import Answered
+
+NotRecorded = Literal["behind", "disk", "too_large"]
+"""Why a request has no record: the writer is behind, the disk refused it, or it is too large for a file."""
+
+
+@dataclass
+class RecordCounts:
+    """What became of the records; each number has one writer."""
+
+    written: int = 0
+    dropped: dict[NotRecorded, int] = field(default_factory=lambda: {"behind": 0, "disk": 0, "too_large": 0})
 
 
 @dataclass

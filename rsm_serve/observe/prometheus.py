@@ -16,15 +16,13 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
 
-if TYPE_CHECKING:
-    from rsm_serve.recording.recorder import RecordCounts
+from rsm_serve.observe.counts import RecordCounts
 
 LATENCY_BOUNDS_S = (
     *(50e-6, 75e-6, 100e-6, 150e-6, 200e-6, 300e-6, 500e-6, 750e-6),

@@ -17,7 +17,7 @@ from typing import Any
 from rsm_common.errors import MissingExtraError, wire_status
 from rsm_common.policy import ActResult
 from rsm_common.spec import PolicySpec
-from rsm_serve.engine.batcher import Answered
+from rsm_serve.observe.settled import Answered
 
 CLOSE_S = 2.0
 _HEADERS = ("traceparent", "tracestate")

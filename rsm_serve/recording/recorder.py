@@ -14,15 +14,16 @@ import os
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from rsm_common.errors import ConfigError
 from rsm_common.policy import ActResult, ActRows, Timing
 from rsm_common.spec import PolicySpec
-from rsm_serve.engine.batcher import Answered
+from rsm_serve.observe.counts import NotRecorded, RecordCounts
 from rsm_serve.observe.observer import OK, outcome, status
+from rsm_serve.observe.settled import Answered
 from rsm_serve.recording import format as recording
 from rsm_serve.recording.format import MAGIC, SUFFIX, Record
 from rsm_serve.wire.caller import Caller
@@ -30,7 +31,6 @@ from rsm_serve.wire.caller import Caller
 logger = logging.getLogger(__name__)
 
 Future = asyncio.Future[Answered[ActResult]]
-Reason = Literal["behind", "disk", "too_large"]
 
 MAX_PENDING_BYTES = 2**25
 """What may wait for the writer; more is dropped."""
@@ -56,15 +56,6 @@ MAX_ASKED_CHARACTERS = 128
 _NO_TIMING = Timing()
 _OVERHEAD_BYTES = 1024
 """Of a record that waits, beside its observation and noise."""
-
-
-@dataclass
-class RecordCounts:
-    """What became of the records; each number has one writer."""
-
-    written: int = 0
-    dropped: dict[Reason, int] = field(default_factory=lambda: {"behind": 0, "disk": 0, "too_large": 0})
-    """"behind": the writer could not keep up; "disk": it could not be written; "too_large": for a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +133,7 @@ class Recorder:
         self._done_bytes = 0
         self._closing = threading.Event()
         self._retry_at_s = 0.0
-        self._told: dict[Reason, int] = {}
+        self._told: dict[NotRecorded, int] = {}
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
 
     def start(self) -> None:
@@ -288,7 +279,7 @@ class Recorder:
                 logger.warning("%d requests were answered and not recorded: %s", new, text)
 
 
-_DROPPED: dict[Reason, str] = {
+_DROPPED: dict[NotRecorded, str] = {
     "behind": "the disk does not keep up",
     "too_large": "a record is larger than a file may be; raise --record-max-mb",
 }

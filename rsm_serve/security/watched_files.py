@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rsm_common.errors import RsmError
+from rsm_common.file_stamp import FileStamp, file_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -19,18 +20,6 @@ T = TypeVar("T")
 
 LOOK_S = 1.0
 """Between two looks at the files, which happen on use alone."""
-
-FileStamp = tuple[int, int, int] | None
-"""What changes when a file does: modification time, size and inode; None for a missing one."""
-
-
-def file_stamp(path: Path) -> FileStamp:
-    """See `FileStamp`."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Watched(Generic[T]):

@@ -31,9 +31,10 @@ from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.commands import client_cli
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.action_guard import IDLE_S, ActionGuard, GuardedAnswers, GuardLimits
-from rsm_serve.engine.batcher import Answered, BatchLimits
+from rsm_serve.engine.batcher import BatchLimits
 from rsm_serve.engine.registry import Lane
 from rsm_serve.local import LocalPolicy
+from rsm_serve.observe.settled import Answered
 from rsm_serve.recording.format import read
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session

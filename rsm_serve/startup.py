@@ -1,0 +1,134 @@
+"""How a server begins: from its configuration to the loaded policies, before it has an event loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from rsm_common.errors import BundleError
+from rsm_serve.bundle.contract import list_policies
+from rsm_serve.bundle.repository import Found, Wishes, survey
+from rsm_serve.config import ServerConfig
+from rsm_serve.engine.lifecycle import Loader
+from rsm_serve.engine.registry import Lane, Registry, Selection, load_lane
+from rsm_serve.engine.turns import Turns
+from rsm_serve.observe.observer import Observer, loading
+
+logger = logging.getLogger(__name__)
+
+
+def load_repository(
+    config: ServerConfig, load: Loader, observer: Observer | None = None
+) -> tuple[Registry, Wishes]:
+    """Load what the configuration asks for; how a server begins, before it has an event loop.
+
+    Raises:
+        BundleError: something that was asked for is missing or damaged, or there is nothing to serve.
+        MissingExtraError: the backend is not installed.
+    """
+    wishes = wishes_of(config)
+    policies = survey(config.repo).policies if list_policies(config.repo) else {}
+    names = wishes.names() if wishes.follow is not None else wishes.names() | set(policies)
+    lanes: list[Lane] = []
+    currents: dict[str, int] = {}
+    problem: BundleError | None = None
+    for name in sorted(names):
+        try:
+            lanes += (loaded := _load_policy(name, policies.get(name, Found(())), wishes, load, config))
+        except BundleError as error:
+            if config.poll is None or name in wishes.names():
+                raise
+            logger.error("policy %r is not served before its files change: %s", name, error)
+            problem = error
+            continue
+        wanted = wishes.current(name, policies.get(name))
+        if str(wanted) in [lane.spec.version for lane in loaded]:
+            currents[name] = int(str(wanted))
+    if not lanes and (problem is not None or config.poll is None):
+        raise problem or _nothing_to_serve(config.repo)
+    if not lanes:
+        logger.warning("%s has no policy yet; the server is ready when the first has come", config.repo)
+    registry = Registry(lanes, observer, config.canaries)
+    for name, current in currents.items():
+        registry.set_current(name, current)
+    return registry, wishes
+
+
+def _load_policy(name: str, found: Found, wishes: Wishes, load: Loader, config: ServerConfig) -> list[Lane]:
+    """All versions of one policy that a server begins with.
+
+    A server that polls is one that nobody watches: where the newest version is broken, it begins with the one
+    before, as it would have gone on with it.
+    """
+    if found.problem:
+        raise BundleError(found.problem)
+    current = wishes.current(name, found)
+    fixed = wishes.fixed(name)
+    lanes = []
+    if wishes.follows(name) and current not in fixed:
+        lanes.append(_load_current(name, current, found, load, fall_back=config.poll is not None))
+    return [*lanes, *(load(name, version) for version in sorted(fixed))]
+
+
+def _load_current(name: str, current: int | None, found: Found, load: Loader, *, fall_back: bool) -> Lane:
+    # Without a complete version (0) the newest directory is tried: its own error says what is wrong.
+    candidates = [current or 0]
+    if fall_back and found.pointer is None:
+        candidates += sorted((version for version in found.versions if version < candidates[0]), reverse=True)
+    for version in candidates:
+        try:
+            return load(name, version)
+        except BundleError as error:
+            if version == candidates[-1]:
+                raise
+            logger.error("policy %r version %d did not load, the one before is tried: %s", name, version, error)
+    raise AssertionError("the last candidate raises")
+
+
+def wishes_of(config: ServerConfig) -> Wishes:
+    """What a configuration wants loaded."""
+    follow = {selection.name for selection in config.policies if selection.version is None}
+    wishes = Wishes(follow if config.policies else None)
+    for selection in config.policies:
+        if selection.version is not None:
+            wishes.pinned.setdefault(selection.name, set()).add(selection.version)
+    for canary in config.canaries:
+        wishes.canaries.setdefault(canary.name, set()).add(canary.version)
+    return wishes
+
+
+def make_loader(config: ServerConfig, observer: Observer | None = None) -> Loader:
+    """Loads what a server with this configuration loads, and tells an observer how long it took."""
+    turns = None if config.workers is None else Turns(config.workers)
+
+    def load(name: str, version: int) -> Lane:
+        started = time.perf_counter()
+        with loading(observer, name):
+            lane = load_lane(
+                config.repo,
+                Selection(name, version or None),
+                limits=config.limits,
+                backend=config.backend,
+                threads=config.threads,
+                cache_dir=config.engine_cache,
+                turns=turns,
+            )
+        logger.info(
+            "loaded %s version %s in %.2f s: %s",
+            name,
+            lane.spec.version,
+            time.perf_counter() - started,
+            lane.runtime,
+            extra={"policy": name, "version": lane.spec.version},
+        )
+        return lane
+
+    return load
+
+
+def _nothing_to_serve(repository: Path) -> BundleError:
+    return BundleError(
+        f"wanted a repository with at least one policy, got {str(repository)!r} without any; "
+        "create one with rsm-export RUN --repo DIR"
+    )
