@@ -119,7 +119,7 @@ class GroupedCommand(click.Command):
     Sections come in the order of their first option; `OTHER` comes last.
 
     Args:
-        examples: (purpose, command line) of each example.
+        examples: (purpose, command line) of each example; a command line may have several lines.
     """
 
     def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
@@ -142,7 +142,8 @@ class GroupedCommand(click.Command):
             with formatter.section("Examples"):
                 for purpose, line in self.examples:
                     formatter.write(f"{'':>{formatter.current_indent}}# {purpose}\n")
-                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+                    for part in line.splitlines():
+                        formatter.write(f"{'':>{formatter.current_indent}}{part}\n")
         super().format_epilog(ctx, formatter)
 
 

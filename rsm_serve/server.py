@@ -220,28 +220,35 @@ class PolicyServer:
         tracer: Tracer | None = None,
     ) -> None:
         self.config = config
-        self._credentials = server_credentials(config)
-        if self._credentials is None and not config.insecure:
+        self._credentials = server_credentials(config.security)
+        if self._credentials is None and not config.security.insecure:
             for address in config.addresses:
                 check_unexposed(address)
-        tokens = (config.act_token_file, config.admin_token_file)
+        tokens = (config.security.act_token_file, config.security.admin_token_file)
         access = None if tokens == (None, None) else Access(*tokens)
-        self.monitor = monitor or (None if config.http is None else _new_monitor())
+        self.monitor = monitor or (None if config.monitor.http is None else _new_monitor())
         observer = None if self.monitor is None else self.monitor.telemetry
-        self._tracer = tracer or (Tracer() if config.otel else None)
+        self._tracer = tracer or (Tracer() if config.monitor.otel else None)
         load = make_loader(config, observer)
         if lanes is None:
             self.registry, wishes = load_repository(config, load, observer)
         else:
-            self.registry, wishes = Registry(lanes, observer, config.canaries), wishes_of(config)
+            self.registry, wishes = Registry(lanes, observer, config.versions.canaries), wishes_of(config)
         self.lifecycle = LifeCycle(
-            self.registry, config.repo, load, wishes, poll_s=config.poll, keep_versions=config.keep_versions
+            self.registry,
+            config.repo,
+            load,
+            wishes,
+            poll_s=config.versions.poll,
+            keep_versions=config.versions.keep_versions,
         )
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """Where it listens, ports filled in; empty before `start`."""
         self._recorder = (
-            None if config.record is None else _new_recorder(config.record, config.record_max_bytes)
+            None
+            if config.recording.directory is None
+            else _new_recorder(config.recording.directory, config.recording.max_bytes)
         )
         if self.monitor is not None and self._recorder is not None:
             self.monitor.telemetry.recorded = self._recorder.counts
@@ -251,8 +258,8 @@ class PolicyServer:
             self._tracer,
             self._recorder,
             GuardedAnswers(config.guard) if config.guard.active else None,
-            max_streams=config.max_streams,
-            max_rate=config.max_rate,
+            max_streams=config.limits.max_streams,
+            max_rate=config.limits.max_rate,
         )
         version = metadata.version("rsm-toolkit")
         self._service = PolicyService(intake, version)
@@ -261,7 +268,7 @@ class PolicyServer:
             version,
             abort=_abort,
             log_fault=_log_fault,
-            control=None if config.admin_token_file is None else self.lifecycle,
+            control=None if config.security.admin_token_file is None else self.lifecycle,
         )
         self._interceptors = () if access is None else (Gate(access, _abort, _METHODS, observer),)
         self._health = HealthService()
@@ -272,8 +279,8 @@ class PolicyServer:
         Raises:
             AddressError: an address is in use, or is not one.
         """
-        if self.monitor is not None and self.config.http is not None and not self.monitor.address:
-            await self.monitor.open(self.config.http)
+        if self.monitor is not None and self.config.monitor.http is not None and not self.monitor.address:
+            await self.monitor.open(self.config.monitor.http)
         server = grpc.aio.server(
             interceptors=self._interceptors,
             options=_channel_options(self.config),
@@ -285,7 +292,7 @@ class PolicyServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         oip.add_to_server(self._inference, guarded)
         _describe(GuardedServer(server, _abort, streams=True))
-        if not self.config.shares_ports:
+        if not self.config.process.shares_ports:
             for address in self.config.addresses:
                 check_free(address)
         self.addresses = tuple([_bind(server, address, self._credentials) for address in self.config.addresses])
@@ -306,7 +313,7 @@ class PolicyServer:
         Returns:
             Whether everything was answered in time.
         """
-        limit_s = self.config.drain_seconds if seconds is None else seconds
+        limit_s = self.config.process.drain_seconds if seconds is None else seconds
         self._health.drain()
         if self.monitor is not None:
             self.monitor.draining()
@@ -424,13 +431,13 @@ def _channel_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
     return (
         *CHANNEL_OPTIONS,
         # Otherwise a second server would silently share the port, and clients be split between two policies.
-        ("grpc.so_reuseport", int(config.shares_ports)),
+        ("grpc.so_reuseport", int(config.process.shares_ports)),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         # Below the hard limit gRPC refuses by lot from its soft one on; what is refused is not to be a lot's.
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.max_allowed_incoming_connections", config.max_connections),
-        ("grpc.max_concurrent_streams", config.max_calls_per_connection),
+        ("grpc.max_allowed_incoming_connections", config.limits.max_connections),
+        ("grpc.max_concurrent_streams", config.limits.max_calls_per_connection),
     )
 
 

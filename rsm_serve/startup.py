@@ -37,7 +37,7 @@ def load_repository(
         try:
             lanes += (loaded := _load_policy(name, policies.get(name, Found(())), wishes, load, config))
         except BundleError as error:
-            if config.poll is None or name in wishes.names():
+            if config.versions.poll is None or name in wishes.names():
                 raise
             logger.error("policy %r is not served before its files change: %s", name, error)
             problem = error
@@ -45,11 +45,11 @@ def load_repository(
         wanted = wishes.current(name, policies.get(name))
         if str(wanted) in [lane.spec.version for lane in loaded]:
             currents[name] = int(str(wanted))
-    if not lanes and (problem is not None or config.poll is None):
+    if not lanes and (problem is not None or config.versions.poll is None):
         raise problem or _nothing_to_serve(config.repo)
     if not lanes:
         logger.warning("%s has no policy yet; the server is ready when the first has come", config.repo)
-    registry = Registry(lanes, observer, config.canaries)
+    registry = Registry(lanes, observer, config.versions.canaries)
     for name, current in currents.items():
         registry.set_current(name, current)
     return registry, wishes
@@ -67,7 +67,7 @@ def _load_policy(name: str, found: Found, wishes: Wishes, load: Loader, config: 
     fixed = wishes.fixed(name)
     lanes = []
     if wishes.follows(name) and current not in fixed:
-        lanes.append(_load_current(name, current, found, load, fall_back=config.poll is not None))
+        lanes.append(_load_current(name, current, found, load, fall_back=config.versions.poll is not None))
     return [*lanes, *(load(name, version) for version in sorted(fixed))]
 
 
@@ -88,19 +88,19 @@ def _load_current(name: str, current: int | None, found: Found, load: Loader, *,
 
 def wishes_of(config: ServerConfig) -> Wishes:
     """What a configuration wants loaded."""
-    follow = {selection.name for selection in config.policies if selection.version is None}
-    wishes = Wishes(follow if config.policies else None)
-    for selection in config.policies:
+    follow = {selection.name for selection in config.versions.policies if selection.version is None}
+    wishes = Wishes(follow if config.versions.policies else None)
+    for selection in config.versions.policies:
         if selection.version is not None:
             wishes.pinned.setdefault(selection.name, set()).add(selection.version)
-    for canary in config.canaries:
+    for canary in config.versions.canaries:
         wishes.canaries.setdefault(canary.name, set()).add(canary.version)
     return wishes
 
 
 def make_loader(config: ServerConfig, observer: Observer | None = None) -> Loader:
     """Loads what a server with this configuration loads, and tells an observer how long it took."""
-    turns = None if config.workers is None else Turns(config.workers)
+    turns = None if config.inference.workers is None else Turns(config.inference.workers)
 
     def load(name: str, version: int) -> Lane:
         started = time.perf_counter()
@@ -108,10 +108,10 @@ def make_loader(config: ServerConfig, observer: Observer | None = None) -> Loade
             lane = load_lane(
                 config.repo,
                 Selection(name, version or None),
-                limits=config.limits,
-                backend=config.backend,
-                threads=config.threads,
-                cache_dir=config.engine_cache,
+                limits=config.batching.limits,
+                backend=config.inference.backend,
+                threads=config.inference.threads,
+                cache_dir=config.inference.engine_cache,
                 turns=turns,
             )
         logger.info(

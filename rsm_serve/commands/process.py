@@ -99,7 +99,7 @@ async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: 
     gc.collect()
     gc.freeze()
     announce(Ready.of(server))
-    logger.info("%s: draining for at most %g s", await reasons.get(), config.drain_seconds)
+    logger.info("%s: draining for at most %g s", await reasons.get(), config.process.drain_seconds)
     drain = asyncio.ensure_future(server.drain())
     second = asyncio.ensure_future(reasons.get())
     await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
@@ -120,11 +120,11 @@ async def _load(config: ServerConfig) -> PolicyServer:
     from rsm_serve.server import PolicyServer
 
     monitor = None
-    if config.http is not None:
+    if config.monitor.http is not None:
         from rsm_serve.http.endpoints import Monitor
 
         monitor = Monitor()
-        await monitor.open(config.http)
+        await monitor.open(config.monitor.http)
     return await in_thread(lambda: PolicyServer(config, monitor=monitor))
 
 

@@ -50,8 +50,10 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
         raise ConfigError("wanted a system with SO_REUSEPORT for --processes, got none; leave it out")
     with contextlib.ExitStack() as stack:
         addresses = tuple([stack.enter_context(reserved(address)) for address in config.addresses])
-        shared = replace(config, addresses=addresses, shares_ports=True)
-        processes = [_Process(_share_of(shared, index), set_up_logging) for index in range(config.processes)]
+        shared = replace(config, addresses=addresses, process=replace(config.process, shares_ports=True))
+        processes = [
+            _Process(_share_of(shared, index), set_up_logging) for index in range(config.process.count)
+        ]
         signals = stack.enter_context(_Signals())
         ready = []
         for process in processes:  # one after the other: what is wrong is then said once, by the first
@@ -74,14 +76,18 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
 
 def _share_of(config: ServerConfig, index: int) -> ServerConfig:
     """What one process serves: an HTTP port and a directory for records of its own."""
-    http, record = config.http, config.record
+    http, record = config.monitor.http, config.recording.directory
     if http is not None:
         port = split_address(http)[1]
         http = with_port(http, port + index if port else 0)
     if record is not None:
         record = record / str(index)
-    record_max_mb = max(1, config.record_max_mb // config.processes)  # where nothing is recorded, too
-    return replace(config, http=http, record=record, record_max_mb=record_max_mb)
+    max_mb = max(1, config.recording.max_mb // config.process.count)  # where nothing is recorded, too
+    return replace(
+        config,
+        monitor=replace(config.monitor, http=http),
+        recording=replace(config.recording, directory=record, max_mb=max_mb),
+    )
 
 
 class _Process:

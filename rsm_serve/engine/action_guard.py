@@ -14,7 +14,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -47,10 +47,21 @@ class GuardLimits:
         ConfigError: `max_step` is not in (0, 1].
     """
 
-    max_step: float | None = None
-    """Largest change of an action element per step, as a fraction of its range; None: any."""
-    fallback: Fallback = "fail"
-    """What a client gets when the policy fails: the error, its last action, or the centre of the bounds."""
+    max_step: float | None = field(
+        default=None,
+        metadata={
+            "option": "max_action_step",
+            "help": "Largest change of each action element from one step of a client to its next, as a "
+            "fraction of the element's range.  [default: any]",
+        },
+    )
+    fallback: Fallback = field(
+        default="fail",
+        metadata={
+            "help": "Answer when the policy fails or its action is unsound: an error, the client's last "
+            "action, or the centre of the bounds."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.max_step is not None and not 0 < self.max_step <= 1:

@@ -6,13 +6,13 @@ from typing import Any
 
 import grpc
 
-from rsm_serve.config import ServerConfig
 from rsm_serve.security.pem import Pems, read_pems
+from rsm_serve.security.settings import SecuritySettings
 from rsm_serve.security.watched_files import Watched, warn_if_public
 
 
-def server_credentials(config: ServerConfig) -> Any | None:
-    """gRPC's credentials for the certificates of a configuration; None if it has none.
+def server_credentials(settings: SecuritySettings) -> Any | None:
+    """gRPC's credentials for the certificates of the settings; None if there are none.
 
     Renewed files are noticed at the next connection, at most once a second; connections that are open stay.
     Where the new ones are wrong, or only half of them is there yet, the old ones go on.
@@ -20,7 +20,7 @@ def server_credentials(config: ServerConfig) -> Any | None:
     Raises:
         ConfigError: the files cannot be read, are not PEM, or do not belong together.
     """
-    cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if cert is None or key is None:
         return None
     warn_if_public(key)

@@ -48,7 +48,7 @@ def node_modules(tmp_path_factory) -> Path:
 
 
 def test_both_protocols(node_modules, bundle_repo):
-    config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",), backend="onnxruntime")
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=("127.0.0.1:0",), backend="onnxruntime")
     with background_server(config) as server:
         done = subprocess.run(
             ["node", str(HERE / "client.js"), str(PROTOS), server.addresses[0]],

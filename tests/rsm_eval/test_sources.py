@@ -22,7 +22,7 @@ OBS = np.array([0.1, -0.2, 0.3, 0.4], np.float32)
 
 def test_a_bundle_and_the_server_that_serves_it_act_alike(bundle_repo):
     with background_server(
-        ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",), max_batch_size=8)
+        ServerConfig.from_options(repo=bundle_repo, addresses=("127.0.0.1:0",), max_batch_size=8)
     ) as server:
         address = server.addresses[0]
         with (

@@ -117,7 +117,7 @@ def rig_of(repository: Any, limits: BatchLimits) -> Iterator[Overloaded]:
     session = Paced(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), limits)
     with background_server(
-        ServerConfig(repo=repository, addresses=ANY_PORT, drain_seconds=30), [lane]
+        ServerConfig.from_options(repo=repository, addresses=ANY_PORT, drain_seconds=30), [lane]
     ) as server:
         rig = Overloaded(server, session, lane)
         rig.watch()

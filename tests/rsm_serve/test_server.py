@@ -53,7 +53,7 @@ def address(tmp_path_factory) -> Iterator[str]:
     ):
         write_bundle(repo, spec)
 
-    config = ServerConfig(
+    config = ServerConfig.from_options(
         repo=repo, addresses=ANY_PORT, policies=(Selection("tiny", 1), Selection("tiny"), Selection("other"))
     )
     with background_server(config) as server:
@@ -257,7 +257,7 @@ def rig(bundle_repo) -> Iterator[Rig]:
     bundle = load_bundle(bundle_repo / "tiny")
     session = Gated(open_session(bundle))
     lane = Lane(LocalPolicy(bundle, session), BatchLimits(max_batch_size=4, max_queue_rows=6))
-    config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
     with background_server(config, [lane]) as server:
         rig = Rig(server, session, lane)
         try:
@@ -502,7 +502,7 @@ def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop
 
 
 def test_an_idle_server_has_nothing_left_to_answer_however_little_time_it_is_given(bundle_repo):
-    config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=0)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=0)
 
     async def main() -> bool:
         server = PolicyServer(config)

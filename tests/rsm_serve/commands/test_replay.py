@@ -43,7 +43,9 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
     policies = (Selection("tiny", 1), Selection("tiny", 2), Selection("other"))
-    with background_server(ServerConfig(repo=repo, addresses=ANY_PORT, policies=policies)) as server:
+    with background_server(
+        ServerConfig.from_options(repo=repo, addresses=ANY_PORT, policies=policies)
+    ) as server:
         yield server
 
 
@@ -51,7 +53,7 @@ def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pol
 def records(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ASKED answered requests of tiny:1, by all protocols, a refused one, and one of another policy."""
     directory = tmp_path_factory.mktemp("records")
-    config = ServerConfig(
+    config = ServerConfig.from_options(
         repo=repo, addresses=ANY_PORT, record=directory, policies=(Selection("tiny", 1), Selection("other"))
     )
     with background_server(config) as server:
@@ -118,7 +120,7 @@ class TestAgreement:
         )
 
     def test_with_the_server_that_records_there(self, capsys, bundle_repo, tmp_path):
-        config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, record=tmp_path)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, record=tmp_path)
         with background_server(config) as server:
             with PolicyClient(server.addresses[0], timeout_s=30) as client:
                 for _ in range(20):

@@ -313,6 +313,30 @@ def test_a_bundle_at_the_wrong_place_is_refused(own_repo, capsys):
     assert "policy.json of 'tiny'" in capsys.readouterr().err
 
 
+def test_help_has_sections_and_two_examples_of_real_options(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for section in ("Connection", "Policies and versions", "Security", "Inference", "Batching", "Limits"):
+        assert f"\n{section}:\n" in text
+    examples = text[text.index("Examples:") :]
+    assert examples.count("  rsm-serve ") == 2
+    options = set(re.findall(r"--[a-z-]+", examples))
+    assert options <= set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE))
+
+
+def test_a_field_keeps_its_place_whatever_group_it_is_in():
+    config = ServerConfig.from_options(
+        Path("x"), max_batch_size=8, record=Path("r"), processes=2, tls_cert=None
+    )
+    assert (config.batching.max_batch_size, config.recording.directory, config.process.count) == (
+        8,
+        Path("r"),
+        2,
+    )
+    with pytest.raises(TypeError, match="max_batch"):
+        ServerConfig.from_options(Path("x"), max_batch=8)
+
+
 def test_selections_and_configurations():
     assert Selection.parse("a-b.c") == Selection("a-b.c", None)
     assert Selection.parse("a:12") == Selection("a", 12)
@@ -321,7 +345,7 @@ def test_selections_and_configurations():
             Selection.parse(text)
     for change in ({"threads": 0}, {"drain_seconds": -1.0}, {"addresses": ()}, {"max_queue_delay_us": -1}):
         with pytest.raises(ConfigError):
-            ServerConfig(repo="x", **change)  # type: ignore[arg-type]
+            ServerConfig.from_options(repo="x", **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -340,8 +364,8 @@ def test_selections_and_configurations():
 )
 def test_a_number_that_nothing_can_count_or_wait_for_is_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
-        ServerConfig(repo=Path("x"), **change)
-    ServerConfig(repo=Path("x"), drain_seconds=86_400.0, poll=86_400.0, max_connections=2**31 - 1)
+        ServerConfig.from_options(repo=Path("x"), **change)
+    ServerConfig.from_options(repo=Path("x"), drain_seconds=86_400.0, poll=86_400.0, max_connections=2**31 - 1)
 
 
 class TestClient:

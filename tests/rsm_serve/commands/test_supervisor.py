@@ -173,4 +173,4 @@ def test_what_is_wrong_is_said_once(own_repo):
 )
 def test_what_processes_cannot_share_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        ServerConfig(repo=Path("x"), **options)
+        ServerConfig.from_options(repo=Path("x"), **options)

@@ -239,7 +239,7 @@ class Switched(Unsound):
 
 @contextlib.contextmanager
 def guarded(repo: Path, **settings) -> Iterator[tuple[PolicyServer, Switched]]:
-    config = ServerConfig(repo=repo, addresses=ANY_PORT, http="127.0.0.1:0", **settings)
+    config = ServerConfig.from_options(repo=repo, addresses=ANY_PORT, http="127.0.0.1:0", **settings)
     bundle = load_bundle(repo / "tiny" / "1")
     session = Switched(open_session(bundle, "onnxruntime"))
     with background_server(config, [Lane(LocalPolicy(bundle, session), BatchLimits())]) as server:
@@ -300,7 +300,7 @@ class TestServer:
                     other.infer("tiny", [tensor])
 
     def test_it_holds_across_a_reload(self, own_repo):
-        config = ServerConfig(repo=own_repo, addresses=ANY_PORT, max_action_step=0.25, poll=0.05)
+        config = ServerConfig.from_options(repo=own_repo, addresses=ANY_PORT, max_action_step=0.25, poll=0.05)
         with (
             background_server(config) as server,
             PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client,

@@ -37,10 +37,10 @@ def test_what_does_not_fit_together_is_refused(texts):
 
 def test_a_canary_of_a_policy_that_is_not_served_is_refused(tmp_path):
     canaries = (Canary.parse("a:2=10%"),)
-    ServerConfig(repo=tmp_path, canaries=canaries)
-    ServerConfig(repo=tmp_path, canaries=canaries, policies=(Selection("a", 1),))
+    ServerConfig.from_options(repo=tmp_path, canaries=canaries)
+    ServerConfig.from_options(repo=tmp_path, canaries=canaries, policies=(Selection("a", 1),))
     with pytest.raises(ConfigError, match="add --policy a"):
-        ServerConfig(repo=tmp_path, canaries=canaries, policies=(Selection("b"),))
+        ServerConfig.from_options(repo=tmp_path, canaries=canaries, policies=(Selection("b"),))
 
 
 def test_shares_are_kept():

@@ -124,7 +124,7 @@ class Fleet:
 
 @contextlib.contextmanager
 def serve(repo: Path, **settings: Any) -> Iterator[PolicyServer]:
-    config = ServerConfig(
+    config = ServerConfig.from_options(
         repo=repo, addresses=ANY_PORT, backend="onnxruntime", max_batch_size=8, drain_seconds=30, **settings
     )
     with background_server(config) as server:
@@ -190,7 +190,9 @@ def test_an_answer_under_way_comes_from_the_version_that_was_asked(own_repo):
     bundle = load_bundle(own_repo / "tiny")
     session = Gated(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), BatchLimits(4, 8))
-    config = ServerConfig(repo=own_repo, addresses=ANY_PORT, backend="onnxruntime", drain_seconds=30)
+    config = ServerConfig.from_options(
+        repo=own_repo, addresses=ANY_PORT, backend="onnxruntime", drain_seconds=30
+    )
     with background_server(config, [lane]) as server:
         old = PolicyClient(server.addresses[0], timeout_s=60)
         pinned = PolicyClient(server.addresses[0], version=1, timeout_s=60)

@@ -31,7 +31,7 @@ from tests.rsm_serve.test_server import ANY_PORT, ZEROS, raw_stub
 
 
 def configured(repo: Any, **settings: Any) -> ServerConfig:
-    return ServerConfig(repo=repo, addresses=ANY_PORT, **settings)
+    return ServerConfig.from_options(repo=repo, addresses=ANY_PORT, **settings)
 
 
 @pytest.fixture(scope="module")

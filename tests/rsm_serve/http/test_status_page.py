@@ -84,7 +84,9 @@ def test_the_page_is_served_with_a_policy_that_lets_its_script_run():
     script = re.search(r"<script>(.*?)</script>", PAGE, re.DOTALL)
     assert script is not None
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    with background_server(ServerConfig(repo=_any_repo(), addresses=(ANY_PORT,), http=ANY_PORT), []) as server:
+    with background_server(
+        ServerConfig.from_options(repo=_any_repo(), addresses=(ANY_PORT,), http=ANY_PORT), []
+    ) as server:
         status, body, headers = get(f"{http_of(server)}/")
     assert (status, body) == (200, PAGE)
     assert f"script-src 'sha256-{digest}'" in headers["content-security-policy"]
@@ -100,7 +102,9 @@ def server(tmp_path_factory) -> Iterator[PolicyServer]:
     """A server that has answered 30 requests of 3 rows, with a specification that tries to be markup."""
     repo = tmp_path_factory.mktemp("repository")
     write_bundle(repo, dataclasses.replace(make_spec("tiny", "7"), env_id=HOSTILE))
-    with background_server(ServerConfig(repo=repo, addresses=(ANY_PORT,), http=ANY_PORT)) as server:
+    with background_server(
+        ServerConfig.from_options(repo=repo, addresses=(ANY_PORT,), http=ANY_PORT)
+    ) as server:
         with PolicyClient(server.addresses[0], timeout_s=30) as client:
             for _ in range(30):
                 client.act(np.zeros((3, 4)))

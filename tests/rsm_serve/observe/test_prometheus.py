@@ -74,7 +74,9 @@ def http_of(server: PolicyServer) -> str:
 
 @pytest.fixture
 def server(bundle_repo) -> Iterator[PolicyServer]:
-    with background_server(ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)) as server:
+    with background_server(
+        ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
+    ) as server:
         yield server
 
 
@@ -207,7 +209,7 @@ class TestMetrics:
         bundle = load_bundle(bundle_repo / "tiny")
         session = Gated(open_session(bundle))
         lane = Lane(LocalPolicy(bundle, session), BatchLimits(max_batch_size=4, max_queue_rows=4))
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server, ThreadPoolExecutor(4) as pool:
             address = server.addresses[0]
             with PolicyClient(address, timeout_s=60) as client:
@@ -261,7 +263,7 @@ class TestMetrics:
         bundle = load_bundle(bundle_repo / "tiny")
         session = Unsound(open_session(bundle))
         lane = Lane(LocalPolicy(bundle, session), BatchLimits())
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server:
             session.broken = True
             with PolicyClient(server.addresses[0], timeout_s=30) as client:
@@ -290,7 +292,7 @@ class TestMetrics:
         (own_repo / "tiny" / "1" / "model.onnx").write_bytes(b"damaged")
         board = Monitor()
         with pytest.raises(BundleError, match="truncated"):
-            PolicyServer(ServerConfig(repo=own_repo, http=ANY_PORT), monitor=board)
+            PolicyServer(ServerConfig.from_options(repo=own_repo, http=ANY_PORT), monitor=board)
         assert samples(board.telemetry.render()[0].decode())["rsm_loads_total{policy=tiny,result=failed}"] == 1
 
     def test_nothing_is_observed_without_an_http_port(self, bundle_repo):
@@ -324,7 +326,7 @@ class TestHealth:
         bundle = load_bundle(bundle_repo / "tiny")
         session = Gated(open_session(bundle))
         lane = Lane(LocalPolicy(bundle, session), BatchLimits())
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server, ThreadPoolExecutor(1) as pool:
             with PolicyClient(server.addresses[0], timeout_s=60) as client:
                 session.open.clear()
@@ -346,18 +348,22 @@ class TestPort:
     """The HTTP server's limits."""
 
     def test_in_use_is_one_sentence(self, server, bundle_repo):
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=http_of(server))
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=http_of(server))
         with pytest.raises(AddressError, match="in use; choose another --http"), background_server(config):
             pass
         with (
             pytest.raises(AddressError, match="wanted an address such as"),
-            background_server(ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http="nonsense")),
+            background_server(
+                ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http="nonsense")
+            ),
         ):
             pass
 
     @pytest.mark.parametrize("host", ["a" * 70, "a..b"])
     def test_a_host_name_that_is_none_is_one_sentence(self, bundle_repo, host):
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=f"{host}:0", insecure=True)
+        config = ServerConfig.from_options(
+            repo=bundle_repo, addresses=(ANY_PORT,), http=f"{host}:0", insecure=True
+        )
         with (
             pytest.raises(AddressError, match=rf"wanted to listen on {host}:0 for HTTP, got: .*--http"),
             background_server(config),
@@ -459,7 +465,7 @@ class TestPort:
         assert get(f"{http}/metrics", Host="rsm.example")[0] == 200, "scrapers use a name"
 
     def test_a_public_address_shows_neither_page_nor_samples(self, bundle_repo):
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http="0.0.0.0:0")
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http="0.0.0.0:0")
         with background_server(config) as server:
             http = http_of(server).replace("0.0.0.0", "127.0.0.1")
             assert [get(f"{http}{path}")[0] for path in ("/metrics", "/healthz", "/", "/api/status")] == [
@@ -524,7 +530,7 @@ class TestSample:
         bundle = load_bundle(bundle_repo / "tiny")
         session = Gated(open_session(bundle))
         lane = Lane(LocalPolicy(bundle, session), BatchLimits())
-        config = ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server, ThreadPoolExecutor(2) as pool:
             session.open.clear()
             session.batches.clear()
@@ -558,7 +564,9 @@ class TestSample:
 def test_the_status_has_what_the_page_shows(tmp_path):
     for spec in (make_spec("tiny", "1"), make_spec("tiny", "2"), make_spec("other", "3", has_q=False)):
         write_bundle(tmp_path, spec)
-    with background_server(ServerConfig(repo=tmp_path, addresses=(ANY_PORT,), http=ANY_PORT)) as server:
+    with background_server(
+        ServerConfig.from_options(repo=tmp_path, addresses=(ANY_PORT,), http=ANY_PORT)
+    ) as server:
         with PolicyClient(server.addresses[0], policy="tiny", timeout_s=30) as client:
             client.act(np.zeros((3, 4)))
         status = json.loads(get(f"{http_of(server)}/api/status")[1])

@@ -33,7 +33,7 @@ def test_off_by_default_and_a_missing_extra_is_named(bundle_repo, capsys, monkey
 def test_a_collector_that_is_gone_does_not_hold_up_the_exit(bundle_repo, monkeypatch):
     pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel, which the lock leaves out")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",), otel=True)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=("127.0.0.1:0",), otel=True)
     with background_server(config) as server, grpc.insecure_channel(server.addresses[0]) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         assert len(stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30).action) == 8

@@ -37,7 +37,9 @@ OBS = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
 
 
 def config(repo: Path, directory: Path, **settings) -> ServerConfig:
-    return ServerConfig(repo=repo, addresses=ANY_PORT, backend="onnxruntime", record=directory, **settings)
+    return ServerConfig.from_options(
+        repo=repo, addresses=ANY_PORT, backend="onnxruntime", record=directory, **settings
+    )
 
 
 def recorded(directory: Path) -> list[Any]:

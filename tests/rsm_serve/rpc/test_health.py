@@ -28,7 +28,7 @@ NO_WINDOW = struct.pack(">HI", 4, 0)
 
 @pytest.fixture
 def server(own_repo) -> Iterator[PolicyServer]:
-    config = ServerConfig(repo=own_repo, addresses=ANY_PORT, poll=0.05, drain_seconds=1)
+    config = ServerConfig.from_options(repo=own_repo, addresses=ANY_PORT, poll=0.05, drain_seconds=1)
     with background_server(config) as found:
         yield found
 
@@ -115,7 +115,7 @@ def test_watchers_are_forgotten_when_they_leave(server):
 
 
 def test_a_watcher_that_takes_no_message_holds_up_neither_a_reload_nor_the_shutdown(own_repo):
-    config = ServerConfig(repo=own_repo, addresses=ANY_PORT, poll=0.05, drain_seconds=1)
+    config = ServerConfig.from_options(repo=own_repo, addresses=ANY_PORT, poll=0.05, drain_seconds=1)
     with contextlib.ExitStack() as stack:
         with background_server(config) as server:
             for service in (b"", b"tiny"):

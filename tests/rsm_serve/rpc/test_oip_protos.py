@@ -129,7 +129,7 @@ async def asked_async(address):
     async with tritonclient.grpc.aio.InferenceServerClient(address) as client:
         return (await client.infer("tiny", tensors(tritonclient.grpc.aio))).as_numpy("action").shape
 
-config = ServerConfig(repo=pathlib.Path(sys.argv[1]), addresses=("127.0.0.1:0",), backend="onnxruntime")
+config = ServerConfig.from_options(pathlib.Path(sys.argv[1]), addresses=("127.0.0.1:0",), backend="onnxruntime")
 with background_server(config) as server:
     with tritonclient.grpc.InferenceServerClient(server.addresses[0]) as client:
         print(client.infer("tiny", tensors(tritonclient.grpc)).as_numpy("action").shape)

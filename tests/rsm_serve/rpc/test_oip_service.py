@@ -53,7 +53,7 @@ def server(tmp_path_factory) -> Iterator[PolicyServer]:
     ):
         write_bundle(repo, spec)
     policies = (Selection("tiny", 1), Selection("tiny"), Selection("other"))
-    config = ServerConfig(repo=repo, addresses=ANY_PORT, policies=policies, backend="onnxruntime")
+    config = ServerConfig.from_options(repo=repo, addresses=ANY_PORT, policies=policies, backend="onnxruntime")
     with background_server(config) as server:
         yield server
 
@@ -791,7 +791,7 @@ def rig(bundle_repo) -> Iterator[Rig]:
     session.batches.clear()
     while session.entered.acquire(blocking=False):
         pass
-    config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
     with background_server(config, [lane]) as server:
         rig = Rig(server, session, lane)
         try:

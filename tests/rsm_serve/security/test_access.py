@@ -56,7 +56,7 @@ def files(tmp_path) -> dict[str, Path]:
 
 
 def configured(repo: Path, **settings: Any) -> ServerConfig:
-    return ServerConfig(repo=repo, addresses=ANY_PORT, **settings)
+    return ServerConfig.from_options(repo=repo, addresses=ANY_PORT, **settings)
 
 
 def headers(token: str) -> dict[str, str]:

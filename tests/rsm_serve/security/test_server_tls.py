@@ -59,7 +59,7 @@ def stranger(tmp_path_factory) -> Authority:
 @contextlib.contextmanager
 def serving(repo: Path, authority: Authority, **settings: Any) -> Iterator[PolicyServer]:
     folder = authority.folder
-    config = ServerConfig(
+    config = ServerConfig.from_options(
         **{
             "repo": repo,
             "addresses": ANY_PORT,
@@ -117,7 +117,7 @@ class TestEncryption:
     def test_nor_one_with_another_name(self, bundle_repo, tmp_path):
         authority = Authority(tmp_path / "authority")
         cert, key = authority.sign("server", "DNS:elsewhere.example")
-        config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, tls_cert=cert, tls_key=key)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, tls_cert=cert, tls_key=key)
         with background_server(config) as server:
             address = server.addresses[0]
             with pytest.raises(UnauthenticatedError, match="wanted a certificate for 127.0.0.1"):
@@ -262,7 +262,7 @@ class TestMistakes:
     ):
         paths = {name: authority.folder / file for name, file in settings.items()}
         with pytest.raises(ConfigError, match=sentence):
-            PolicyServer(ServerConfig(repo=tmp_path, **paths))
+            PolicyServer(ServerConfig.from_options(repo=tmp_path, **paths))
         options = [part for name, path in paths.items() for part in (f"--{name.replace('_', '-')}", str(path))]
         assert cli.main(["--repo", str(tmp_path), *options]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
@@ -281,7 +281,9 @@ class TestMistakes:
         """It would be ready, and every handshake would fail, with no word in the log."""
         authority = Authority(tmp_path)
         cert, key = authority.sign("server", kind=kind)
-        config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",), tls_cert=cert, tls_key=key)
+        config = ServerConfig.from_options(
+            repo=bundle_repo, addresses=("127.0.0.1:0",), tls_cert=cert, tls_key=key
+        )
         if not taken:
             with pytest.raises(ConfigError, match="wanted a certificate for an RSA, P-256 or P-384 key"):
                 PolicyServer(config)
@@ -295,7 +297,7 @@ class TestMistakes:
     def test_an_encrypted_key_is_not_asked_for_its_password(self, authority, tmp_path):
         key = tmp_path / "locked.key"
         openssl("ec", "-aes128", "-passout", "pass:secret", "-in", authority.folder / "server.key", "-out", key)
-        config = ServerConfig(repo=tmp_path, tls_cert=authority.folder / "server.pem", tls_key=key)
+        config = ServerConfig.from_options(repo=tmp_path, tls_cert=authority.folder / "server.pem", tls_key=key)
         with pytest.raises(ConfigError, match="without a password"):
             PolicyServer(config)
 
@@ -363,7 +365,7 @@ class TestExposure:
         PolicyServer(ServerConfig(repo=bundle_repo, addresses=("here.example:0", "localhost:0")))
 
     def test_insecure_is_a_word(self, bundle_repo):
-        config = ServerConfig(repo=bundle_repo, addresses=("0.0.0.0:0",), insecure=True)
+        config = ServerConfig.from_options(repo=bundle_repo, addresses=("0.0.0.0:0",), insecure=True)
         with background_server(config) as server:
             port = server.addresses[0].rpartition(":")[2]
             with PolicyClient(f"127.0.0.1:{port}", timeout_s=30) as client:

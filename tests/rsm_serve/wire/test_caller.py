@@ -305,7 +305,7 @@ def rig(bundle_repo):
     bundle = load_bundle(bundle_repo / "tiny")
     session = Gated(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), BatchLimits(4, 8, latest_wins=True))
-    config = ServerConfig(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
     with background_server(config, [lane]) as server:
         rig = Rig(server, session, lane)
         try:
