@@ -2,27 +2,27 @@
 #
 #     docker run --rm -p 127.0.0.1:8001:8001 -p 127.0.0.1:8002:8002 -v "$PWD/models:/models:ro" rsm-serve
 #
-# serves every policy of ./models on port 8001, metrics and /healthz on 8002, as a user without rights. Nothing is
-# written in the container, so --read-only works. Options after the image's name replace CMD. On a network that
-# others use too, with certificates and tokens of ./secrets, and a health check that trusts them:
+# serves every policy of ./models on port 8001, and /metrics and /healthz on 8002, as an unprivileged user. The server
+# writes no files in the container, so --read-only works. Options after the image's name replace CMD. On a shared
+# network, use the certificates and tokens of ./secrets, and a health check that trusts them:
 #
 #     docker run --rm -p 8001:8001 -v "$PWD/models:/models:ro" -v "$PWD/secrets:/secrets:ro" \
 #         -e RSM_TLS_CA=/secrets/ca.pem --health-cmd "rsm-client health --address grpcs://localhost:8001" \
 #         rsm-serve --repo /models --address 0.0.0.0:8001 --http 0.0.0.0:8002 \
 #         --tls-cert /secrets/server.pem --tls-key /secrets/server.key --act-token-file /secrets/act_tokens
 #
-# BASE_IMAGE is any glibc image with python3 (3.10 or newer) and its venv module; both stages use the same.
+# BASE_IMAGE is any glibc image with python3 (3.10 or newer) and its venv module. Both stages use it.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 WORKDIR /src
-# pip comes from here; the environment that is shipped has none.
+# /build has pip. The shipped environment, /opt/rsm, has none.
 RUN python3 -m venv /build && python3 -m venv --without-pip /opt/rsm
 COPY requirements.lock pyproject.toml README.md LICENSE ./
-# The secrets are optional: pip's settings and certificates of the building machine. They never reach a layer.
+# Optional secrets: pip's settings and certificates of the building machine. They are not stored in a layer.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca,target=/etc/pip-ca.pem \
     /build/bin/pip install --no-cache-dir -c requirements.lock hatchling
-# The dependencies first: their layer outlives changes of our own code.
+# Dependencies come first, so that a change of our own code reuses their layer.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=secret,id=ca,target=/etc/pip-ca.pem \
     mkdir rsm_common rsm_train rsm_serve rsm_eval export export/rsm_export \
     && /build/bin/pip wheel --no-cache-dir --no-build-isolation -c requirements.lock -w /wheels ".[serve]" \
@@ -38,16 +38,16 @@ LABEL org.opencontainers.image.title="rsm-serve" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin rsm && mkdir /models
 COPY --from=build /opt/rsm /opt/rsm
-# ONNX Runtime reports its use to its vendor unless told not to.
+# Switch off ONNX Runtime's telemetry.
 ENV PATH=/opt/rsm/bin:$PATH PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 USER rsm
 WORKDIR /models
 EXPOSE 8001 8002
-# Drains: new requests are refused, queued ones answered.
+# SIGTERM drains the server: it refuses new requests and answers the queued ones.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["rsm-client", "health", "--address", "127.0.0.1:8001"]
 ENTRYPOINT ["rsm-serve"]
-# A container is reached through its network alone, so loopback would reach nobody. Plaintext is right only where
-# the port is published to loopback, or the network is trusted: --insecure says so.
+# Clients reach a container through its network, so the server cannot listen on loopback. --insecure accepts
+# plaintext: publish the port to the host's loopback, or use a trusted network.
 CMD ["--repo", "/models", "--address", "0.0.0.0:8001", "--http", "0.0.0.0:8002", "--insecure"]

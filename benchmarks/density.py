@@ -1,4 +1,4 @@
-"""Is reweighted score matching right? Learnt policies against the exact densities of a problem with a known Q.
+"""Compare learnt policies with the exact densities of a problem with a known Q.
 
     python benchmarks/density.py [--out FILE] [--picture FILE]
 
@@ -13,9 +13,9 @@ by this Q.
   temperature that it has tuned to KL = 2; on a grid that is exact as well.
 - With the published program's deviations 1 (the slip in the scaling of Q) and 3 (the policy learns the best of
   32 of its own actions), DPMD must not arrive there; and SDAC not with deviation 5 and the best of 32 as a_t.
-- Sampling in bf16 must do no harm.
+- Sampling in bf16 must stay within the same bounds.
 
-A right policy is not exact: denoising in T = 20 steps has an error of its own, 0.08 nats for the mixture even
+A correct policy is not exact: denoising in T = 20 steps has an error of its own, 0.08 nats for the mixture even
 with the exact denoiser (`floor` in the record), and each step of mirror descent learns from such samples.
 """
 
@@ -62,7 +62,7 @@ SMALL: dict[str, Any] = {
     "noisy_backup": False,
     "target_particles": 1,
 }
-"""What this problem does not need at full size: it is small, it has no TD target, and nobody explores."""
+"""Smaller settings: the problem is small and has neither TD targets nor exploration."""
 
 
 def known_q(action: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def reweighted(density: Grid, temperature: float) -> Grid:
 
 
 def widened(density: Grid, std: float) -> Grid:
-    """The density of clip(a + std N(0, I), -1, 1); what is clipped lies in the outermost cells."""
+    """The density of clip(a + std N(0, I), -1, 1); clipped mass lies in the outermost cells."""
     edges = np.linspace(-1, 1, FINE + 1)
     edges[0], edges[-1] = -np.inf, np.inf
     normal = np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2)))
@@ -149,7 +149,7 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether the policy has the exact density, to the stated bounds."""
+        """True if the policy has the exact density, to the stated bounds."""
         errors = [abs(learnt - exact) for learnt, exact in self.masses]
         return self.kl <= MAX_KL[self.algorithm] and max(errors) <= MAX_MASS_ERROR
 
@@ -171,7 +171,7 @@ _CONSTANT: dict[str, Any] = {"temperature_schedule": "constant", "temperature": 
 def learn_sdac(
     preset: str, updates: int, *, seed: int = 0, precision: Precision = "fp32", **changes: Any
 ) -> Outcome:
-    """SDAC's policy after so many updates at lambda = 1."""
+    """Learn SDAC's policy with a number of updates at lambda = 1."""
     started = time.perf_counter()
     fixed = {"temperature_schedule": "constant", "temperature": 1.0, "temperature_scale": 1.0}
     _, config = resolve({**SMALL, "algo": "sdac", "preset": preset, **fixed, **changes})
@@ -199,7 +199,7 @@ def learn_dpmd(
     precision: Precision = "fp32",
     **changes: Any,
 ) -> Outcome:
-    """DPMD's policy after so many mirror descent steps from the uniform policy, each of so many updates."""
+    """Learn DPMD's policy: mirror descent steps from the uniform policy, each a number of updates."""
     started = time.perf_counter()
     # With the reference preset the policy learns from the TD target's actions: there is no pi_k to copy.
     copies = {} if preset == "reference" else {"old_policy_every": updates}
@@ -230,7 +230,7 @@ def learn_dpmd(
 
 
 def _anneal(algorithm: DPMD | SDAC, share: float, learning_rate: float) -> None:
-    """The learning rate falls to a fiftieth: the fit, and not its noise, is what is measured."""
+    """Lower the learning rate to a fiftieth, so that the fit is measured and not its noise."""
     set_learning_rate(algorithm.agent.policy_optimizer, learning_rate * 0.02**share)
 
 
@@ -261,7 +261,7 @@ def _cells(action: Tensor) -> Grid:
 
 
 def floor_kl(steps: int = 20) -> float:
-    """KL of what the exact denoiser of the mixture samples in so many steps: the error of the steps alone."""
+    """KL of samples of the mixture's exact denoiser: the error of the denoising steps alone."""
     schedule = make_schedule("cosine", steps)
     x = torch.linspace(-1, 1, 41)[:-1] + 1 / 40
     clean = torch.stack(torch.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 2)
@@ -295,7 +295,7 @@ CASES: dict[str, Callable[[], Outcome]] = {
 
 
 def draw(results: Mapping[str, Outcome], path: Path) -> None:
-    """A picture: exact density above, learnt density below, one column per case."""
+    """Draw the exact density above the learnt density, one column per case."""
     from matplotlib.figure import Figure
 
     shown = [outcome for outcome in results.values() if "bf16" not in outcome.case]

@@ -1,10 +1,10 @@
-"""The floor of a gRPC server in Python: what `rsm-serve` is built of, answering every message by itself.
+"""The floor of a gRPC server in Python: an echo on the same stack as `rsm-serve`.
 
     python benchmarks/echo_server.py [--bundle DIR]
 
 Prints "address=HOST:PORT". With a bundle it runs the bundle's graph once per message, in the event loop and on
-fixed inputs, before it answers: the least that any server of that graph can take, with nothing read, checked,
-batched or written.
+fixed inputs, before it answers. It parses, checks and batches no message, so its time is the least that any
+server of that graph can take.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rsm_serve.server import CHANNEL_OPTIONS, run_loop
 
 
 class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Any method whose name ends in Stream, and any other as a unary one."""
+    """Answers each message with itself; a method whose name ends in Stream is a stream."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work

@@ -2,11 +2,11 @@
 
     python benchmarks/export.py [--rounds 15] [--out FILE]
 
-The naive graph is what torch.onnx makes of the obvious module: T passes over the plain network on the
-concatenation [observation, action, time embedding], Mish as torch exports it, every particle with its own
-copy of the observation. Weights are random, sizes those of HalfCheetah and Humanoid, three layers of 256, 20
-steps. All programs take turns in every round, so that they see the same machine; peak memory is that of a
-process of its own, above what it takes before it loads the graph.
+The naive graph is torch.onnx's export of the obvious module: T passes over the plain network on the
+concatenation [observation, action, time embedding], Mish as torch exports it, and a copy of the observation for
+every particle. Weights are random; sizes are those of HalfCheetah and Humanoid, with three layers of 256 and 20
+steps. All programs take turns in every round, so that they see the same machine. Peak memory is measured in a
+process of its own, above the memory that it uses before it loads the graph.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RUNTIMES = ("onnxruntime", "openvino", "openvino_bf16")
 
 
 class Plain(nn.Module):
-    """The best-of-N chain as one would write it: nothing shared between steps or particles."""
+    """The best-of-N chain written directly, with no work shared between steps or particles."""
 
     def __init__(
         self, policy: Params, critics: Params, schedule: NoiseSchedule, sampler: SamplerSettings
@@ -217,7 +217,7 @@ def agreement(size: str, particles: int) -> float:
 
 
 def peak_memory_mb(content: bytes, size: str, particles: int, runtime: str) -> float:
-    """Of a process that loads the graph and runs it at the largest batch, above what it takes before."""
+    """Measure a process that loads the graph and runs the largest batch, above its memory before."""
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         file.write(content)
         file.flush()

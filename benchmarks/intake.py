@@ -1,9 +1,9 @@
-"""What recording and the action guard cost the event loop per request.
+"""Cost of recording and of the action guard per request, in the event loop.
 
     python benchmarks/intake.py [--requests 2000] [--rounds 9] [--out FILE]
 
 Requests of a single row are settled at once, by futures of a real event loop, with and without a recorder and a
-guard; rounds alternate. Per request: CPU time of the event loop's thread, and of the recorder's, which writes.
+guard; rounds alternate. The result is CPU time per request, of the event loop's and the recorder's thread.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GATHERED = 50
 
 
 def answers(count: int) -> list[Answered[ActResult]]:
-    """Random walks inside and outside of a step of 0.1."""
+    """Random walks with steps below and above 0.1."""
     action = np.random.default_rng(0).uniform(-1, 1, (count, 1, 6)).astype(np.float32)
     q, timing = np.zeros(1, np.float32), Timing(1, 2, 3, 1)
     return [Answered(ActResult(row, q, ROWS.seeds_B, "1", timing), 1.0) for row in action]
@@ -69,7 +69,7 @@ async def settle(results: list[Answered[ActResult]], follow: Follow) -> float:
 
 
 async def measure(requests: int, rounds: int, directory: Path) -> dict[str, Any]:
-    """Medians of the rounds, the bare futures taken off."""
+    """Medians of the rounds, less the time of the bare futures."""
     recorder = Recorder(directory, 2**30)
     recorder.start()
     guard = GuardedAnswers(GuardLimits(max_step=1.0, fallback="hold"))

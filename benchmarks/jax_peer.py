@@ -1,12 +1,12 @@
-"""Seconds per update and per action of a plain JAX program: what the learner's times are compared with.
+"""Seconds per update and per action of a plain JAX program, the peer of the learner.
 
     pip install 'jax==0.4.27' 'jaxlib==0.4.27' 'numpy<2'
     PYTHONPATH=. python benchmarks/jax_peer.py [--threads 2] [--setting dpmd] [--updates 5] [--out FILE]
 
 A published time holds for the machine it was taken on. This stand-in runs beside the learner, so that a ratio
-comes from one machine and one hour. It is the `reference` preset's update as one would write it straight from
+comes from one machine and one hour. It is the `reference` preset's update, written directly from
 the mathematics: the whole update in one `jax.jit`, a `lax.scan` over the denoising steps, and every network
-evaluated on every row of the concatenation [s, a_t, time embedding]. Nothing is computed ahead or shared
+evaluated on every row of the concatenation [s, a_t, time embedding]. No result is computed ahead or shared
 between rows, and SDAC evaluates its policy once for each of its K draws. The policy's gradient is taken every
 second update; a time is that of a pair of updates, halved.
 """
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that an update reads and writes."""
+    """The state that an update reads and writes."""
 
     policy: Tree
     policy_average: Tree
@@ -244,7 +244,7 @@ def step_critics(state: State, batch: Batch, next_action: Array, times: int) -> 
 
 
 def step_policy(state: State, policy_loss: Callable[[Tree], Array]) -> tuple[State, Array]:
-    """Every second time: policy, averaged policy and target critics."""
+    """Update policy, averaged policy and target critics; runs at every second update."""
 
     def step(state: State) -> tuple[State, Array]:
         loss, grads = jax.value_and_grad(policy_loss)(state.policy)
@@ -368,7 +368,7 @@ def measure(setting: str, updates: int) -> tuple[float, float]:
 
 
 def limit_threads(threads: int) -> None:
-    """Takes effect if called before the first array is made."""
+    """Limit the threads; must be called before the first array is made."""
     os.environ["NPROC"] = str(threads)
     if threads == 1:
         flags = os.environ.get("XLA_FLAGS", "")

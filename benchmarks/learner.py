@@ -7,7 +7,7 @@ program (preset `reference`) and are compared with its published times and, with
 benchmarks/jax_peer.py took on this machine; dpmd-paper and sdac-paper are the default presets.
 
 The matrix rate is the best of the float32 (or bf16) products that torch and oneDNN do on this machine in the
-same run: a program that did nothing but its matrix products at that rate would have a fraction of 1.
+same run. A program that only computed its matrix products at that rate would have a fraction of 1.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def median_s(call: Callable[[], object], repeats: int, warm_up: int = 2) -> floa
 
 @torch.no_grad()
 def matrix_rates(width: int, rows: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Operations per second of [rows, width] @ [width, width]: torch's own product, and the better of two."""
+    """Operations per second of [rows, width] @ [width, width]: of torch, and the best of torch and oneDNN."""
     x, w, b = (torch.randn(*shape).to(dtype) for shape in ((rows, width), (width, width), (width,)))
     flops = 2 * rows * width * width
     own = flops / median_s(lambda: torch.nn.functional.linear(x, w, b), 50)

@@ -1,12 +1,12 @@
-"""Load on one method of a server, from a process of its own; prints what came of it as JSON.
+"""Put load on one method of a server, from a process of its own, and print the result as JSON.
 
     python benchmarks/load.py --address HOST:PORT --method /rsm.v1.PolicyService/ActStream --payload FILE
                               [--clients 64] [--seconds 5] [--rate 1000] [--idle-streams 10000]
 
 Closed loop: every client sends its next message when the answer to the last is there. Open loop (--rate):
-messages are due at random moments (Poisson), whatever the server does, and their latency counts from the moment
-they were due; so a server that stalls cannot slow its own measurement down. Every message is the bytes of FILE,
-prepared, so that the generator costs the same for any server. A method that ends in Stream or StreamInfer is a
+messages are due at random moments (Poisson) that do not depend on the server, and latency counts from the due
+moment. So a stalled server cannot slow its own measurement. Every message is the prepared bytes of FILE,
+so that the generator costs the same for any server. A method that ends in Stream or StreamInfer is a
 stream per client; one that begins with http:// is an HTTP POST.
 """
 
@@ -41,7 +41,7 @@ Send = Callable[[bytes], Awaitable[bytes]]
 
 
 class Tally:
-    """What came of the messages; times of those after the warm-up."""
+    """Counts of all messages, and times of those after the warm-up."""
 
     def __init__(self, reads_batches: bool) -> None:
         self.latencies_s: list[float] = []
@@ -132,7 +132,7 @@ async def http_sender(url: str) -> Send:
 
 
 async def closed_loop(senders: list[Send], payload: bytes, seconds: float, tally: Tally) -> None:
-    """Every client as fast as it is answered."""
+    """Send each client's next message when its last one is answered."""
     start_s = time.perf_counter() + WARM_UP_S
 
     async def client(send: Send) -> None:
@@ -149,7 +149,7 @@ async def closed_loop(senders: list[Send], payload: bytes, seconds: float, tally
 
 
 async def open_loop(senders: list[Send], payload: bytes, seconds: float, rate: float, tally: Tally) -> None:
-    """Messages when they are due; one waits if all clients wait for answers, and that counts."""
+    """Send messages when they are due. If all clients are busy, a message waits, and its wait counts."""
     free: asyncio.Queue[Send] = asyncio.Queue()
     for sender in senders:
         free.put_nowait(sender)
@@ -177,7 +177,7 @@ async def open_loop(senders: list[Send], payload: bytes, seconds: float, rate: f
 
 
 async def idle_streams(address: str, method: str, count: int, payload: bytes) -> None:
-    """Open streams that have had one answer, say so, and hold them until stdin ends."""
+    """Open streams, read one answer on each, report it, and hold them until stdin ends."""
     channels = grpc_channels(address, count)
     senders = []
     for number in range(count):  # one after the other: it is their number that is measured, not a rush

@@ -1,4 +1,4 @@
-"""Policies of random weights at the sizes that the benchmarks quote: time does not depend on what is learnt."""
+"""Policies with random weights, at the sizes that the benchmarks quote; time does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OBS_SIZE, ACTION_SIZE, HIDDEN = 17, 6, [256, 256, 256]
 
 
 def make_spec(name: str, steps: int, particles: int, version: int = 1) -> PolicySpec:
-    """A best-of-N policy has a critic's value to tell, a single particle has none."""
+    """Make a specification; only a policy with several particles returns a critic's value."""
     obs_box = BoxSpec(tuple(f"o{i}" for i in range(OBS_SIZE)), (None,) * OBS_SIZE, (None,) * OBS_SIZE)
     box = BoxSpec(tuple(f"a{i}" for i in range(ACTION_SIZE)), (-1.0,) * ACTION_SIZE, (1.0,) * ACTION_SIZE)
     return PolicySpec(
@@ -41,7 +41,7 @@ def make_weights(spec: PolicySpec, seed: int = 0) -> PolicyWeights:
 
 
 def make_bundle(steps: int, particles: int) -> Bundle:
-    """In memory, without a probe."""
+    """Make a bundle in memory, without a probe."""
     spec, empty = make_spec("random", steps, particles), np.empty((0,), np.float32)
     return Bundle(Path(), spec, _graph(make_weights(spec)), Probe(empty, empty, empty))
 

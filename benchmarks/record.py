@@ -1,4 +1,4 @@
-"""What every benchmark writes: its numbers, and what is needed to judge and repeat them."""
+"""The record of a benchmark: its numbers, command, machine and versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rsm_common.provenance import machine_facts, provenance
 
 
 def write_record(results: dict[str, Any], out: Path | None, *, show: bool = True) -> None:
-    """Print the record as JSON, unless told not to, and write it to a file if one is given."""
+    """Print the record as JSON unless `quiet`, and write it to a file if one is given."""
     record = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": {**machine_facts(), "load_average": round(os.getloadavg()[0], 2)},

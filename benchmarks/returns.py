@@ -1,14 +1,14 @@
-"""Episode returns of DPMD, SDAC and SAC: trains run by run, as far as the time allows, and compares them.
+"""Train DPMD, SDAC and SAC for a given time, and compare their episode returns.
 
     python benchmarks/returns.py --env HalfCheetah-v5 --env Ant-v4 --algo dpmd --algo sdac --algo sac \
         --preset reference --preset paper --seeds 0-2 --minutes 100 \
         --out benchmarks/results/returns.json --table FILE --picture docs/images/returns.png
 
 A run is an environment, an algorithm, a preset, a number of updates per step and a seed; `rsm-train` trains it
-in a directory of its own below --runs. The run that is least far is trained next, to the next multiple of
---slice-steps, so that all curves reach similar steps. When --minutes are over the runs are told to stop and
-save, and what is there is written, of all runs below --runs; the same command again goes on. A run takes a
-minute at most to stop: it ends the evaluation that it is in.
+in a directory of its own below --runs. The run with the fewest steps is trained next, to the next multiple of
+--slice-steps, so that all curves reach similar steps. After --minutes the runs stop and save, and the report of
+all runs below --runs is written. The same command continues from there. A run takes at most a minute to stop,
+because it first finishes an evaluation that has begun.
 
 Without --updates-per-step each preset has its own, and SAC is trained at 0.2 and at 1: the published comparison
 was made at 0.2, while SAC is made for 1.
@@ -75,7 +75,7 @@ def plan(
 ) -> tuple[list[Run], list[str]]:
     """All runs in the order in which equals take turns, and a sentence about each combination left out.
 
-    The first seed of everything comes before the second of anything: a short budget compares algorithms rather
+    All first seeds come before all second seeds, so that a short budget compares algorithms rather
     than seeds.
     """
     kinds: list[tuple[str, str, float]] = []
@@ -92,7 +92,7 @@ def plan(
 
 
 def default_rates(algo: str, preset: str) -> tuple[float, ...]:
-    """Updates per step where none are asked for."""
+    """Default updates per step of an algorithm and preset."""
     from rsm_train.config import PRESETS, RunConfig
 
     if algo == "sac" and preset == "paper":
@@ -101,7 +101,7 @@ def default_rates(algo: str, preset: str) -> tuple[float, ...]:
 
 
 def why_not(algo: str, preset: str, rate: float) -> str | None:
-    """Why a combination makes no sense; None if it does."""
+    """The reason why a combination is left out; None if it is trained."""
     from rsm_train.config import PRESETS
 
     if algo not in PRESETS[preset].algorithms:
@@ -112,19 +112,19 @@ def why_not(algo: str, preset: str, rate: float) -> str | None:
 
 
 def next_run(steps: Mapping[Run, int], total_steps: int, excluded: Collection[Run] = ()) -> Run | None:
-    """The unfinished run that is least far, the first in the plan's order among equals."""
+    """The unfinished run with the fewest steps; among equals the first of the plan."""
     waiting = [run for run, step in steps.items() if step < total_steps and run not in excluded]
     return min(waiting, key=steps.__getitem__, default=None)
 
 
 def slice_end(step: int, slice_steps: int, total_steps: int, warmup_steps: int) -> int:
-    """The step to train to: the next multiple of `slice_steps` at which anything has been learnt."""
+    """The step to train to: the next multiple of `slice_steps` after the warm-up."""
     first = max(step + 1, warmup_steps)
     return min(total_steps, -(-first // slice_steps) * slice_steps)
 
 
 def arguments(run: Run, directory: Path, to_step: int, settings: Mapping[str, Any]) -> list[str]:
-    """The options of rsm-train that begin the run or go on with it."""
+    """The options of rsm-train that start or resume the run."""
     variant = run.variant
     given = {
         "env": variant.env,
@@ -194,7 +194,7 @@ class Trainer:
             worker.result()
 
     def stop(self) -> None:
-        """Begin no other slice, and ask those that run to save and end; once, a second request would kill."""
+        """Start no further slice; ask running ones once to save and end (twice would kill them)."""
         with self._lock:
             first, self._stopped = not self._stopped, True
         if first:
@@ -325,7 +325,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def train(options: argparse.Namespace) -> bool:
-    """Train what the options ask for; whether nothing failed.
+    """Train the runs that the options name; returns True if none failed.
 
     Raises:
         ConfigError: settings that rsm-train would refuse.
@@ -354,7 +354,7 @@ def train(options: argparse.Namespace) -> bool:
 
 
 def usable_envs(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The environments that can be made here, and a sentence about each other one."""
+    """The environments that can be made here, and a sentence about each one that cannot."""
     from rsm_eval.envs import make_env
 
     usable, problems = [], []
@@ -388,7 +388,7 @@ def _checked_warmup(run: Run, options: argparse.Namespace, settings: Mapping[str
 
 
 def write_report(options: argparse.Namespace) -> None:
-    """Read every run below --runs, print the table and write the files that were asked for."""
+    """Read every run below --runs, print the table and write the requested files."""
     content = report(read_runs(options.runs), options.total_steps)
     text = table(content)
     print(text, end="")
@@ -404,7 +404,7 @@ def write_report(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as far as the budget goes, then write what is there; the exit status is 0 if nothing failed."""
+    """Train until the budget is used, then write the report; the exit status is 0 if no run failed."""
     options = _options(argv)
     try:
         fine = options.report_only or train(options)

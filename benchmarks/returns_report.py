@@ -1,6 +1,6 @@
-"""What benchmarks/returns.py has trained so far: read, aggregated over seeds, as a table and as a picture.
+"""The report of benchmarks/returns.py: runs aggregated over seeds, as a table and a picture.
 
-Nothing here starts a process; everything is read from the run directories.
+It only reads the run directories, and starts no process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NOT_DIGESTED = (
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """What is compared: everything that names a run but its seed."""
+    """A unit of comparison: all that identifies a run except its seed."""
 
     env: str
     algo: str
@@ -57,7 +57,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Known:
-    """A number that others published; not one of ours, and never mixed with them."""
+    """A published number of others, kept apart from our own."""
 
     env: str
     algo: str
@@ -70,7 +70,7 @@ class Known:
     source: str
 
     def describes(self, variant: Variant) -> bool:
-        """Whether a variant has the same settings."""
+        """True if a variant has the same settings."""
         return asdict(variant).items() <= asdict(self).items()
 
 
@@ -117,7 +117,7 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run directory, at whatever step it is."""
+    """One run directory at its present step."""
 
     variant: Variant
     seed: int
@@ -134,7 +134,7 @@ class TrainedRun:
 
     @property
     def digest(self) -> str:
-        """Of the settings that decide what is learnt, but for the seed."""
+        """Hash of the settings that decide the result, without the seed."""
         parts = {
             part: {name: value for name, value in self.config[part].items() if name not in _NOT_DIGESTED}
             for part in ("run", "algorithm")
@@ -143,7 +143,7 @@ class TrainedRun:
 
     @property
     def changed_settings(self) -> dict[str, Any]:
-        """Those that decide what is learnt and are not the preset's own."""
+        """The settings that decide the result and differ from the preset."""
         from rsm_train.config import resolve
 
         own = resolve(asdict(self.variant))
@@ -156,12 +156,12 @@ class TrainedRun:
 
 
 def slices_file(directory: Path) -> Path:
-    """Beside the run directory, which belongs to rsm-train."""
+    """The file of slices, beside the run directory, because rsm-train owns the directory itself."""
     return directory.with_name(directory.name + ".slices.jsonl")
 
 
 def steps_of(directory: Path) -> int:
-    """How far a run is; 0 if it has logged nothing."""
+    """The last logged step of a run; 0 without a log."""
     # Not the curve's last step: a log line of a time in which no episode ended is not part of the curve.
     return _last_step(read_metrics(directory)) if (directory / METRICS_FILE).is_file() else 0
 
@@ -171,7 +171,7 @@ def _last_step(records: Sequence[Mapping[str, Any]]) -> int:
 
 
 def read_runs(root: Path) -> list[TrainedRun]:
-    """Every run below a directory that has logged anything, ordered by variant and seed.
+    """Every run below a directory with a log, ordered by variant and seed.
 
     Raises:
         CheckpointError: a run's files are damaged.
@@ -248,7 +248,7 @@ def by_variant(runs: Sequence[TrainedRun]) -> dict[Variant, list[TrainedRun]]:
 
 
 def describe_run(run: TrainedRun, total_steps: int) -> dict[str, Any]:
-    """One run: what it is, how far it is, how fast it was, and every evaluation."""
+    """Describe a run: its settings, step, speed and evaluations."""
     curve = run.curve
     ones = dict(zip(curve.eval1_steps.tolist(), curve.eval1_mean.tolist(), strict=True))
     machines = {json.dumps(note["machine"], sort_keys=True): note["machine"] for note in run.slices}
@@ -308,7 +308,7 @@ def common_steps(steps_by_seed: Sequence[Sequence[int]]) -> list[int]:
 
 
 def published(variants: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What others measured in our environments, beside ours of the same settings at the same step."""
+    """Published numbers beside ours of the same environment, settings and step."""
     rows = []
     for known in KNOWN:
         if known.env not in {variant["env"] for variant in variants}:
@@ -422,7 +422,7 @@ def _env_table(env: str, members: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _changes(members: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence for each set of settings that are not the presets' own, and whose they are."""
+    """A sentence for each set of settings that differ from the presets, with the variants that have it."""
     whose: dict[str, list[str]] = {}
     for member in members:
         changes = ", ".join(f"{name} = {value}" for name, value in member["changed_settings"].items())
@@ -532,7 +532,7 @@ def _panel(
 
 
 def _published_points(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Where there is one of ours, of the same settings and at the same step, to compare them with."""
+    """The published points that have a counterpart of ours with the same settings and step."""
     for source in dict.fromkeys(row["source"] for row in rows):
         points = [(row["step"], row["mean"]) for row in rows if row["source"] == source]
         label = f"not ours: {source.partition(',')[0]}"

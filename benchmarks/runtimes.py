@@ -3,7 +3,7 @@
     python benchmarks/runtimes.py [--steps 20] [--particles 1 --particles 32] [--seconds 4] [--out FILE]
 
 The graph is exported here: 17 observations, 6 actions, three layers of 256 units in policy and critics,
-random weights. Each round asks every runtime once, so that all see the same machine; times are medians, and
+random weights. Each round runs every runtime once, so that all see the same machine; times are medians, and
 ratios are medians of a round's ratios. OpenVINO is also timed with one graph for any batch size
 (openvino-any-batch), to show why the session has one graph per power of two. Times include copying inputs and
 outputs, as in serving.
@@ -38,7 +38,7 @@ Run = Callable[[NDArray[np.float32], NDArray[np.float32]], object]
 
 
 def any_batch(bundle: Bundle) -> Run:
-    """OpenVINO with the session's settings and the graph as it was exported."""
+    """OpenVINO with the session's settings, and one graph for any batch size."""
     import openvino
 
     session = OpenVINOSession(bundle.model, bundle.spec)

@@ -1,4 +1,4 @@
-"""`rsm-serve` against an echo of the same stack, against the bare graph, and against other policy servers.
+"""Compare `rsm-serve` with an echo on the same stack, with the bare graph, and with other policy servers.
 
     python benchmarks/serving.py [--only SECTION]... [--peer-python PATH] [--out FILE]
 
@@ -91,7 +91,7 @@ def _cpu_s(pid: int) -> float:
 
 @contextlib.contextmanager
 def started(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run a server that prints its address, until the end of the block."""
+    """Run a server until the end of the block; the server prints its address."""
     process = subprocess.Popen(
         [str(part) for part in command],
         env={**os.environ, **(environment or {})},
@@ -121,7 +121,7 @@ def rsm_serve(
 
 
 def echo(*options: str | Path) -> contextlib.AbstractContextManager[Server]:
-    """The floor."""
+    """Run the echo server, the floor."""
     return started([sys.executable, HERE / "echo_server.py", *options])
 
 
@@ -142,7 +142,7 @@ def infer_message(policy: str) -> bytes:
 
 
 def load(server: Server, method: str, message: bytes, seconds: float, *options: str) -> dict[str, Any]:
-    """What `load.py` found, and the cores' microseconds that each side spent per answer."""
+    """Run `load.py`; returns its result and the CPU microseconds that each side spent per answer."""
     with tempfile.NamedTemporaryFile() as payload:
         payload.write(message)
         payload.flush()
@@ -161,7 +161,7 @@ def load(server: Server, method: str, message: bytes, seconds: float, *options: 
 
 
 def measure_latency(repository: Path, rounds: int, steps: int = 300) -> dict[str, Any]:
-    """One client."""
+    """Measure the latency of one client."""
     local = open_policy(repository / "n1")
     obs, message = np.zeros(OBS_SIZE, np.float32), act_message("n1")
     with contextlib.ExitStack() as stack:
@@ -222,7 +222,7 @@ def _stream(channel: grpc.Channel, message: bytes) -> Callable[[], object]:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Microseconds of each call, in turns of `steps`: all see the same machine. The first round warms up."""
+    """Microseconds of each call; the calls take turns of `steps`, and the first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
         for name, call in calls.items():
@@ -239,7 +239,7 @@ def percentiles(times_us: Sequence[float]) -> dict[str, float]:
 
 
 def rows_per_s(bundle: Path, rows: int, seconds: float = 2.0) -> float:
-    """What the session alone computes, in batches of `rows`, noise and all."""
+    """Rows per second of the session alone, in batches of `rows`, with drawing the noise."""
     policy = open_policy(bundle)
     obs_BO = np.zeros((rows, OBS_SIZE), np.float32)
     policy.act(obs_BO)
@@ -252,7 +252,7 @@ def rows_per_s(bundle: Path, rows: int, seconds: float = 2.0) -> float:
 
 
 def measure_clients(repository: Path, seconds: float) -> dict[str, Any]:
-    """Many clients: how much of the floor's and of the graph's own throughput is reached."""
+    """Measure many clients: the reached share of the floor's and of the graph's own throughput."""
     report: dict[str, Any] = {}
     message, clients = act_message("n1"), ("--clients", str(CLIENTS))
     with echo() as floor, rsm_serve(repository, "n1") as server:
@@ -278,7 +278,7 @@ def measure_clients(repository: Path, seconds: float) -> dict[str, Any]:
 
 
 def measure_n32(repository: Path, seconds: float) -> dict[str, Any]:
-    """Best of 32: the graph is the limit."""
+    """Measure best-of-32, where the graph is the limit."""
     with rsm_serve(repository, "n32") as server:
         report = load(
             server, STREAM, act_message("n32"), seconds, "--clients", str(2 * CLIENTS), "--reads-batches"
@@ -288,7 +288,7 @@ def measure_n32(repository: Path, seconds: float) -> dict[str, Any]:
 
 
 def measure_load(repository: Path, seconds: float, peer_python: Path | None) -> dict[str, Any]:
-    """Latency against load of every server there is."""
+    """Measure latency against load of every server."""
     with rsm_serve(repository, "n1") as server:
         report = {
             "rsm-serve, stream": curve(server, STREAM, act_message("n1"), seconds),
@@ -310,7 +310,7 @@ def measure_load(repository: Path, seconds: float, peer_python: Path | None) -> 
 
 
 def curve(server: Server, method: str, message: bytes, seconds: float) -> dict[str, Any]:
-    """One client, many clients, and loads between."""
+    """Measure one client, many clients, and the loads between them."""
     one = load(server, method, message, seconds, "--clients", "1")
     many = load(server, method, message, seconds, "--clients", str(CLIENTS))
     rates = [round(share * many["per_s"]) for share in LOADS]
@@ -325,7 +325,7 @@ def curve(server: Server, method: str, message: bytes, seconds: float) -> dict[s
 
 
 def measure_start(repository: Path, times: int = 5) -> dict[str, Any]:
-    """Seconds from the command to READY, and to load the policy within."""
+    """Measure the seconds from the command to READY, and those of loading the policy."""
     ready_s, load_s = [], []
     for _ in range(times):
         begun_s = time.perf_counter()
@@ -354,7 +354,7 @@ def measure_start(repository: Path, times: int = 5) -> dict[str, Any]:
 
 
 def measure_streams(repository: Path, steps: int = 500) -> dict[str, Any]:
-    """Idle streams cost memory, and nobody's time."""
+    """Measure idle streams: their memory, and the latency of a client beside them."""
     obs, message = np.zeros(OBS_SIZE, np.float32), act_message("n1")
     with rsm_serve(repository, "n1") as server, tempfile.NamedTemporaryFile() as payload:
         payload.write(message)

@@ -1,12 +1,12 @@
-"""A server under mixed load for as long as you like: every answer checked, nothing lost, nothing that grows.
+"""Put a server under mixed load, check every answer, and look for losses and growth.
 
     python benchmarks/soak.py --seconds 600 [--out FILE]
 
-One rsm-serve process follows a repository of three policies. Processes of every kind of client ask it, some of
-them without patience; every few seconds another version of one policy, with another graph, becomes current, by
-being published or by CURRENT pointing back; clients cancel, leave their streams, are killed and started again.
-The graphs compute a known function, so each answer is checked in the client by its seeds and its version. Exits
-with 1 if anything is wrong, lost, unexpected, or grows.
+One rsm-serve process follows a repository of three policies. Client processes of every kind send requests, some
+with short deadlines. Every few seconds another version of one policy, with another graph, becomes current,
+because it was published or because CURRENT points back. Clients cancel, leave their streams, are killed and
+restarted. The graphs compute a known function, so each client checks each answer by its seeds and version. The
+exit status is 1 if an answer is wrong, lost or unexpected, or if memory, threads or files grow.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ STOP_S = 30.0
 
 
 def spec_of(policy: str, version: int) -> PolicySpec:
-    """What a version is; those of alpha alternate between two graphs that take different noise."""
+    """The specification of a version; versions of alpha alternate between two graphs with different noise."""
     sizes: dict[str, dict[str, Any]] = {
         "alpha": {"steps": 3, "particles": 2} if version % 2 else {"steps": 5, "particles": 4},
         "beta": {"obs_size": 6, "has_q": False},
@@ -76,7 +76,7 @@ def spec_of(policy: str, version: int) -> PolicySpec:
 
 
 def write_policy(repository: Path, policy: str, version: int) -> Path:
-    """The bundle of a version; returns its directory."""
+    """Write the bundle of a version; returns its directory."""
     spec = spec_of(policy, version)
     return write_bundle(repository, spec, model=make_model(spec, work=WORK if policy == "alpha" else 0))
 
@@ -89,7 +89,7 @@ Step = tuple[float, float, str, float]
 
 
 class Ledger:
-    """What a client asked and what became of it."""
+    """The requests of a client and their outcomes."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -123,7 +123,7 @@ class Ledger:
             self.settle("unexpected", f"{kind}: {error}")
 
     def write(self, out: IO[str], *, final: bool = False) -> None:
-        """One line with all there is."""
+        """Write one line with all counts."""
         steps = self.steps if final else []
         line = {"started": self.started, "outcomes": self.outcomes, "details": self.details, "final": final}
         print(json.dumps({**line, "steps": steps}), file=out, flush=True)
@@ -146,11 +146,11 @@ class Worker:
         return np.array(values, np.float32).reshape(rows, size)
 
     def seed(self) -> int | None:
-        """Sometimes none: the server draws one."""
+        """A seed, or sometimes None, for which the server draws one."""
         return self.generator.choice((None, self.generator.getrandbits(64)))
 
     def steps(self, pause_s: float) -> Iterator[int]:
-        """Until it is told to stop, with a pause and now and then a report in between."""
+        """Yield steps until the stop signal, with pauses and reports in between."""
         number = 0
         while not self.stopped:
             yield number
@@ -159,7 +159,7 @@ class Worker:
             self.report()
 
     def report(self) -> None:
-        """Tell what there is, once a second."""
+        """Report the counts, once a second."""
         if time.monotonic() > self.reported_s + REPORT_S:
             self.reported_s = time.monotonic()
             self.ledger.write(sys.stdout)
@@ -187,7 +187,7 @@ GONE = ("PolicyNotFoundError", "NotReadyError")
 
 
 def unary(worker: Worker) -> None:
-    """`PolicyClient.act`, of two policies; now and then for the version that answered last."""
+    """Call `PolicyClient.act` on two policies, sometimes for the version that answered last."""
     with (
         PolicyClient(worker.address, "alpha", timeout_s=30) as alpha,
         PolicyClient(worker.address, "beta", timeout_s=30, priority=3) as beta,
@@ -226,7 +226,7 @@ def steady(worker: Worker) -> None:
 
 
 def vector(worker: Worker) -> None:
-    """Vectorised environments: many rows in one request, alone and in a stream."""
+    """Send many rows in one request, as vectorised environments do, alone and in a stream."""
     with PolicyClient(worker.address, "gamma", timeout_s=30) as client, client.stream() as stream:
         for number in worker.steps(0.05):
             worker.ask(
@@ -235,7 +235,7 @@ def vector(worker: Worker) -> None:
 
 
 def many(worker: Worker) -> None:
-    """`AsyncPolicyClient` in bursts, some requests without patience, some cancelled."""
+    """Use `AsyncPolicyClient` in bursts, with some short deadlines and some cancelled requests."""
     asyncio.run(bursts(worker))
 
 
@@ -273,7 +273,7 @@ async def ask_async(worker: Worker, patient: AsyncPolicyClient, hasty: AsyncPoli
 
 
 def triton(worker: Worker) -> None:
-    """`tritonclient`: alone, and several at once in a stream."""
+    """Use `tritonclient`: single requests, and several at once in a stream."""
     import tritonclient.grpc as grpcclient
 
     client = grpcclient.InferenceServerClient(worker.address)
@@ -315,7 +315,7 @@ def check_triton(worker: Worker, policy: str, obs: NDArray[np.float32], result: 
 
 
 def leaver(worker: Worker) -> None:
-    """Opens streams, asks, reads some answers and leaves, by cancelling or by closing the connection."""
+    """Open streams, read some answers, and leave by cancelling or closing the connection."""
     import grpc
 
     from rsm_serve.client.connection import SERVICE
@@ -358,7 +358,7 @@ KINDS: dict[str, Callable[[Worker], None]] = {
 
 
 def work(kind: str, address: str, seed: str) -> None:
-    """The main program of a client process; SIGTERM ends it in good order."""
+    """The main program of a client process; SIGTERM ends it cleanly."""
     worker = Worker(address, random.Random(seed))
 
     def stop(*_: object) -> None:
@@ -376,7 +376,7 @@ def work(kind: str, address: str, seed: str) -> None:
 
 
 class Client:
-    """A client process as its parent sees it."""
+    """A client process, seen from its parent."""
 
     def __init__(self, kind: str, address: str, folder: Path, number: int, seed: str) -> None:
         self.kind = kind
@@ -401,7 +401,7 @@ class Client:
         self._process.terminate()
 
     def result(self) -> dict[str, Any]:
-        """Its last whole report."""
+        """The last complete report."""
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -422,7 +422,7 @@ class Sample:
 
 
 class Versions:
-    """Publishes versions of alpha: each has the other graph than the one before it."""
+    """Publishes versions of alpha; each has another graph than the one before it."""
 
     def __init__(self, repository: Path) -> None:
         self._repository = repository
@@ -448,7 +448,7 @@ class Versions:
 
 
 def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
-    """Run it all; see `failures` for what must be true of the result."""
+    """Run the soak; `failures` states the conditions on the result."""
     repository = folder / "repository"
     for policy in ("alpha", "beta", "gamma"):
         write_policy(repository, policy, 1)
@@ -480,7 +480,7 @@ def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
 
 @contextmanager
 def clients_of(server: ServerProcess, folder: Path, seed: str) -> Iterator[list[Client]]:
-    """One client of each kind; all are told to stop at the end."""
+    """One client of each kind; all stop at the end."""
     clients: list[Client] = []
     try:
         for number, kind in enumerate(KINDS):
@@ -516,7 +516,7 @@ def conduct(
 
 
 def summary(ledger: list[tuple[Client, dict[str, Any]]]) -> dict[str, Any]:
-    """Requests by what became of them, over all clients and by kind."""
+    """Requests by outcome, over all clients and by kind."""
     by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     lost = cut_off = 0
     details: list[str] = []
@@ -543,7 +543,7 @@ def summary(ledger: list[tuple[Client, dict[str, Any]]]) -> dict[str, Any]:
 def steady_latency(steps: list[Step]) -> dict[str, Any]:
     """Percentiles of the steady client inside and outside of reload windows, and the changes that it saw.
 
-    What reloads add to its p99 is to be compared with the time of a batch, for which it may wait anyway.
+    Compare the p99 that reloads add with the time of a batch, which a request may always have to wait for.
     """
     changes = [now[0] for before, now in pairwise(steps) if before[2] != now[2]]
     groups: dict[str, list[float]] = {"in_reloads": [], "outside": []}
@@ -578,7 +578,7 @@ def growth(samples: list[Sample]) -> dict[str, Any]:
 
 
 def failures(results: dict[str, Any]) -> list[str]:
-    """What is not as it must be; empty if all is well."""
+    """The failed conditions; empty if all hold."""
     found = [f"{results[what]} {what}" for what in ("wrong", "lost", "unexpected") if results[what]]
     server, reloads = results["server"], results["reloads"]
     before, after = server["second_quarter"], server["last_quarter"]

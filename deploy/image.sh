@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds the container image of the serve role: deploy/image.sh [TAG], default rsm-serve:latest.
 #
-# With a Docker engine: docker build. Without one: buildah, which needs root, the Debian packages buildah
-# and debootstrap, and no privileges beyond chroot. As no image registry need be reachable then, the base is
-# a Debian made by debootstrap, once, unless BASE_IMAGE names another.
+# With a Docker engine it runs docker build. Without one it runs buildah, which needs root and the Debian packages
+# buildah and debootstrap, but no privilege beyond chroot. buildah needs no image registry: debootstrap makes the
+# base image once, unless BASE_IMAGE names another one.
 #
 # Environment: BASE_IMAGE (see the Dockerfile), DEBIAN_MIRROR, STORAGE (buildah's folder, default .image).
 # pip's index and certificate settings of this machine are used during the build and are not kept in the image.
@@ -14,7 +14,7 @@ tag=${1:-rsm-serve:latest}
 secrets=$(mktemp -d)
 trap 'rm -rf "$secrets"' EXIT
 
-# What pip needs to reach its index from inside the build; this machine's folders do not exist there.
+# pip's settings for its index, used inside the build; this machine's folders do not exist there.
 pip_settings() {
     local name value
     echo "[global]"

@@ -1,4 +1,4 @@
-"""What the peers serve: the exported graph in onnxruntime, on one thread. Imports nothing of the toolkit."""
+"""The graph that the peers serve, in onnxruntime on one thread. Does not import the toolkit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 
 def arguments(doc: str | None) -> argparse.Namespace:
-    """Of both peers."""
+    """Command line arguments of both peers."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--noise", required=True, help="T,N,A")
@@ -49,5 +49,5 @@ def arguments(doc: str | None) -> argparse.Namespace:
 
 
 def open_graph(options: argparse.Namespace) -> Graph:
-    """The one that the command line names."""
+    """Open the graph that the command line names."""
     return Graph(options.model, tuple(map(int, options.noise.split(","))))

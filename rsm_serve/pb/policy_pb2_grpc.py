@@ -55,7 +55,7 @@ class PolicyServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetSpec(self, request, context):
-        """What a policy takes and gives.
+        """Returns the specification of a policy.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
