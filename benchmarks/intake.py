@@ -22,7 +22,8 @@ from record import write_record
 
 from rsm_common.policy import ActResult, ActRows, Timing
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.engine.action_guard import GuardedAnswers, GuardLimits
+from rsm_serve.engine.action_guard import GuardLimits
+from rsm_serve.engine.guarded_answers import GuardedAnswers
 from rsm_serve.observe.settled import Answered
 from rsm_serve.recording.recorder import Recorder
 from rsm_serve.server import run_loop

@@ -10,9 +10,9 @@ from rsm_common.commandline import from_options
 from rsm_common.errors import ConfigError
 from rsm_serve.addresses import unix_path
 from rsm_serve.engine.action_guard import GuardLimits
-from rsm_serve.engine.batcher import BatchLimits
 from rsm_serve.engine.canary import Canary, check_shares
-from rsm_serve.engine.registry import Selection
+from rsm_serve.engine.lane import Selection
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.security.settings import SecuritySettings
 from rsm_serve.sessions.choice import Backend
 

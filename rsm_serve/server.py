@@ -22,10 +22,11 @@ from rsm_common.errors import AddressError, RequestError, retry_after_ms, wire_s
 from rsm_common.policy import ActResult, ActRows
 from rsm_serve.addresses import UNIX, check_free, check_unexposed, with_port
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.action_guard import GuardedAnswers
+from rsm_serve.engine.guarded_answers import GuardedAnswers
 from rsm_serve.engine.intake import Intake
+from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.lifecycle import LifeCycle
-from rsm_serve.engine.registry import Lane, Registry
+from rsm_serve.engine.registry import Registry
 from rsm_serve.observe.settled import Answered
 from rsm_serve.observe.tracing import Tracer
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc

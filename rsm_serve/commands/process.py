@@ -17,7 +17,7 @@ import click
 
 from rsm_common.commandline import EXIT_INTERRUPTED, EXIT_OK
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.lifecycle import LOADER, in_thread
+from rsm_serve.engine.background import LOADER, in_thread
 
 if TYPE_CHECKING:
     from rsm_serve.server import PolicyServer

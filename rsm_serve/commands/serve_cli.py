@@ -21,7 +21,7 @@ from rsm_serve.commands.process import run_process
 from rsm_serve.commands.supervisor import run_processes
 from rsm_serve.config import DEFAULT_ADDRESS, VERSIONS, ServerConfig
 from rsm_serve.engine.canary import Canary
-from rsm_serve.engine.registry import Selection
+from rsm_serve.engine.lane import Selection
 from rsm_serve.observe.logs import LogFormat, set_up_logging
 from rsm_serve.sessions.choice import extra_of, require_backend
 

@@ -9,27 +9,19 @@ loop, which is its one writer whatever version answers: so a limit holds across 
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_common.errors import BackendError, ConfigError, InvalidRequestError
-from rsm_common.policy import ActResult, ActRows, Adjustment, Timing
+from rsm_common.errors import ConfigError, InvalidRequestError
+from rsm_common.policy import Adjustment
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.observe.observer import LaneObserver
-from rsm_serve.observe.settled import Answered
-
-logger = logging.getLogger(__name__)
 
 Fallback = Literal["fail", "hold", "center"]
-Future = asyncio.Future[Answered[ActResult]]
 
 IDLE_S = 2.0
 """An action that is older is no longer the last step, ..."""
@@ -243,124 +235,3 @@ def _grown(last: _Last | None, spec: PolicySpec, rows: int, size: int) -> _Last:
         grown.action_RA[:known] = last.action_RA
         grown.given_R[:known], grown.chosen_R[:known] = last.given_R, last.chosen_R
     return grown
-
-
-class GuardedAnswers:
-    """Puts an `ActionGuard` between the answers of the batchers and those who wait for them; in one event loop.
-
-    Args:
-        limits: what to do.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, limits: GuardLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._guard = ActionGuard(limits)
-        self._clock = clock
-        self._unsettled: dict[object, deque[tuple[Future, Callable[[], None]]]] = {}
-        self.admit = self._guard.admit
-
-    def follow(
-        self,
-        sampled: Future,
-        spec: PolicySpec,
-        client: Hashable | None,
-        request: ActRows,
-        observer: LaneObserver | None,
-        *,
-        stream: object | None = None,
-    ) -> Future:
-        """The future of what is given out for a queued request; cancelling it cancels `sampled`.
-
-        An action that nobody waited for any more is not the client's last one. Requests of a `stream` are
-        settled in their order, in which they are answered; by priority, or by two versions, they may be sampled
-        in another.
-        """
-        given: Future = sampled.get_loop().create_future()
-
-        def settle() -> None:
-            error = None if sampled.cancelled() else sampled.exception()  # also marks it as seen
-            if given.done():
-                return
-            if sampled.cancelled():
-                given.cancel()
-                return
-            try:
-                given.set_result(self._given(sampled, error, spec, client, request, observer))
-            except Exception as fault:
-                given.set_exception(fault)
-
-        def cancelled(done: Future) -> None:
-            if done.cancelled():
-                sampled.cancel()
-
-        if stream is None:
-            sampled.add_done_callback(lambda _: settle())
-        else:
-            self._unsettled.setdefault(stream, deque()).append((sampled, settle))
-            sampled.add_done_callback(lambda _: self._settle_in_turn(stream))
-        given.add_done_callback(cancelled)
-        return given
-
-    def _settle_in_turn(self, stream: object) -> None:
-        unsettled = self._unsettled.get(stream)
-        while unsettled and unsettled[0][0].done():
-            _, settle = unsettled.popleft()
-            settle()
-        if not unsettled:
-            self._unsettled.pop(stream, None)
-
-    def _given(
-        self,
-        sampled: Future,
-        error: BaseException | None,
-        spec: PolicySpec,
-        client: Hashable | None,
-        request: ActRows,
-        observer: LaneObserver | None,
-    ) -> Answered[ActResult]:
-        now = self._clock()
-        if error is not None:
-            return self._instead(error, spec, client, request, observer, now)
-        answered = sampled.result()
-        result = answered.answer
-        action_BA, adjusted_B = self._guard.limit(spec, client, result.action, now)
-        if adjusted_B is None:
-            return answered
-        limited = int(np.count_nonzero(adjusted_B))
-        logger.warning(
-            "%s:%s: %d of %d actions were limited to a step of --max-action-step from the client's last one",
-            *(spec.name, spec.version, limited, len(adjusted_B)),
-            extra={"policy": spec.name, "version": spec.version},
-        )
-        if observer is not None:
-            observer.adjusted(limited_rows=limited, fallback=False)
-        return Answered(replace(result, action=action_BA, adjusted=adjusted_B), answered.queue_us)
-
-    def _instead(
-        self,
-        error: BaseException,
-        spec: PolicySpec,
-        client: Hashable | None,
-        request: ActRows,
-        observer: LaneObserver | None,
-        now: float,
-    ) -> Answered[ActResult]:
-        """The fallback's answer; raises the error where there is none, or if it is not the policy's failure."""
-        rows = len(request.obs_BO)
-        found = self._guard.substitute(spec, client, rows, now) if isinstance(error, BackendError) else None
-        if found is None:
-            raise error
-        action_BA, adjusted_B = found
-        what = Adjustment(int(adjusted_B[0])).name.lower()
-        logger.error(
-            "%s:%s: answered by a %s action instead of: %s",
-            *(spec.name, spec.version, what, error),
-            extra={"policy": spec.name, "version": spec.version},
-        )
-        if observer is not None:
-            observer.adjusted(limited_rows=0, fallback=True)
-        # No particle was chosen, so there is no value of one; NaN keeps the answer's form.
-        q_B = np.full(rows, np.nan, np.float32) if spec.has_q else None
-        timing = Timing(batch_rows=rows)
-        result = request.result(action_BA, q_B, version=spec.version, timing=timing, adjusted_B=adjusted_B)
-        return Answered(result, 0.0)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rsm_common.errors import LimitReachedError
 from rsm_common.policy import ActResult, ActRows
-from rsm_serve.engine.action_guard import GuardedAnswers
+from rsm_serve.engine.guarded_answers import GuardedAnswers
+from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.rate_limit import RateLimiter
-from rsm_serve.engine.registry import Lane, Registry
+from rsm_serve.engine.registry import Registry
 from rsm_serve.observe.observer import Observer, refuse, watch
 from rsm_serve.observe.settled import Answered
 from rsm_serve.observe.tracing import Tracer

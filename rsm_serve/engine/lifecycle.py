@@ -9,13 +9,11 @@ One load at a time: two would compete for the cores that robots wait for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from rsm_common.errors import (
     BundleError,
@@ -27,14 +25,11 @@ from rsm_common.errors import (
 )
 from rsm_serve.bundle.contract import check_policy_name
 from rsm_serve.bundle.repository import Found, Stamp, Survey, Wishes, look_at, stamp, survey
-from rsm_serve.engine.registry import Lane, Registry, State
+from rsm_serve.engine.background import in_thread
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.registry import Registry, State
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-LOADER = "rsm-serve-loader"
-"""Name of the threads that load, look and close."""
 
 Loader = Callable[[str, int], Lane]
 """Loads, verifies, warms up and probes one version; slow, and called in a thread of its own."""
@@ -452,49 +447,6 @@ class LifeCycle:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("following the repository failed", exc_info=task.exception())
-
-
-async def in_thread(function: Callable[[], T], abandon: Callable[[T], object] | None = None) -> T:
-    """Run a function in a thread of its own, which does not keep the process from exiting.
-
-    Args:
-        function: what to run.
-        abandon: given the result if, when it comes, nobody waits for it any more.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(result: T) -> None:
-        if not future.done():
-            future.set_result(result)
-        elif abandon is not None:
-            abandon(result)
-
-    def fail(error: BaseException) -> None:
-        if not future.done():
-            future.set_exception(error)
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(fail, error)
-            return
-        try:
-            loop.call_soon_threadsafe(deliver, result)
-        except RuntimeError:
-            if abandon is not None:
-                abandon(result)
-
-    threading.Thread(target=run, name=LOADER, daemon=True).start()
-    try:
-        return await future
-    except Exception:
-        # It is settled. Its exception has this frame, which has it: a circle that would keep what a load that
-        # failed has read, until the collector comes by.
-        del future
-        raise
 
 
 def _close_abandoned(outcome: tuple[Stamp, Lane | Exception]) -> None:

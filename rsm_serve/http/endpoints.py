@@ -26,7 +26,8 @@ from rsm_common.errors import InvalidRequestError, NotReadyError, QueueFullError
 from rsm_common.policy import ActRows, act_rows
 from rsm_common.seeds import expand_seed
 from rsm_serve.addresses import is_loopback, split_address
-from rsm_serve.engine.registry import Lane, Registry
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.registry import Registry
 from rsm_serve.http.server import HttpServer, Request, Response
 from rsm_serve.observe.prometheus import LATENCY_BOUNDS_S, ROWS_BOUNDS, Histogram, LaneMetrics, Telemetry
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rsm_common.errors import InvalidRequestError
 from rsm_common.policy import ActResult, ActRows, Adjustment, Seed, act_rows
 from rsm_common.spec import PolicySpec
-from rsm_serve.engine.batcher import BatchLimits
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.observe.counts import Durations, LaneStatistics
 from rsm_serve.observe.settled import Answered
 from rsm_serve.pb import oip_pb2 as pb

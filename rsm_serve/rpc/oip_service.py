@@ -24,8 +24,8 @@ from rsm_common.errors import (
 )
 from rsm_common.policy import ActResult
 from rsm_serve.engine.intake import Intake
+from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.lifecycle import RepositoryControl
-from rsm_serve.engine.registry import Lane
 from rsm_serve.observe.settled import Answered
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.pb import oip_pb2_grpc

@@ -52,8 +52,8 @@ from rsm_common.policy import ActResult
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import BatchLimits
-from rsm_serve.engine.registry import Lane
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb

@@ -29,8 +29,8 @@ from rsm_common.seeds import DETERMINISTIC_SEED, draw_noise
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import BatchLimits
-from rsm_serve.engine.registry import Lane, Selection
+from rsm_serve.engine.lane import Lane, Selection
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
@@ -487,7 +487,7 @@ class TestDrain:
 
 @pytest.mark.parametrize("in_loop", [0, 2**20], ids=["worker", "event loop"])
 def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop):
-    monkeypatch.setattr("rsm_serve.engine.registry.MAX_NOISE_IN_LOOP", in_loop)
+    monkeypatch.setattr("rsm_serve.engine.lane.MAX_NOISE_IN_LOOP", in_loop)
     obs = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     expected = open_policy(bundle_repo / "tiny").act(obs, seed=11)
     with (

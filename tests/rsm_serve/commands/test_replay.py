@@ -18,7 +18,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.commands import client_cli
 from rsm_serve.commands.replay import compare
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.registry import Selection
+from rsm_serve.engine.lane import Selection
 from rsm_serve.local import open_policy
 from rsm_serve.recording.format import MAGIC, encode, numbered_files, read
 from rsm_serve.server import PolicyServer, background_server

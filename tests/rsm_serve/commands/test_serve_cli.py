@@ -29,7 +29,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.commands import client_cli
 from rsm_serve.commands import serve_cli as cli
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.registry import Selection
+from rsm_serve.engine.lane import Selection
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
 from tests.bundles import make_spec, write_bundle

@@ -30,9 +30,10 @@ from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.commands import client_cli
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.action_guard import IDLE_S, ActionGuard, GuardedAnswers, GuardLimits
-from rsm_serve.engine.batcher import BatchLimits
-from rsm_serve.engine.registry import Lane
+from rsm_serve.engine.action_guard import IDLE_S, ActionGuard, GuardLimits
+from rsm_serve.engine.guarded_answers import GuardedAnswers
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy
 from rsm_serve.observe.settled import Answered
 from rsm_serve.recording.format import read

@@ -19,7 +19,8 @@ from rsm_common.errors import (
     QueueFullError,
     RequestError,
 )
-from rsm_serve.engine.batcher import Batcher, BatchLimits, BatchQueue
+from rsm_serve.engine.batcher import Batcher
+from rsm_serve.engine.queue import BatchLimits, BatchQueue
 from rsm_serve.observe.settled import Answered
 
 SMALL = BatchLimits(max_batch_size=4, max_queue_rows=8)

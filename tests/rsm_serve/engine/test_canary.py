@@ -11,7 +11,7 @@ import pytest
 from rsm_common.errors import ConfigError
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.canary import Canary, check_shares, choose, lot
-from rsm_serve.engine.registry import Selection
+from rsm_serve.engine.lane import Selection
 
 
 def test_parsing():

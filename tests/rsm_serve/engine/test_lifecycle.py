@@ -36,10 +36,12 @@ from rsm_common.errors import (
 from rsm_serve.bundle.contract import CURRENT_FILE, MODEL_FILE, load_bundle
 from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import BatchLimits
+from rsm_serve.engine.background import in_thread
 from rsm_serve.engine.canary import Canary, lot
-from rsm_serve.engine.lifecycle import IndexEntry, in_thread
-from rsm_serve.engine.registry import Lane, Registry, Selection, State
+from rsm_serve.engine.lane import Lane, Selection
+from rsm_serve.engine.lifecycle import IndexEntry
+from rsm_serve.engine.queue import BatchLimits
+from rsm_serve.engine.registry import Registry, State
 from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session

@@ -32,8 +32,9 @@ from rsm_serve.addresses import is_loopback
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import BatchLimits
-from rsm_serve.engine.registry import Lane, Registry
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.queue import BatchLimits
+from rsm_serve.engine.registry import Registry
 from rsm_serve.http import server as http_server
 from rsm_serve.http.endpoints import Monitor
 from rsm_serve.http.server import HttpServer, Request, Response

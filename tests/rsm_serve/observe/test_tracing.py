@@ -11,8 +11,8 @@ import pytest
 
 from rsm_serve.commands import serve_cli as cli
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import BatchLimits
-from rsm_serve.engine.registry import Lane
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import open_policy
 from rsm_serve.observe.tracing import Tracer
 from rsm_serve.pb import policy_pb2 as pb

@@ -26,8 +26,9 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
+from rsm_serve.recording.files import RotatingFiles
 from rsm_serve.recording.format import MAGIC, Record, encode, numbered_files, read
-from rsm_serve.recording.recorder import MAX_PENDING_BYTES, Recorder, RotatingFiles
+from rsm_serve.recording.recorder import MAX_PENDING_BYTES, Recorder
 from rsm_serve.server import background_server
 from tests.rsm_serve.commands.test_serve_cli import serving
 from tests.rsm_serve.observe.test_prometheus import scrape
@@ -373,7 +374,7 @@ class TestFiles:
             """
             import resource, sys
             from pathlib import Path
-            from rsm_serve.recording.recorder import RotatingFiles
+            from rsm_serve.recording.files import RotatingFiles
             files = RotatingFiles(Path(sys.argv[1]), 2**20)
             frame = open(sys.argv[2], "rb").read()
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

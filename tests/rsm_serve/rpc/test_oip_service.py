@@ -28,8 +28,8 @@ from rsm_common.seeds import DETERMINISTIC_SEED, draw_noise, expand_seed
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import BatchLimits
-from rsm_serve.engine.registry import Lane, Selection
+from rsm_serve.engine.lane import Lane, Selection
+from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc
 from rsm_serve.server import PolicyServer, background_server

@@ -18,7 +18,7 @@ import pytest
 from rsm_common.errors import BackendError, BundleError, MissingExtraError, UsageError
 from rsm_common.seeds import draw_noise
 from rsm_serve.bundle.contract import Bundle
-from rsm_serve.engine.registry import warm_up_sizes
+from rsm_serve.engine.lane import warm_up_sizes
 from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.sessions import choice
 from rsm_serve.sessions.choice import (

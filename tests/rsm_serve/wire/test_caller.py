@@ -22,8 +22,9 @@ from rsm_common.errors import (
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.engine.batcher import Batcher, BatchLimits, BatchQueue, Entry
-from rsm_serve.engine.registry import Lane
+from rsm_serve.engine.batcher import Batcher
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.queue import BatchLimits, BatchQueue, Entry
 from rsm_serve.engine.turns import Turns
 from rsm_serve.local import LocalPolicy
 from rsm_serve.pb import policy_pb2 as pb

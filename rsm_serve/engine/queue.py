@@ -1,0 +1,245 @@
+"""The decisions of batching, without a clock, a thread or a socket: who is computed next, with whom.
+
+An idle worker takes what waits at once; the requests that arrive meanwhile form the next batch. Requests are
+never split. A request is queued as if it had come `PRIORITY_STEP_S` earlier for each step of its priority: the
+order is by priority, then first in, first out, and every request's turn comes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from rsm_common.errors import ConfigError, DeadlineExpiredError, NotReadyError, QueueFullError
+from rsm_serve.wire.caller import PRIORITY_STEP_S, check_priority, check_rows
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much is computed and kept at once."""
+
+    max_batch_size: int = 64
+    """Most rows of one inference, and of one request."""
+    max_queue_rows: int = 1024
+    """Most rows that wait; more are refused."""
+    max_queue_delay_s: float = 0.0
+    """How long an idle worker waits for a fuller batch. Measured: any delay costs a single client that
+    delay and gains nothing, because the queue fills by itself while the worker is busy."""
+    latest_wins: bool = False
+    """Whether a request takes the place of the one of the same client that still waits."""
+
+    def __post_init__(self) -> None:
+        sound = self.max_queue_delay_s >= 0  # which nan is not
+        if self.max_batch_size < 1 or self.max_queue_rows < self.max_batch_size or not sound:
+            raise ConfigError(
+                "wanted max_batch_size >= 1, max_queue_rows >= max_batch_size and max_queue_delay >= 0, got "
+                f"{self.max_batch_size}, {self.max_queue_rows} and {self.max_queue_delay_s} s"
+            )
+
+
+@dataclass(eq=False, slots=True)
+class Entry(Generic[Item]):
+    """One waiting request; compared by identity."""
+
+    item: Item
+    rows: int
+    arrived_s: float
+    deadline_s: float | None
+    priority: int = 0
+    client_id: str = ""
+    since_s: float = 0.0
+    """When its place in the queue was taken: `arrived_s`, or that of the request whose place it has."""
+    place: int = 0
+    """Number of its place, ascending."""
+    replaced: Entry[Item] | None = None
+    """The waiting request of the same client whose place this one has."""
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """What leaves first is the least."""
+        return self.since_s - PRIORITY_STEP_S * self.priority, self.place
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Item]):
+    """What leaves the queue at one moment."""
+
+    entries: list[Entry[Item]]
+    """To be computed together, oldest first; may be empty."""
+    expired: list[Entry[Item]]
+    """Too late to be worth computing."""
+
+    @property
+    def rows(self) -> int:
+        """Rows to be computed."""
+        return sum(entry.rows for entry in self.entries)
+
+
+class BatchQueue(Generic[Item]):
+    """The decisions of the batcher as a pure state machine: no clock, no thread, no socket.
+
+    All times are seconds of one monotonic clock that the caller reads.
+    """
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        # By priority, then by place; a level is there while it has entries.
+        self._levels: dict[int, dict[int, Entry[Item]]] = {}
+        self._latest: dict[str, Entry[Item]] = {}
+        self._places = 0
+        self._rows = 0
+        self._closed = False
+        self._rate = _Rate()
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait."""
+        return self._rows
+
+    def put(
+        self,
+        item: Item,
+        rows: int,
+        now: float,
+        deadline_s: float | None = None,
+        *,
+        priority: int = 0,
+        client_id: str = "",
+    ) -> Entry[Item]:
+        """Append a request; with `latest_wins`, it may take another's place, which is then `Entry.replaced`.
+
+        Raises:
+            NotReadyError: the queue was closed.
+            InvalidRequestError: more rows than one batch holds, or none, or no such priority.
+            DeadlineExpiredError: the deadline has passed already.
+            QueueFullError: no room.
+        """
+        limits = self._limits
+        if self._closed:
+            raise NotReadyError("the policy is shutting down and takes no more requests; use another server")
+        check_rows(rows, limits.max_batch_size)
+        if priority:
+            check_priority(priority)
+        if deadline_s is not None and deadline_s <= now:
+            raise expired()
+        replaced = self._latest.get(client_id) if client_id else None
+        if self._rows + rows - (replaced.rows if replaced else 0) > limits.max_queue_rows:
+            raise self._full(rows)
+        entry = Entry(item, rows, now, deadline_s, priority, client_id, replaced=replaced)
+        self._place(entry)
+        return entry
+
+    def cancel(self, entry: Entry[Item]) -> bool:
+        """Remove a request; False if it has left the queue already."""
+        if self._levels.get(entry.priority, {}).get(entry.place) is not entry:
+            return False
+        self._remove(entry)
+        return True
+
+    def ready_at(self) -> float | None:
+        """When `take` will give something, None while nothing waits; may lie in the past."""
+        if not self._levels:
+            return None
+        oldest_s = min([next(iter(level.values())).since_s for level in self._levels.values()])
+        if self._closed or self._rows >= self._limits.max_batch_size:
+            return oldest_s
+        return oldest_s + self._limits.max_queue_delay_s
+
+    def take(self, now: float) -> Batch[Item]:
+        """Form a batch: the longest run of first unexpired requests that fits; empty before `ready_at`."""
+        ready_at = self.ready_at()
+        batch: Batch[Item] = Batch([], [])
+        if ready_at is None or now < ready_at:
+            return batch
+        room = self._limits.max_batch_size
+        while self._levels:
+            heads = [next(iter(level.values())) for level in self._levels.values()]
+            entry = heads[0] if len(heads) == 1 else min(heads, key=lambda head: head.order)
+            if entry.deadline_s is not None and entry.deadline_s <= now:
+                batch.expired.append(entry)
+            elif entry.rows <= room:
+                room -= entry.rows
+                batch.entries.append(entry)
+            else:
+                break
+            self._remove(entry)
+        return batch
+
+    def computed(self, rows: int, seconds: float) -> None:
+        """Note how long a batch took, for the hint when to try again."""
+        self._rate.add(rows, seconds)
+
+    def close(self) -> None:
+        """Refuse further requests; what waits can still be taken, without delay."""
+        self._closed = True
+
+    @property
+    def finished(self) -> bool:
+        """Closed and empty."""
+        return self._closed and not self._levels
+
+    def _place(self, entry: Entry[Item]) -> None:
+        replaced = entry.replaced
+        if replaced is not None:
+            replaced.replaced = None  # a chain of them would keep them all
+            if replaced.priority == entry.priority:
+                # Its place too: at the end again and again, the fastest client would never be served.
+                entry.since_s, entry.place = replaced.since_s, replaced.place
+                self._levels[entry.priority][entry.place] = entry
+                self._rows -= replaced.rows
+            else:
+                self._remove(replaced)
+        if not entry.place:
+            self._places += 1
+            entry.since_s, entry.place = entry.arrived_s, self._places
+            self._levels.setdefault(entry.priority, {})[entry.place] = entry
+        self._rows += entry.rows
+        if entry.client_id and self._limits.latest_wins:
+            self._latest[entry.client_id] = entry
+
+    def _remove(self, entry: Entry[Item]) -> None:
+        level = self._levels[entry.priority]
+        del level[entry.place]
+        if not level:
+            del self._levels[entry.priority]
+        self._rows -= entry.rows
+        if self._latest.get(entry.client_id) is entry:
+            del self._latest[entry.client_id]
+
+    def _full(self, rows: int) -> QueueFullError:
+        retry_after_s = self._rate.seconds_for(self._rows)
+        advice = (
+            "" if retry_after_s is None else f"try again in about {max(1, round(1e3 * retry_after_s))} ms, "
+        )
+        return QueueFullError(
+            f"wanted room for {rows} rows, but {self._rows} of at most {self._limits.max_queue_rows} "
+            f"wait already; {advice}send less, or slow down",
+            retry_after_s,
+        )
+
+
+class _Rate:
+    """Rows per second of the recent batches."""
+
+    _MEMORY = 0.9  # what a batch is worth after the next: about ten batches count
+
+    def __init__(self) -> None:
+        self._rows = 0.0
+        self._seconds = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        self._rows = self._MEMORY * self._rows + rows
+        self._seconds = self._MEMORY * self._seconds + seconds
+
+    def seconds_for(self, rows: int) -> float | None:
+        """How long so many rows will take; None before anything was computed."""
+        return self._seconds * rows / self._rows if self._rows and self._seconds else None
+
+
+def expired() -> DeadlineExpiredError:
+    """Make the error of a request whose deadline passed while it waited."""
+    return DeadlineExpiredError(
+        "the deadline passed before the request could be computed; allow more time or send less"
+    )
