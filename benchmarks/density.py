@@ -39,9 +39,9 @@ from rsm_train.algorithms.common import Batch, load_params, set_learning_rate
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, DPMDNoise
 from rsm_train.algorithms.sdac import SDAC, SDACConfig
 from rsm_train.config import resolve
-from rsm_train.diffusion import make_schedule, reverse_chain
-from rsm_train.inference import Inference
-from rsm_train.kernels import Compute, Precision
+from rsm_train.model.diffusion import make_schedule, reverse_chain
+from rsm_train.model.inference import Inference
+from rsm_train.model.kernels import Compute, Precision
 
 MODES = torch.tensor([[-0.5, 0.5], [0.5, 0.5], [-0.5, -0.5], [0.5, -0.5]])
 MASSES = torch.tensor([0.4, 0.3, 0.2, 0.1])

@@ -31,15 +31,15 @@ import numpy as np
 import onnx
 import torch
 from record import write_record
-from rsm_export.chain import fold
-from rsm_export.cost import graph_cost
-from rsm_export.onnx_graph import OPSET, build_graph
+from rsm_export.graph.chain import fold
+from rsm_export.graph.cost import graph_cost
+from rsm_export.graph.onnx_graph import OPSET, build_graph
 from torch import Tensor, nn
 
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_train.critic import init_critics
-from rsm_train.diffusion import NoiseSchedule, SamplerSettings, reverse_chain
-from rsm_train.networks import Params, depth, embed_time, init_denoiser
+from rsm_train.model.critic import init_critics
+from rsm_train.model.diffusion import NoiseSchedule, SamplerSettings, reverse_chain
+from rsm_train.model.networks import Params, depth, embed_time, init_denoiser
 from rsm_train.policy import PolicyWeights
 
 STEPS = 20

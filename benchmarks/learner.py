@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from record import write_record
 
-from rsm_train import kernels
 from rsm_train.algorithms.common import Batch
 from rsm_train.algorithms.dpmd import DPMDConfig
 from rsm_train.algorithms.sdac import SDACConfig
 from rsm_train.config import make_algorithm, resolve
-from rsm_train.kernels import Compute
-from rsm_train.networks import mish
+from rsm_train.model import kernels
+from rsm_train.model.kernels import Compute
+from rsm_train.model.networks import mish
 
 HALF_CHEETAH, HUMANOID, PENDULUM = (17, 6), (348, 17), (4, 1)
 # setting: (algorithm, preset, (observation size, action size))

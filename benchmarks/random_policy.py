@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from rsm_export.build import make_probe
-from rsm_export.bundle_writer import write_bundle
-from rsm_export.chain import fold
-from rsm_export.onnx_graph import build_graph
+from rsm_export.bundles.bundle_writer import write_bundle
+from rsm_export.graph.chain import fold
+from rsm_export.graph.onnx_graph import build_graph
 
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_serve.bundle.contract import Bundle, Probe
-from rsm_train.critic import init_critics
-from rsm_train.diffusion import SamplerSettings
-from rsm_train.networks import init_denoiser
+from rsm_train.model.critic import init_critics
+from rsm_train.model.diffusion import SamplerSettings
+from rsm_train.model.networks import init_denoiser
 from rsm_train.policy import PolicyWeights, TorchPolicy
 
 OBS_SIZE, ACTION_SIZE, HIDDEN = 17, 6, [256, 256, 256]

@@ -112,7 +112,7 @@ def _open_checkpoint(source: str) -> OpenedPolicy:
     # Evaluation of bundles and servers must work where nothing can train.
     import torch
 
-    from rsm_train.checkpoint import load_torch_policy
+    from rsm_train.run.checkpoint import load_torch_policy
 
     torch.set_num_threads(1)  # as the sessions: acting is too small to share, and the simulator needs cores
 

@@ -12,7 +12,7 @@ from rsm_common.commandline import dataclass_options, parse_seeds, require_extra
 from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from rsm_train.many_seeds import Plan
+    from rsm_train.run.many_seeds import Plan
 
 
 def _command() -> click.Command:
@@ -49,7 +49,7 @@ def _command() -> click.Command:
         A preset sets defaults; every option given on the command line wins over it.
         """
         if list_presets:
-            from rsm_train.describe import describe_presets
+            from rsm_train.run.describe import describe_presets
 
             click.echo(describe_presets())
             return
@@ -61,8 +61,8 @@ def _command() -> click.Command:
             raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
         plan = None
         if seeds is not None:
-            from rsm_train.many_seeds import plan as make_plan
-            from rsm_train.many_seeds import resume_command
+            from rsm_train.run.many_seeds import plan as make_plan
+            from rsm_train.run.many_seeds import resume_command
 
             plan = make_plan(given, parse_seeds(seeds), jobs, resume=resume)
         if dry_run:
@@ -77,10 +77,10 @@ def _command() -> click.Command:
 
 def _train(given: Mapping[str, Any], resume: bool) -> None:
     from rsm_train.config import resolve, run_directory
-    from rsm_train.loop import train
-    from rsm_train.results import read_result
-    from rsm_train.run_directory import resume_settings
-    from rsm_train.stopping import RunStopped
+    from rsm_train.run.loop import train
+    from rsm_train.run.results import read_result
+    from rsm_train.run.run_directory import resume_settings
+    from rsm_train.run.stopping import RunStopped
 
     if resume:
         run, algorithm, run_dir = resume_settings(given)
@@ -104,7 +104,7 @@ def _train(given: Mapping[str, Any], resume: bool) -> None:
 
 
 def _train_seeds(plan: Plan, go_on: str) -> None:
-    from rsm_train.many_seeds import failures, format_results, interrupted, run_seeds, unfinished
+    from rsm_train.run.many_seeds import failures, format_results, interrupted, run_seeds, unfinished
 
     click.echo(f"{len(plan.workers)} seeds, {plan.jobs} at once", err=True)
     statuses = run_seeds(plan.workers, plan.jobs, lambda line: click.echo(line, err=True))
@@ -120,9 +120,9 @@ def _train_seeds(plan: Plan, go_on: str) -> None:
 
 def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
     from rsm_train.config import resolve, run_directory
-    from rsm_train.describe import describe_run
-    from rsm_train.estimate import estimate, format_estimate, total_s
-    from rsm_train.metrics import duration
+    from rsm_train.run.describe import describe_run
+    from rsm_train.run.estimate import estimate, format_estimate, total_s
+    from rsm_train.run.metrics import duration
 
     run, algorithm = resolve(given if plan is None else plan.settings)
     run_dir = run_directory(run)

@@ -16,7 +16,7 @@ from rsm_train.algorithms.common import Algorithm
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
 from rsm_train.algorithms.sac import SAC, SACConfig
 from rsm_train.algorithms.sdac import SDAC, SDACConfig
-from rsm_train.kernels import DEFAULT_COMPUTE, CompileMode, Compute, Precision
+from rsm_train.model.kernels import DEFAULT_COMPUTE, CompileMode, Compute, Precision
 
 VectorName = Literal["sync", "async", "envpool"]
 AlgorithmName = Literal["dpmd", "sdac", "sac"]

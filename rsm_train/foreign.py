@@ -1,7 +1,7 @@
 """Weights that were learnt elsewhere, as a checkpoint: then exported, served and evaluated like our own.
 
-Arrays go in by name; which name has which shape stands at the top of `rsm_train.checkpoint`. Whatever does not
-fit is refused with what was wanted and what came. docs/foreign_weights.md has an example.
+Arrays go in by name; the names and shapes stand at the top of `rsm_train.run.checkpoint`. An array that
+does not fit is refused with the wanted and the given shape. docs/foreign_weights.md has an example.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsm_common.errors import BundleError, CheckpointError
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_train.checkpoint import Checkpoint, write_checkpoint
-from rsm_train.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
-from rsm_train.networks import TIME_EMBEDDING_SIZE, Params
+from rsm_train.model.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
+from rsm_train.model.networks import TIME_EMBEDDING_SIZE, Params
+from rsm_train.run.checkpoint import Checkpoint, write_checkpoint
 
 Arrays = Mapping[str, ArrayLike]
 
@@ -59,7 +59,7 @@ def import_weights(
         action_high: [A] upper bounds, which 1 stands for.
         steps: T, denoising steps of the schedule that the network was trained with.
         particles: N, actions that are sampled and of which the critics choose the best.
-        schedule: "cosine" or "linear" (see `rsm_train.diffusion.make_schedule`).
+        schedule: "cosine" or "linear" (see `rsm_train.model.diffusion.make_schedule`).
         prior_std: standard deviation of the initial latent.
         selection: how several critics become one value: "min" or "mean".
         name: of the policy; by default that of the directory.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rsm_common.policy import ActResult, Seed, Timing, act_rows
 from rsm_common.spec import PolicySpec
-from rsm_train.critic import choose_best, q_values, select_value
-from rsm_train.diffusion import NoiseSchedule, SamplerSettings
-from rsm_train.networks import Params, SplitDenoiser, gaussian, sample_actions, split_denoiser
+from rsm_train.model.critic import choose_best, q_values, select_value
+from rsm_train.model.diffusion import NoiseSchedule, SamplerSettings
+from rsm_train.model.networks import Params, SplitDenoiser, gaussian, sample_actions, split_denoiser
 
 
 @dataclass(frozen=True)

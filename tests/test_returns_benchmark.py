@@ -226,7 +226,7 @@ def test_the_picture_is_drawn(tmp_path):
 # --- processes --------------------------------------------------------------------------------------------
 
 # Until rsm-train can go on with a run, the real one is of one slice.
-SLICE_STEPS = 80 if importlib.util.find_spec("rsm_train.stopping") else 160
+SLICE_STEPS = 80 if importlib.util.find_spec("rsm_train.run.stopping") else 160
 TINY = {
     "warmup_steps": 60,
     "eval_every": 80,

@@ -16,20 +16,20 @@ from rsm_common.policy import Policy
 from rsm_common.provenance import provenance
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import DEFAULT_TOLERANCE
-from rsm_export.accuracy import TOLERANCES, Accuracy
-from rsm_export.bundle_writer import write_time
-from rsm_export.chain import fold
+from rsm_export.bundles.bundle_writer import write_time
+from rsm_export.checks.accuracy import TOLERANCES, Accuracy
 from rsm_export.config import ExportConfig
-from rsm_export.cost import GraphCost, graph_cost
-from rsm_export.metadata import embed_spec
-from rsm_export.onnx_graph import build_graph
+from rsm_export.graph.chain import fold
+from rsm_export.graph.cost import GraphCost, graph_cost
+from rsm_export.graph.metadata import embed_spec
+from rsm_export.graph.onnx_graph import build_graph
 from rsm_serve.bundle.contract import Bundle, Probe
 from rsm_serve.local import LocalPolicy
 from rsm_serve.sessions import Session
 from rsm_serve.sessions.choice import RUNTIMES, open_session
-from rsm_train.checkpoint import Checkpoint
-from rsm_train.diffusion import SamplerSettings, timesteps
+from rsm_train.model.diffusion import SamplerSettings, timesteps
 from rsm_train.policy import PolicyWeights, TorchPolicy
+from rsm_train.run.checkpoint import Checkpoint
 
 PROBE_ROWS = 8
 _PROBE_SEED = 0x50_524F_4245

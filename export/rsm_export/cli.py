@@ -18,8 +18,8 @@ from rsm_export.config import ExportConfig, SearchConfig
 from rsm_serve.bundle.contract import MODEL_SUFFIX
 
 if TYPE_CHECKING:
+    from rsm_export.auto.search import SearchResult
     from rsm_export.exporter import Export
-    from rsm_export.search import SearchResult
 
 DEFAULT_COMMAND = "export"
 
@@ -129,7 +129,7 @@ def _check_together(config: ExportConfig, closed_loop: SearchConfig, auto: bool)
 
 def _show(made: Export) -> None:
     if made.search is not None:
-        from rsm_export.search import table
+        from rsm_export.auto.search import table
 
         click.echo(table(made.search) + "\n")
     checks = made.verification.checks if made.verification else ()
@@ -151,7 +151,7 @@ def _show(made: Export) -> None:
 
 
 def _write_search(result: SearchResult, config: SearchConfig) -> None:
-    from rsm_export.search_plot import draw
+    from rsm_export.auto.search_plot import draw
 
     try:
         if config.json is not None:
@@ -174,7 +174,7 @@ def _plural(count: int, noun: str) -> str:
 
 def _adopt(source: Path, repo: Path, name: str | None) -> None:
     require_extra("rsm-export of a model.onnx", "serve", ["onnxruntime"])
-    from rsm_export.adoption import adopt_graph
+    from rsm_export.bundles.adoption import adopt_graph
 
     click.echo(f"bundle: {adopt_graph(source, repo, name)}")
 
@@ -189,7 +189,7 @@ def inspect(bundle: Path, as_json: bool) -> int:
     status is 0 only if it loads, every hash included.
     """
     require_extra("rsm-export inspect", "export", ["onnx"])
-    from rsm_export.inspection import format_report, inspect_path
+    from rsm_export.bundles.inspection import format_report, inspect_path
 
     report = inspect_path(bundle)
     click.echo(json.dumps(report, indent=2) if as_json else format_report(report))

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from rsm_common.errors import BundleError
 from rsm_common.spec import PolicySpec
 from rsm_export.build import Built, build, diffusion_sampler, observations_of
-from rsm_export.bundle_writer import next_version, write_bundle
+from rsm_export.bundles.bundle_writer import next_version, write_bundle
+from rsm_export.checks.verification import Verification, verify
 from rsm_export.config import ExportConfig, SearchConfig
-from rsm_export.cost import GraphCost, graph_cost
-from rsm_export.verification import Verification, verify
-from rsm_train.checkpoint import Checkpoint, load_checkpoint
+from rsm_export.graph.cost import GraphCost, graph_cost
+from rsm_train.run.checkpoint import Checkpoint, load_checkpoint
 
 if TYPE_CHECKING:
-    from rsm_export.closed_loop import Loss
-    from rsm_export.search import SearchResult
+    from rsm_export.auto.closed_loop import Loss
+    from rsm_export.auto.search import SearchResult
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export_checkpoint(
     )
     found = loss = None
     if auto:
-        from rsm_export.search import search  # needs what only rsm-eval needs otherwise
+        from rsm_export.auto.search import search  # needs what only rsm-eval needs otherwise
 
         env_id = closed_loop.env or checkpoint.spec.env_id
         trained = diffusion_sampler(checkpoint)
@@ -108,7 +108,7 @@ def _check(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Built, Verific
 
 
 def _compare_returns(checkpoint: Checkpoint, built: Built, config: SearchConfig) -> Loss:
-    from rsm_export.closed_loop import compare_returns  # needs what only rsm-eval needs otherwise
+    from rsm_export.auto.closed_loop import compare_returns  # needs what only rsm-eval needs otherwise
 
     full, export = build(checkpoint, ExportConfig()).open(), built.open()
     try:

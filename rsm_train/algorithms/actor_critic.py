@@ -32,12 +32,12 @@ from rsm_train.algorithms.common import (
     set_learning_rate,
     td_target,
 )
-from rsm_train.critic import choose_best, init_critics, q_values, select_value
-from rsm_train.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
-from rsm_train.inference import Inference
-from rsm_train.kernels import Compute
-from rsm_train.networks import Params, init_denoiser
-from rsm_train.temperature import TemperatureSchedule, open_loop_temperature
+from rsm_train.algorithms.temperature import TemperatureSchedule, open_loop_temperature
+from rsm_train.model.critic import choose_best, init_critics, q_values, select_value
+from rsm_train.model.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
+from rsm_train.model.inference import Inference
+from rsm_train.model.kernels import Compute
+from rsm_train.model.networks import Params, init_denoiser
 
 KL_RATE = 0.01
 """Step of the dual ascent on log lambda, per nat of error and policy update."""

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rsm_train.diffusion import PolicySettings
-from rsm_train.networks import Params
+from rsm_train.model.diffusion import PolicySettings
+from rsm_train.model.networks import Params
 
 Metrics = dict[str, Tensor]
 """Named 0-d detached tensors; they leave the device once per log interval."""

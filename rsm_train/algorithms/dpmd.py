@@ -22,10 +22,10 @@ from torch import Tensor
 
 from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
 from rsm_train.algorithms.common import Batch, Metrics, copy_params, explore, load_params, weight_health
-from rsm_train.diffusion import forward_noise
-from rsm_train.graphs import Captured
-from rsm_train.kernels import DEFAULT_COMPUTE, Compute
-from rsm_train.networks import observe, predict_noise, split_denoiser
+from rsm_train.model.diffusion import forward_noise
+from rsm_train.model.graphs import Captured
+from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
+from rsm_train.model.networks import observe, predict_noise, split_denoiser
 
 QScaling = Literal["raw", "state", "running", "running_slip"]
 

@@ -31,11 +31,11 @@ from rsm_train.algorithms.common import (
     save_state,
     td_target,
 )
-from rsm_train.critic import init_critics, q_values, select_value
-from rsm_train.diffusion import GaussianSettings
-from rsm_train.graphs import Captured
-from rsm_train.kernels import DEFAULT_COMPUTE, Compute
-from rsm_train.networks import Params, gaussian, init_gaussian
+from rsm_train.model.critic import init_critics, q_values, select_value
+from rsm_train.model.diffusion import GaussianSettings
+from rsm_train.model.graphs import Captured
+from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
+from rsm_train.model.networks import Params, gaussian, init_gaussian
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
 from rsm_train.algorithms.common import Batch, Metrics, weight_health
-from rsm_train.diffusion import NoiseSchedule, forward_noise
-from rsm_train.graphs import Captured
-from rsm_train.kernels import DEFAULT_COMPUTE, Compute
-from rsm_train.networks import observe, predict_noise, split_denoiser
+from rsm_train.model.diffusion import NoiseSchedule, forward_noise
+from rsm_train.model.graphs import Captured
+from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
+from rsm_train.model.networks import observe, predict_noise, split_denoiser
 
 _LAST_QUANTILE = -37.0  # float64 holds the lower tail of the normal law down to here
 _SMALLEST_UNIFORM = 2.0**-25  # half of what float32 draws leave between 0 and the next

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_train.critic import init_critics
-from rsm_train.diffusion import SamplerSettings
-from rsm_train.networks import init_denoiser
+from rsm_train.model.critic import init_critics
+from rsm_train.model.diffusion import SamplerSettings
+from rsm_train.model.networks import init_denoiser
 from rsm_train.policy import PolicyWeights, TorchPolicy
 
 

@@ -8,12 +8,12 @@ import onnx
 import pytest
 from rsm_export import build
 from rsm_export.build import make_probe, sampled_policy
-from rsm_export.chain import fold
+from rsm_export.checks.static_rules import FORBIDDEN_OPS
 from rsm_export.cli import main
 from rsm_export.config import ExportConfig
 from rsm_export.exporter import export_checkpoint
-from rsm_export.onnx_graph import OPSET
-from rsm_export.static_rules import FORBIDDEN_OPS
+from rsm_export.graph.chain import fold
+from rsm_export.graph.onnx_graph import OPSET
 
 from rsm_common.errors import BundleError, CheckpointError, ConfigError, ParityError
 from rsm_common.seeds import draw_noise, expand_seed
@@ -22,7 +22,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
-from rsm_train.checkpoint import load_checkpoint, load_torch_policy
+from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy
 from tests.rsm_train.runs import tiny_run
 
 
@@ -138,7 +138,7 @@ def test_a_failed_write_leaves_the_repository_as_it_was(run_dir, tmp_path, monke
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rsm_export.bundle_writer.manifest_json", full)
+    monkeypatch.setattr("rsm_export.bundles.bundle_writer.manifest_json", full)
     with pytest.raises(BundleError, match="No space left"):
         export_checkpoint(run_dir, tmp_path, "tiny")
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["1", "config.pbtxt"]
@@ -320,7 +320,7 @@ def test_settings_that_cannot_be_are_one_sentence(run_dir, tmp_path, capsys, arg
 
 def test_the_probe_may_be_off_by_what_the_check_allows(run_dir, tmp_path, monkeypatch):
     """Else an export of a chain that amplifies rounding could pass here and be refused where it is loaded."""
-    monkeypatch.setattr("rsm_export.accuracy._ROUNDING_FACTOR", 1000)
+    monkeypatch.setattr("rsm_export.checks.accuracy._ROUNDING_FACTOR", 1000)
     made = export_checkpoint(run_dir, tmp_path, "tiny", ExportConfig(steps=1, particles=1))
     assert made.spec.accuracy is not None
     allowed = made.spec.accuracy["tolerance"]["action"]

@@ -17,7 +17,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
-from rsm_train.checkpoint import load_torch_policy
+from rsm_train.run.checkpoint import load_torch_policy
 from tests.foreign import act, critic_arrays, policy_arrays, time_features
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "foreign_weights.md"

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rsm_common.errors import CheckpointError
-from rsm_train.checkpoint import load_checkpoint
 from rsm_train.foreign import import_weights
+from rsm_train.run.checkpoint import load_checkpoint
 from tests.foreign import critic_arrays, policy_arrays
 
 O, A, H = 4, 2, 8  # noqa: E741

@@ -19,7 +19,7 @@ import tritonclient.grpc.aio as triton_aio
 from google.protobuf import descriptor_pool, json_format, message_factory, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from rsm_export.triton_config import triton_config
+from rsm_export.bundles.triton_config import triton_config
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 

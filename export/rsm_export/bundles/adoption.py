@@ -1,0 +1,58 @@
+"""A graph that came alone becomes a bundle again: named, versioned, verified and probed from then on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from rsm_common.seeds import draw_noise, expand_seed
+from rsm_common.spec import PolicySpec
+from rsm_export.bundles.bundle_writer import next_version, write_bundle, write_time
+from rsm_serve.bundle.contract import Probe, load_graph
+from rsm_serve.local import LocalPolicy
+from rsm_serve.sessions.choice import open_session
+
+PROBE_ROWS = 8
+_PROBE_SEED = 0x41_444F_5054
+_NUDGE = 1e-4
+
+
+def adopt_graph(path: Path, repository: Path, name: str | None = None) -> Path:
+    """Write a bare model.onnx of rsm-export as the next version of a policy; returns the version's directory.
+
+    What it does cannot be compared with the checkpoint any more: the probe records what it does here and now.
+
+    Args:
+        path: the graph, with the specification in its metadata.
+        repository: directory of bundles; created if needed.
+        name: of the policy; by default as in the graph.
+
+    Raises:
+        BundleError: it is not a graph of rsm-export, it does not run, or the repository is not usable.
+    """
+    bare = load_graph(path)
+    name = name or bare.spec.name
+    spec = dataclasses.replace(
+        bare.spec,
+        name=name,
+        version=str(next_version(repository, name)),
+        provenance={**bare.spec.provenance, "adopted": write_time()},
+    )
+    policy = LocalPolicy(bare, open_session(bare, "onnxruntime"))
+    return write_bundle(repository, spec, bare.model, _probe(policy, bare.spec))
+
+
+def _probe(policy: LocalPolicy, spec: PolicySpec) -> Probe:
+    """The rows that move least with their observation: there no two particles nearly tie for the best.
+
+    Where they do, another machine's rounding may choose the other one, which would be no fault.
+    """
+    rows = 8 * PROBE_ROWS
+    obs = np.random.default_rng(_PROBE_SEED).normal(size=(rows, spec.observation.size)).astype(np.float32)
+    noise = draw_noise(expand_seed(_PROBE_SEED, rows), spec.noise_shape)
+    action = policy.act(obs, noise=noise).action
+    moved = np.abs(policy.act(obs * np.float32(1 + _NUDGE), noise=noise).action - action)
+    steady = np.argsort((moved / (spec.action_high - spec.action_low)).max(axis=1), kind="stable")[:PROBE_ROWS]
+    return Probe(obs=obs[steady], noise=noise[steady], action=action[steady])

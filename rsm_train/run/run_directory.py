@@ -1,0 +1,202 @@
+"""The run directory: who may write in it, what a killed process left there, and what a resume starts from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rsm_common import atomic
+from rsm_common.errors import CheckpointError, ConfigError
+from rsm_train.config import ALGORITHM_CONFIGS, AlgorithmConfig, RunConfig, resolve, run_directory
+from rsm_train.run.checkpoint import (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    METRICS_FILE,
+    Checkpoint,
+    list_checkpoints,
+    load_training,
+)
+
+REPLAY_DIR = "replay"
+_LOCK_FILE = "lock"
+_TEMPORARY_FILES = (f".{CONFIG_FILE}.*", f".{METRICS_FILE}.*", f"{REPLAY_DIR}/.*.safetensors.*")
+_FREE_TO_CHANGE = (
+    "total_steps",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "device",
+    "threads",
+    "vector",
+    "wandb",
+)
+"""Settings that do not change what is learnt from a step; a resume may have other ones."""
+
+_locks: set[int] = set()
+
+
+def _forget_locks() -> None:
+    """In a forked worker, which lives on for a moment when its parent is killed: the lock is the parent's."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def resume_command(run_dir: Path) -> str:
+    """The command line that continues a run."""
+    return f"rsm-train --resume --out {shlex.quote(str(run_dir))}"
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Be the only process that writes in a run directory; the kernel lets go when the process dies.
+
+    Raises:
+        ConfigError: another process is writing there.
+    """
+    descriptor = os.open(run_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is writing in the run directory {str(run_dir)!r}; wait for it, or choose "
+                "another with --out"
+            ) from None
+        yield
+    finally:
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+def require_new(run_dir: Path) -> None:
+    """Check that a new run may have the directory.
+
+    Raises:
+        ConfigError: it is something else, or holds a run.
+    """
+    if run_dir.exists() and not (run_dir.is_dir() and all(map(_is_ours, run_dir.iterdir()))):
+        if (run_dir / CONFIG_FILE).is_file():
+            found = f"is not empty; go on with {resume_command(run_dir)}, or choose another with --out"
+        else:
+            found = f"is {'not empty' if run_dir.is_dir() else 'a file'}; choose another with --out"
+        raise ConfigError(f"wanted a new run directory, got {str(run_dir)!r}, which {found}")
+
+
+def make(run_dir: Path) -> None:
+    """Create the directory.
+
+    Raises:
+        ConfigError: it cannot be created.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create the run directory {str(run_dir)!r}: {error.strerror}; choose another with --out"
+        ) from None
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed process had not yet given its final name, or was about to delete."""
+    for pattern in _TEMPORARY_FILES:
+        for path in run_dir.glob(pattern):
+            path.unlink()
+    for path in run_dir.glob(f"{CHECKPOINTS_DIR}/.step_*"):
+        shutil.rmtree(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an entry of a run directory may be there before the run has begun."""
+    return path.name == _LOCK_FILE or path.match(_TEMPORARY_FILES[0])
+
+
+def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig, Path]:
+    """The settings and the directory of a run to resume, or to begin where there is none yet.
+
+    Args:
+        given: field names to values; None means not given.
+
+    Raises:
+        ConfigError: there is no run, or a setting is given that would make it another run.
+        CheckpointError: the run's configuration cannot be read.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    run_dir = Path(chosen["out"]) if "out" in chosen else run_directory(resolve(chosen)[0])
+    if not (run_dir / CONFIG_FILE).is_file():
+        if "env" not in chosen:
+            raise ConfigError(
+                f"wanted a run to resume in {str(run_dir)!r}, got no {CONFIG_FILE} there; correct --out, or "
+                "give --env to begin a run"
+            )
+        return *resolve(chosen), run_dir
+    run, algorithm = _read_config(run_dir / CONFIG_FILE)
+    stored = dataclasses.asdict(algorithm) | dataclasses.asdict(run)
+    for name, value in chosen.items():
+        if name not in (*_FREE_TO_CHANGE, "out") and (name not in stored or stored[name] != value):
+            option, own = f"--{name.replace('_', '-')}", stored.get(name, "(no such setting)")
+            raise ConfigError(
+                f"wanted {option} {own} as the run in {str(run_dir)!r} has it, got {value}; leave {option} out "
+                "to resume, or begin a run in another directory"
+            )
+    changes = {name: chosen[name] for name in _FREE_TO_CHANGE if name in chosen}
+    return dataclasses.replace(run, out=str(run_dir), **changes), algorithm, run_dir
+
+
+def _read_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
+    try:
+        config = json.loads(path.read_bytes())
+        run = RunConfig(**config["run"])
+        return run, ALGORITHM_CONFIGS[run.algo](**config["algorithm"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read the configuration of a run from {path} ({error}); it is damaged or of another version"
+        ) from None
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """What a resume starts from; None if the run was ended before its first checkpoint.
+
+    Raises:
+        CheckpointError: the newest checkpoint is damaged or holds a policy only.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    return load_training(checkpoints[-1]) if checkpoints else None
+
+
+def trim_metrics(run_dir: Path, step: int) -> None:
+    """Drop the lines that were written after a step, and the half of a line that a killed process wrote."""
+    path = run_dir / METRICS_FILE
+    if path.is_file():
+        kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= step]
+        atomic.write_file(path, b"".join(kept))
+
+
+def sync_metrics(run_dir: Path) -> None:
+    """Have the metrics on the disk before the checkpoint that follows them."""
+    descriptor = os.open(run_dir / METRICS_FILE, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _step(line: bytes) -> float:
+    """The step of a complete line of metrics, infinity for anything else."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
