@@ -22,7 +22,8 @@ import numpy as np
 
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_serve.local import open_policy
-from rsm_serve.server import CHANNEL_OPTIONS, run_loop
+from rsm_serve.rpc.endpoint import CHANNEL_OPTIONS
+from rsm_serve.server import run_loop
 
 
 class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]

@@ -318,8 +318,8 @@ def leaver(worker: Worker) -> None:
     """Open streams, read some answers, and leave by cancelling or closing the connection."""
     import grpc
 
-    from rsm_serve.client.connection import SERVICE
     from rsm_serve.pb import policy_pb2 as pb
+    from rsm_serve.wire.codec import SERVICE
 
     for _ in worker.steps(0.1):
         with grpc.insecure_channel(worker.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:

@@ -46,11 +46,11 @@ ARROWS: dict[str, set[str]] = {
     "config": {"addresses", "engine", "security", "sessions"},
     "startup": {"bundle", "config", "engine", "observe"},
     "client": {"pb", "security", "wire"},
-    "rpc": {"engine", "observe", "pb", "security", "wire"},
+    "rpc": {"addresses", "engine", "observe", "pb", "security", "wire"},
     "http": {"addresses", "engine", "observe"},
     "server": {
-        *("addresses", "config", "engine", "http", "observe", "pb"),
-        *("recording", "rpc", "security", "startup", "wire"),
+        *("addresses", "config", "engine", "http", "observe"),
+        *("recording", "rpc", "security", "startup"),
     },
     "commands": {
         *("addresses", "bundle", "client", "config", "engine", "http", "local"),

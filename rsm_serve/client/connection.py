@@ -21,9 +21,8 @@ from rsm_common.errors import (
 )
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.security.tokens import bearer, check_token
-from rsm_serve.wire.codec import ERROR_MARK, MAX_MESSAGE_BYTES, RETRY_AFTER
+from rsm_serve.wire.codec import ERROR_MARK, MAX_MESSAGE_BYTES, RETRY_AFTER, SERVICE
 
-SERVICE = "rsm.v1.PolicyService"
 SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
 TOKEN_VARIABLE = "RSM_TOKEN"
 CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "RSM_TLS_CA", "RSM_TLS_CERT", "RSM_TLS_KEY"

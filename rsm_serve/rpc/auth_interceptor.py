@@ -1,37 +1,35 @@
-"""The door of the gRPC server: calls without a token that allows them are refused before they are read."""
+"""The token check of the gRPC server: a call without a sufficient token is refused before it is read."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from rsm_common.errors import RequestError, wire_status
 from rsm_serve.observe.observer import REASONS, Observer
+from rsm_serve.rpc.status import abort
 from rsm_serve.security.access import GRANT, Access
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Asks every call for its token.
+    """Checks the token of every call.
 
     Args:
         access: the rules.
-        abort: ends a call with the status of an exception.
-        methods: full names that may be told to the observer; others could be anything.
-        observer: hears of refusals.
+        methods: full names that the observer may count; a caller can invent any other name.
+        observer: counts refusals; None: no counts.
     """
 
     def __init__(
         self,
         access: Access,
-        abort: Callable[[Any, Exception], Awaitable[NoReturn]],
         methods: frozenset[str],
         observer: Observer | None,
     ) -> None:
         self._access = access
-        self._abort = abort
         self._methods = methods
         self._observer = observer
 
@@ -49,7 +47,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._observer.refused(label, wire_status(error)[0], REASONS[type(error)])
 
         async def refuse(requests: Any, context: Any) -> None:
-            await self._abort(context, error)
+            await abort(context, error)
 
         # A handler of streams answers any kind of call, and before its first message.
         return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,41 +1,34 @@
-"""Messages that are none of the protocol's: a status for who sent them, no traceback for who reads the log.
+"""Malformed messages end their call with INVALID_ARGUMENT, and write nothing to the log.
 
-gRPC answers what its deserializer does not take with UNKNOWN, and logs it as a fault of the server.
+gRPC alone would answer UNKNOWN, and log a traceback as if the server were at fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from rsm_common.errors import InvalidRequestError
+from rsm_serve.rpc.status import Context, abort
 from rsm_serve.rpc.streams import UNREADABLE
-
-_Context = Any  # grpc has no type stubs
-
-Abort = Callable[[_Context, Exception], Coroutine[Any, Any, NoReturn]]
-"""Ends a call with the status of an exception."""
 
 _MALFORMED = object()
 """Stands for a message that could not be parsed."""
 
 
 class GuardedServer:
-    """What services are registered with instead of the server.
+    """Stands for the server when services are registered, and guards their methods.
 
     Args:
         server: of `grpc.aio`.
-        abort: how a call ends with an error.
-        streams: whether the services' request streams are to be guarded too; those of `OrderedStream` do it
-            themselves, and for less.
+        streams: whether request streams are guarded too. An `OrderedStream` does it itself, at a lower cost.
     """
 
-    def __init__(self, server: Any, abort: Abort, *, streams: bool = False) -> None:
+    def __init__(self, server: Any, *, streams: bool = False) -> None:
         self._server = server
-        self._abort = abort
         self._streams = streams
 
     def add_generic_rpc_handlers(self, handlers: tuple[Any, ...]) -> None:
@@ -60,21 +53,21 @@ class GuardedServer:
             return grpc.unary_stream_rpc_method_handler(self._guarded_call(handler.unary_stream), **codecs)
         return grpc.unary_unary_rpc_method_handler(self._guarded_call(handler.unary_unary), **codecs)
 
-    def _guarded_call(self, behavior: Callable[[Any, _Context], Coroutine[Any, Any, Any]]) -> Any:
-        async def call(request: Any, context: _Context) -> Any:
+    def _guarded_call(self, behavior: Callable[[Any, Context], Coroutine[Any, Any, Any]]) -> Any:
+        async def call(request: Any, context: Context) -> Any:
             if request is _MALFORMED:
-                await self._abort(context, InvalidRequestError(UNREADABLE))
+                await abort(context, InvalidRequestError(UNREADABLE))
             return await behavior(request, context)
 
         return call
 
     def _guarded_stream(self, handler: Any) -> Any:
-        async def call(requests: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+        async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             try:
                 async for response in handler.stream_stream(requests, context):
                     yield response
             except DecodeError:
-                await self._abort(context, InvalidRequestError(UNREADABLE))
+                await abort(context, InvalidRequestError(UNREADABLE))
 
         return grpc.stream_stream_rpc_method_handler(
             call, handler.request_deserializer, handler.response_serializer

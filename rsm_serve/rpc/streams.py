@@ -148,7 +148,8 @@ class OpenStreams:
     def __init__(self, changed: Callable[[int], None]) -> None:
         self._changed = changed
         self._streams: set[OrderedStream[Any, Any, Any]] = set()
-        self._draining = False
+        self.draining = False
+        """True once `drain` was called; new streams end at once."""
 
     @asynccontextmanager
     async def open(
@@ -172,7 +173,7 @@ class OpenStreams:
             UnauthenticatedError: at the end of the block, if the caller's token was revoked.
         """
         self._changed(+1)
-        if self._draining:
+        if self.draining:
             stream.end()
         self._streams.add(stream)
         reader = asyncio.create_task(stream.read(while_granted(requests)))
@@ -196,6 +197,6 @@ class OpenStreams:
 
     def drain(self) -> None:
         """Answer what is in flight, then end the open streams."""
-        self._draining = True
+        self.draining = True
         for stream in self._streams:
             stream.end()

@@ -23,6 +23,9 @@ from rsm_common.spec import PolicySpec
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.wire.caller import check_rows
 
+SERVICE: str = pb.DESCRIPTOR.services_by_name["PolicyService"].full_name
+"""rsm.v1.PolicyService."""
+
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ERROR_MARK = ("rsm-error", "1")
 """Trailing metadata of every status that is ours, so that a client can tell it from gRPC's own."""

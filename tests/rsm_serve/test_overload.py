@@ -57,7 +57,7 @@ from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.rpc.oip_codec import MAX_ECHO
+from rsm_serve.rpc.oip.requests import MAX_ECHO
 from rsm_serve.rpc.streams import STREAM_WINDOW
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session

@@ -19,12 +19,12 @@ from rsm_common.errors import (
     QueueFullError,
     RequestError,
 )
-from rsm_serve import server as server_module
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.rate_limit import RateLimiter
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
+from rsm_serve.rpc import endpoint
 from rsm_serve.server import background_server
 from rsm_serve.wire.codec import ERROR_MARK, MAX_MESSAGE_BYTES
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, raw_stub
@@ -191,7 +191,7 @@ class TestConnections:
                     assert time.monotonic() < deadline
 
     def test_one_that_says_nothing_is_closed(self, bundle_repo, monkeypatch):
-        monkeypatch.setattr(server_module, "HANDSHAKE_MS", 300)
+        monkeypatch.setattr(endpoint, "HANDSHAKE_MS", 300)
         with background_server(configured(bundle_repo)) as server:
             host, _, port = server.addresses[0].rpartition(":")
             with socket.create_connection((host, int(port)), timeout=30) as silent:

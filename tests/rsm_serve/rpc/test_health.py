@@ -106,12 +106,12 @@ def test_a_name_that_comes_later_is_unknown_until_then(server, own_repo):
 def test_watchers_are_forgotten_when_they_leave(server):
     watcher = Watcher(server.addresses[0], "a name that a caller made up")
     assert watcher.next() == "SERVICE_UNKNOWN"
-    assert len(server._health._watchers) == 1
+    assert len(server._endpoint._health._watchers) == 1
     watcher.leave()
     deadline_s = time.monotonic() + 30
-    while server._health._watchers and time.monotonic() < deadline_s:
+    while server._endpoint._health._watchers and time.monotonic() < deadline_s:
         time.sleep(0.02)
-    assert not server._health._watchers
+    assert not server._endpoint._health._watchers
 
 
 def test_a_watcher_that_takes_no_message_holds_up_neither_a_reload_nor_the_shutdown(own_repo):
@@ -121,7 +121,7 @@ def test_a_watcher_that_takes_no_message_holds_up_neither_a_reload_nor_the_shutd
             for service in (b"", b"tiny"):
                 stack.enter_context(deaf_watcher(server.addresses[0], service))
             deadline_s = time.monotonic() + 30
-            while len(server._health._watchers) < 2 and time.monotonic() < deadline_s:
+            while len(server._endpoint._health._watchers) < 2 and time.monotonic() < deadline_s:
                 time.sleep(0.02)
             write_bundle(own_repo, make_spec("tiny", "2"))
             write_bundle(own_repo, make_spec("other", "1"))

@@ -633,14 +633,13 @@ class TestControl:
     @pytest.fixture
     def control(self, server, monkeypatch) -> Control:
         control = Control()
-        monkeypatch.setattr(server._inference, "_control", control)
+        monkeypatch.setattr(server._endpoint._inference._repository, "_control", control)
         return control
 
     def test_load_and_unload_reach_it(self, client, control):
         client.load_model("tiny")
         client.unload_model("tiny")
         assert control.calls == [("load", "tiny", None), ("unload", "tiny")]
-        assert "model_repository" in client.get_server_metadata().extensions
 
     def test_aio(self, address, control):
         async def main() -> None:

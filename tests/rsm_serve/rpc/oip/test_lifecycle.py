@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 from rsm_common.errors import InvalidRequestError
 from rsm_serve.engine.canary import Canary, lot
 from rsm_serve.pb import oip_pb2 as pb
-from rsm_serve.rpc.oip_codec import decode_caller
+from rsm_serve.rpc.oip.requests import decode_caller
 from tests.rsm_serve.engine.test_lifecycle import acting_version, add_version, damage, run, serve, settled
 
 ZEROS = np.zeros((1, 4), np.float32)
@@ -44,7 +44,7 @@ def test_a_canary_is_met_by_client_id_and_by_seed(own_repo):
 def test_the_life_cycle_is_a_repository_control(own_repo, monkeypatch):
     add_version(own_repo, 1, "other")
     with serve(own_repo) as server:
-        monkeypatch.setattr(server._inference, "_control", server.lifecycle)
+        monkeypatch.setattr(server._endpoint._inference._repository, "_control", server.lifecycle)
         client = triton.InferenceServerClient(server.addresses[0])
         add_version(own_repo, 2)
         client.load_model("tiny")

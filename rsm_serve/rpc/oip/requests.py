@@ -1,16 +1,4 @@
-"""Between the messages of the Open Inference Protocol and validated arrays; pure functions.
-
-A policy as tensors, B rows (the batch axis), O, T, N and A as in its specification:
-
-    inputs   obs     FP32    [B, O]
-             noise   FP32    [B, T, N, A]   optional
-             seed    UINT64  [B, 1] or [B]  optional, one per row
-    outputs  action  FP32    [B, A]
-             q       FP32    [B, 1]         unless the policy has no critic
-
-`seed` and `q` are one number per row. Triton has no tensors without axes: there, and in config.pbtxt, such a
-number is [1], reshaped to [] for the graph, and clients see [B, 1].
-"""
+"""Requests of the Open Inference Protocol as validated arrays; pure functions."""
 
 from __future__ import annotations
 
@@ -23,54 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsm_common.errors import InvalidRequestError
-from rsm_common.policy import ActResult, ActRows, Adjustment, Seed, act_rows
+from rsm_common.policy import ActRows, Seed, act_rows
 from rsm_common.spec import PolicySpec
-from rsm_serve.engine.queue import BatchLimits
-from rsm_serve.observe.counts import Durations, LaneStatistics
-from rsm_serve.observe.settled import Answered
 from rsm_serve.pb import oip_pb2 as pb
+from rsm_serve.rpc.oip.tensors import DTYPES, Tensor, input_tensors, output_tensors
 from rsm_serve.wire.caller import MAX_PRIORITY, Caller, check_client_id, check_rows
 
 SHARED_MEMORY = "shared_memory_region"
 MAX_ECHO = 1024
-"""Characters of what comes back as it came: no request may make an answer that is too large to be sent."""
+"""Characters of a field that the answer repeats, so that no request makes an answer too large to be sent."""
 MAX_INPUTS = 3
 SEED_DIGITS = len(str(2**64 - 1))
 
-_DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT64": np.dtype("<u8")}
 _CONTENTS = {"FP32": "fp32_contents", "UINT64": "uint64_contents"}
-_ENUM = {"FP32": pb.TYPE_FP32, "UINT64": pb.TYPE_UINT64}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output as clients see it."""
-
-    name: str
-    datatype: str
-    dims: tuple[int, ...]
-    """Without the batch axis; empty: one number per row, shown as [1]."""
-    optional: bool = False
-
-    @property
-    def shown(self) -> tuple[int, ...]:
-        """The dims in messages."""
-        return self.dims or (1,)
-
-
-def input_tensors(spec: PolicySpec) -> tuple[Tensor, ...]:
-    """What a request may carry."""
-    return (
-        Tensor("obs", "FP32", (spec.observation.size,)),
-        Tensor("noise", "FP32", spec.noise_shape, optional=True),
-        Tensor("seed", "UINT64", (), optional=True),
-    )
-
-
-def output_tensors(spec: PolicySpec) -> tuple[Tensor, ...]:
-    """What an answer may carry, in its order."""
-    action = Tensor("action", "FP32", (spec.action.size,))
-    return (action, Tensor("q", "FP32", ())) if spec.has_q else (action,)
 
 
 @dataclass(frozen=True)
@@ -205,7 +158,7 @@ def _read(
             f"wanted input {name!r} of shape {_shape(tensor.shown)} with B >= 1, got {shape!s:.60}; "
             "the first axis is the batch"
         )
-    dtype, count = _DTYPES[tensor.datatype], math.prod(shape)
+    dtype, count = DTYPES[tensor.datatype], math.prod(shape)
     if raw is None:
         check_rows(shape[0], max_rows)  # before as many numbers are converted one by one
         values = getattr(message.contents, _CONTENTS[tensor.datatype])
@@ -295,127 +248,6 @@ def _seed(parameters: _Parameters, tensor: NDArray[np.uint64] | None, rows: int)
         )
     seeds = [int(text) for text in texts]
     return seeds[0] if len(seeds) == 1 else seeds
-
-
-def encode_infer(
-    spec: PolicySpec, call: InferCall, request_id: str, answered: Answered[ActResult]
-) -> pb.ModelInferResponse:
-    """The message for an answer, contents raw and in the order of the outputs."""
-    result = answered.answer
-    response = pb.ModelInferResponse(model_name=spec.name, model_version=result.version, id=request_id)
-    arrays = {"action": result.action, "q": result.q}
-    for tensor in call.outputs:
-        array = arrays[tensor.name]
-        assert array is not None
-        shape = (len(result.action), *tensor.shown)
-        response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=shape)
-        response.raw_output_contents.append(array.astype(_DTYPES[tensor.datatype], copy=False).tobytes())
-    _tell(response.parameters, answered)
-    if call.obs_stamp is not None:
-        response.parameters["obs_stamp"].CopyFrom(call.obs_stamp)
-    return response
-
-
-def _tell(parameters: _Parameters, answered: Answered[ActResult]) -> None:
-    """Where the answer comes from and where the time went, microseconds."""
-    result, timing = answered.answer, answered.answer.timing
-    parameters["version"].string_param = result.version
-    parameters["queue_us"].double_param = answered.queue_us
-    parameters["batch_us"].double_param = timing.batch_us
-    parameters["compute_us"].double_param = timing.compute_us
-    parameters["batch_rows"].int64_param = timing.batch_rows
-    if result.adjusted is not None:
-        names = [Adjustment(value).name.lower() for value in result.adjusted.tolist()]
-        parameters["adjusted"].string_param = ",".join(names)
-    if result.seed is None:  # the request carried noise
-        return
-    if len(result.seed) == 1:
-        parameters["seed"].uint64_param = int(result.seed[0])
-    else:
-        parameters["seed"].string_param = ",".join(map(str, result.seed.tolist()))
-
-
-def encode_metadata(spec: PolicySpec, versions: Sequence[str], runtime: str) -> pb.ModelMetadataResponse:
-    """A policy's tensors, the batch axis shown as -1."""
-    response = pb.ModelMetadataResponse(name=spec.name, versions=versions, platform=platform(runtime))
-    for tensors, messages in (
-        (input_tensors(spec), response.inputs),
-        (output_tensors(spec), response.outputs),
-    ):
-        for tensor in tensors:
-            messages.add(name=tensor.name, datatype=tensor.datatype, shape=(-1, *tensor.shown))
-    response.properties.update(
-        algorithm=spec.algorithm, env_id=spec.env_id, precision=spec.precision, runtime=runtime
-    )
-    return response
-
-
-def encode_config(
-    spec: PolicySpec, versions: Sequence[str], runtime: str, limits: BatchLimits, spec_json: str
-) -> pb.ModelConfigResponse:
-    """A policy's tensors, without the batch axis, and how its requests are batched."""
-    response = pb.ModelConfigResponse()
-    config = response.config
-    config.name = spec.name
-    config.platform, config.backend = platform(runtime), backend(runtime)
-    config.version_policy.specific.versions.extend(map(int, versions))
-    config.max_batch_size = limits.max_batch_size
-    for tensor in input_tensors(spec):
-        _describe(tensor, config.input.add(optional=tensor.optional))
-    for tensor in output_tensors(spec):
-        _describe(tensor, config.output.add())
-    kind = pb.ModelInstanceGroup.KIND_CPU if "CPU" in runtime else pb.ModelInstanceGroup.KIND_GPU
-    config.instance_group.add(name=f"{spec.name}_0", count=1, kind=kind)
-    config.dynamic_batching.max_queue_delay_microseconds = round(1e6 * limits.max_queue_delay_s)
-    config.dynamic_batching.default_queue_policy.allow_timeout_override = True
-    config.parameters["policy_json"].string_value = spec_json
-    config.model_transaction_policy.decoupled = False
-    return response
-
-
-def _describe(tensor: Tensor, message: Any) -> None:
-    message.name, message.data_type = tensor.name, _ENUM[tensor.datatype]
-    message.dims.extend(tensor.shown)
-    if not tensor.dims:
-        message.reshape.SetInParent()
-
-
-def backend(runtime: str) -> str:
-    """Triton's kind of name: "onnxruntime" of "onnxruntime 1.31.1, CPU"."""
-    return runtime.split()[0].lower()
-
-
-def platform(runtime: str) -> str:
-    """The backend and the format of what it runs, as in config.pbtxt: "onnxruntime_onnx"."""
-    return f"{backend(runtime)}_onnx"
-
-
-def encode_statistics(name: str, version: str, statistics: LaneStatistics) -> pb.ModelStatistics:
-    """What one version of a policy has done."""
-    message = pb.ModelStatistics(
-        name=name,
-        version=version,
-        last_inference=statistics.last_request_ms,
-        inference_count=statistics.rows,
-        execution_count=statistics.executions,
-    )
-    totals = message.inference_stats
-    _sum(totals.success, statistics.success)
-    _sum(totals.fail, statistics.fail)
-    _sum(totals.queue, statistics.queue)
-    _sum(totals.compute_input, statistics.stacking)
-    _sum(totals.compute_infer, statistics.network)
-    totals.compute_output.count = statistics.network.count  # slicing the batch: not worth a clock
-    for rows, batches in sorted(statistics.by_batch_rows.items()):
-        batch = message.batch_stats.add(batch_size=rows)
-        _sum(batch.compute_input, batches.stacking)
-        _sum(batch.compute_infer, batches.network)
-        batch.compute_output.count = batches.network.count
-    return message
-
-
-def _sum(message: pb.StatisticDuration, durations: Durations) -> None:
-    message.count, message.ns = durations.count, durations.ns
 
 
 def _names(names: Any) -> str:
