@@ -1,8 +1,7 @@
 """A tiny HTTP/1.1 server on asyncio: GET only, one request per connection, everything bounded.
 
-The standard library's server would need a thread per connection and has no deadlines; aiohttp and its like are
-a dependency each. What is here is what scrapers, probes and one status page need. Nothing is logged about a
-request but the path of one that failed by our own fault: a query may hold an observation.
+Scrapers, probes and one status page need no more; docs/design.md has the comparison with libraries. The log
+names only the path of a request that failed by the server's fault, because a query may hold an observation.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from rsm_serve.addresses import split_address
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 32 * 1024
-"""Of the request line, which holds an observation of a status page, and the headers."""
+"""Size of the request line, which may hold an observation, and the headers."""
 MAX_FIELDS = 16
-"""Of a query."""
+"""Fields of a query."""
 MAX_CONNECTIONS = 32
 READ_S = 5.0
-"""For the whole head of a request to arrive."""
+"""Time for the whole head of a request to arrive."""
 WRITE_S = 10.0
-"""For the whole answer to be taken by the other side's machine."""
+"""Time for the other side's machine to take the whole answer."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class HttpServer:
     """Answers GET requests in the event loop that calls `listen`.
 
     Args:
-        handler: answers a request; what it raises becomes 500 and a line in the log.
+        handler: answers a request; an exception of it becomes status 500 and a line in the log.
     """
 
     def __init__(self, handler: Handler) -> None:
@@ -90,7 +89,7 @@ class HttpServer:
         return f"{address.rpartition(':')[0]}:{self._server.sockets[0].getsockname()[1]}"
 
     def close(self) -> None:
-        """Stop listening and cut off who is connected; may be repeated."""
+        """Stop listening and cut off open connections; may be repeated."""
         if self._server is not None:
             self._server.close()
         for writer in self._open:
@@ -104,7 +103,7 @@ class HttpServer:
         try:
             await _write(writer, await self._response(reader))
         except (asyncio.TimeoutError, asyncio.IncompleteReadError, OSError):
-            pass  # slow or gone: nobody to tell
+            pass  # the other side is slow or gone, and would not read an answer
         finally:
             self._open.discard(writer)
             writer.transport.abort()  # everything that will be read has been flushed
