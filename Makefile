@@ -5,7 +5,7 @@
 
 SHELL := /bin/sh
 PYTHON ?= python3
-EXTRAS := serve,serve-openvino,train,export,eval,dev
+EXTRAS := serve,serve-openvino,train,export,eval,dev,docs
 BIN := .venv/bin
 READY := .venv/.ready
 UV := uv==0.13.9
@@ -16,7 +16,7 @@ PIP_FLAGS ?= -qq --no-compile --disable-pip-version-check --no-input
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest setup lint format types protos check-protos lock image clean
+.PHONY: help demo test pytest setup lint format types protos check-protos docs docs-serve lock image clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -26,8 +26,8 @@ demo: $(READY) ## learn, export, serve, query and evaluate a policy (1 to 4 minu
 	$(BIN)/python examples/demo.py
 
 # Two at a time: mypy has a core to itself while the longest test, the README's, keeps one worker busy.
-test: $(READY) ## everything that must pass: lint, types, proto drift, tests
-	@$(MAKE) --no-print-directory -j 2 lint types check-protos pytest
+test: $(READY) ## everything that must pass: lint, types, proto drift, docs, tests
+	@$(MAKE) --no-print-directory -j 2 lint types check-protos docs pytest
 
 pytest: $(READY) ## the tests alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -50,6 +50,13 @@ protos: $(READY) ## regenerate rsm_serve/pb from protos/
 
 check-protos: $(READY) ## fail if rsm_serve/pb is not what protos/ generates
 	$(BIN)/python protos/generate.py --check
+
+# Material's banner advertises its successor; it says nothing of this site.
+docs: $(READY) ## build the documentation site into build/site, without warnings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(READY) ## show the documentation site on http://127.0.0.1:8000 while you edit it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
 
 image: ## build the container image rsm-serve (Docker, or buildah where no Docker engine runs)
 	deploy/image.sh

@@ -1,7 +1,7 @@
 """Weights that were learnt elsewhere, as a checkpoint: then exported, served and evaluated like our own.
 
 Arrays go in by name; the names and shapes stand at the top of `rsm_train.run.checkpoint`. An array that
-does not fit is refused with the wanted and the given shape. docs/foreign_weights.md has an example.
+does not fit is refused with the wanted and the given shape. docs/howto/foreign-weights.md has an example.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases and the terminal.
 
-docs/metrics.md says what each of them means.
+docs/reference/training-metrics.md says what each of them means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/foreign_weights.md, executed; what comes out is compared with a plain numpy program."""
+"""docs/howto/foreign-weights.md, executed; what comes out is compared with a plain numpy program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rsm_serve.server import background_server
 from rsm_train.run.checkpoint import load_torch_policy
 from tests.foreign import act, critic_arrays, policy_arrays, time_features
 
-DOC = Path(__file__).parent.parent.parent / "docs" / "foreign_weights.md"
+DOC = Path(__file__).parent.parent.parent / "docs" / "howto" / "foreign-weights.md"
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"rsm-export": rsm_export, "rsm-eval": rsm_eval}
 POLICY = policy_arrays(4, 1, 32)

@@ -54,7 +54,7 @@ OURS = {
     "CANCELLED",
     "UNIMPLEMENTED",
 }
-"""What docs/serving.md lists, without what no input alone may cause: INTERNAL, ABORTED, FAILED_PRECONDITION."""
+"""What docs/reference/errors.md lists, without what no input alone may cause: INTERNAL, ABORTED, FAILED_PRECONDITION."""
 
 MIB = 2**20
 TIMEOUT_S = 60

@@ -1,6 +1,6 @@
 """More than the server can do: every documented limit holds, and nothing is left behind.
 
-A test per limit of docs/serving.md:
+A test per documented limit:
 
 | limit | shown by |
 |---|---|

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go, and that docs/metrics.md names each of them."""
+"""Where the numbers of a run go, and that docs/reference/training-metrics.md names each of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rsm_train.environments.evaluation import Evaluation
 from rsm_train.run.metrics import RunLog, duration
 from tests.rsm_train.runs import tiny_run
 
-DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference" / "training-metrics.md"
 VALUES = {"episode_return": -1234.56, "steps_per_s": 1234.4, "updates_per_s": 246.8, "updates": 7}
 
 
