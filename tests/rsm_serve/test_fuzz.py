@@ -54,7 +54,7 @@ OURS = {
     "CANCELLED",
     "UNIMPLEMENTED",
 }
-"""What docs/reference/errors.md lists, without what no input alone may cause: INTERNAL, ABORTED, FAILED_PRECONDITION."""
+"""The statuses of the error catalogue, without those that no input alone may cause."""
 
 MIB = 2**20
 TIMEOUT_S = 60

@@ -591,7 +591,7 @@ def test_the_status_has_what_the_page_shows(tmp_path):
 
 
 def test_observing_costs_a_request_microseconds():
-    """A bound against a slip such as a log line per request; the figure is in docs/reference/server-metrics.md."""
+    """A bound against a slip such as a log line per request. The docs have the measured figure."""
     metrics = Telemetry().lane("tiny", "1", "none", lambda: 0)
     started = time.perf_counter()
     for _ in range(10_000):
