@@ -53,7 +53,7 @@ def graph_of(bundle: Path) -> Callable[[], object]:
     policy = open_policy(bundle)
     obs_BO = np.zeros((1, policy.spec.observation.size), np.float32)
     noise_BTNA = draw_noise(expand_seed(0, 1), policy.spec.noise_shape)
-    return lambda: policy._session.run(obs_BO, noise_BTNA)
+    return lambda: policy._graph._session.run(obs_BO, noise_BTNA)
 
 
 async def serve(work: Callable[[], object]) -> None:

@@ -1,9 +1,10 @@
-"""Cost of recording and of the action guard per request, in the event loop.
+"""What counting, recording and the action guard cost the event loop per request.
 
     python benchmarks/intake.py [--requests 2000] [--rounds 9] [--out FILE]
 
-Requests of a single row are settled at once, by futures of a real event loop, with and without a recorder and a
-guard; rounds alternate. The result is CPU time per request, of the event loop's and the recorder's thread.
+Requests of a single row go through the intake of a server and are settled at once, by futures of a real event
+loop, with and without a recorder and a guard; rounds alternate. Per request: CPU time of the event loop's
+thread, and of the recorder's thread, which writes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from rsm_common.policy import ActResult, ActRows, Timing
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_serve.engine.action_guard import GuardLimits
 from rsm_serve.engine.guarded_answers import GuardedAnswers
+from rsm_serve.engine.intake import Intake
+from rsm_serve.engine.registry import Registry
+from rsm_serve.observe.counts import LaneCounts
 from rsm_serve.observe.settled import Answered
 from rsm_serve.recording.recorder import Recorder
 from rsm_serve.server import run_loop
 from rsm_serve.wire.caller import Caller
 
-Follow = Callable[[asyncio.Future[Answered[ActResult]]], object]
+Future = asyncio.Future[Answered[ActResult]]
+Ask = Callable[[], Future]
 
 SPEC = PolicySpec(
     name="bench",
@@ -54,14 +59,43 @@ def answers(count: int) -> list[Answered[ActResult]]:
     return [Answered(ActResult(row, q, ROWS.seeds_B, "1", timing), 1.0) for row in action]
 
 
-async def settle(results: list[Answered[ActResult]], follow: Follow) -> float:
+class Call:
+    """A caller without a deadline."""
+
+    def time_remaining(self) -> None:
+        """No deadline."""
+
+    def peer(self) -> str:
+        """Return an address."""
+        return "ipv4:127.0.0.1:1"
+
+    def invocation_metadata(self) -> tuple[()]:
+        """No metadata."""
+        return ()
+
+
+class StandIn:
+    """A lane without a batcher: the caller settles the future."""
+
+    spec = SPEC
+
+    def __init__(self) -> None:
+        self.counts = LaneCounts("bench", "1", "none", lambda: 0)
+        self.sampled: Future | None = None
+
+    def sample(self, rows: ActRows, timeout_s: float | None, **_: object) -> Future:
+        """Return a new future."""
+        self.sampled = asyncio.get_running_loop().create_future()
+        return self.sampled
+
+
+async def settle(results: list[Answered[ActResult]], lane: StandIn, ask: Ask) -> float:
     """Microseconds per request."""
-    loop = asyncio.get_running_loop()
     started_s = time.thread_time()
     for index, result in enumerate(results):
-        future: asyncio.Future[Answered[ActResult]] = loop.create_future()
-        follow(future)
-        future.set_result(result)
+        ask()
+        assert lane.sampled is not None
+        lane.sampled.set_result(result)
         if index % GATHERED == 0:
             await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -70,27 +104,34 @@ async def settle(results: list[Answered[ActResult]], follow: Follow) -> float:
 
 
 async def measure(requests: int, rounds: int, directory: Path) -> dict[str, Any]:
-    """Medians of the rounds, less the time of the bare futures."""
+    """Medians of the rounds; "count" without the bare futures, the others without "count"."""
     recorder = Recorder(directory, 2**30)
     recorder.start()
     guard = GuardedAnswers(GuardLimits(max_step=1.0, fallback="hold"))
+    lane: Any = StandIn()
+    registry, call = Registry([lane]), Call()
 
-    def record(future: asyncio.Future[Answered[ActResult]]) -> None:
-        started_s = time.perf_counter()
-        recorder.follow(future, future, "Act", SPEC, CALLER, ROWS, started_s=started_s, timeout_s=None)
+    def through(intake: Intake) -> Ask:
+        def ask() -> Future:
+            with intake.receive("rsm.v1.PolicyService", "Act", call, "bench", "") as arrival:
+                arrival.find(CALLER)
+                return arrival.submit(ROWS)
 
-    ways: dict[str, Follow] = {
-        "bare": lambda future: None,
-        "record": record,
-        "guard": lambda future: guard.follow(future, SPEC, "arm-7", ROWS, None),
+        return ask
+
+    ways: dict[str, Ask] = {
+        "bare": lambda: lane.sample(ROWS, None),
+        "count": through(Intake(registry)),
+        "record": through(Intake(registry, listeners=[recorder.settled])),
+        "guard": through(Intake(registry, guard=guard)),
     }
     results = answers(requests)
     times: dict[str, list[float]] = {name: [] for name in ways}
     writing: list[float] = []
     for _ in range(rounds):
-        for name, follow in ways.items():
+        for name, ask in ways.items():
             before_s = time.process_time() - time.thread_time()
-            times[name].append(await settle(results, follow))
+            times[name].append(await settle(results, lane, ask))
             while (
                 recorder.counts.written + sum(recorder.counts.dropped.values())
                 < len(times["record"]) * requests
@@ -103,7 +144,10 @@ async def measure(requests: int, rounds: int, directory: Path) -> dict[str, Any]
     middle = {name: median(found) for name, found in times.items()}
     size = sum(path.stat().st_size for path in directory.iterdir())
     return {
-        "event_loop_us": {name: round(middle[name] - middle["bare"], 2) for name in ("record", "guard")},
+        "event_loop_us": {
+            "count": round(middle["count"] - middle["bare"], 2),
+            **{name: round(middle[name] - middle["count"], 2) for name in ("record", "guard")},
+        },
         "writer_us": round(median(writing), 2),
         "bytes_per_request": round(size / recorder.counts.written),
         "dropped": recorder.counts.dropped,

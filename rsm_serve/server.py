@@ -16,6 +16,7 @@ from rsm_serve.engine.intake import Intake
 from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.lifecycle import LifeCycle
 from rsm_serve.engine.registry import Registry
+from rsm_serve.observe.counts import ServerCounts
 from rsm_serve.observe.tracing import Tracer
 from rsm_serve.rpc.endpoint import FLUSH_S, Endpoint
 from rsm_serve.security.access import Access
@@ -62,13 +63,13 @@ class PolicyServer:
                 check_unexposed(address)
         access = _access(config.security)
         self.monitor = monitor or (None if config.monitor.http is None else _new_monitor())
-        observer = None if self.monitor is None else self.monitor.telemetry
+        counts = ServerCounts() if self.monitor is None else self.monitor.counts
         self._tracer = tracer or (Tracer() if config.monitor.otel else None)
-        load = make_loader(config, observer)
+        load = make_loader(config, counts)
         if lanes is None:
-            self.registry, wishes = load_repository(config, load, observer)
+            self.registry, wishes = load_repository(config, load, counts)
         else:
-            self.registry, wishes = Registry(lanes, observer, config.versions.canaries), wishes_of(config)
+            self.registry, wishes = Registry(lanes, counts, config.versions.canaries), wishes_of(config)
         self.lifecycle = LifeCycle(
             self.registry,
             config.repo,
@@ -81,19 +82,19 @@ class PolicyServer:
         self.addresses: tuple[str, ...] = ()
         """The addresses that it listens on, ports filled in; empty before `start`."""
         self._recorder = _new_recorder(config.recording)
-        if self.monitor is not None and self._recorder is not None:
-            self.monitor.telemetry.recorded = self._recorder.counts
+        if self._recorder is not None:
+            counts.recorded = self._recorder.counts
         intake = Intake(
             self.registry,
-            observer,
-            self._tracer,
-            self._recorder,
+            counts,
+            [part.settled for part in (self._recorder, self._tracer) if part is not None],
             GuardedAnswers(config.guard) if config.guard.active else None,
+            keep_metadata=self._tracer is not None,
             max_streams=config.limits.max_streams,
             max_rate=config.limits.max_rate,
         )
         control = None if config.security.admin_token_file is None else self.lifecycle
-        self._endpoint = Endpoint(intake, control=control, access=access, observer=observer)
+        self._endpoint = Endpoint(intake, control=control, access=access)
 
     async def start(self) -> None:
         """Bind and serve.

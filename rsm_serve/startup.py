@@ -14,14 +14,12 @@ from rsm_serve.engine.lane import Lane, Selection, load_lane
 from rsm_serve.engine.lifecycle import Loader
 from rsm_serve.engine.registry import Registry
 from rsm_serve.engine.turns import Turns
-from rsm_serve.observe.observer import Observer, loading
+from rsm_serve.observe.counts import ServerCounts
 
 logger = logging.getLogger(__name__)
 
 
-def load_repository(
-    config: ServerConfig, load: Loader, observer: Observer | None = None
-) -> tuple[Registry, Wishes]:
+def load_repository(config: ServerConfig, load: Loader, counts: ServerCounts) -> tuple[Registry, Wishes]:
     """Load what the configuration asks for; how a server begins, before it has an event loop.
 
     Raises:
@@ -50,7 +48,7 @@ def load_repository(
         raise problem or _nothing_to_serve(config.repo)
     if not lanes:
         logger.warning("%s has no policy yet; the server is ready when the first has come", config.repo)
-    registry = Registry(lanes, observer, config.versions.canaries)
+    registry = Registry(lanes, counts, config.versions.canaries)
     for name, current in currents.items():
         registry.set_current(name, current)
     return registry, wishes
@@ -99,13 +97,13 @@ def wishes_of(config: ServerConfig) -> Wishes:
     return wishes
 
 
-def make_loader(config: ServerConfig, observer: Observer | None = None) -> Loader:
+def make_loader(config: ServerConfig, counts: ServerCounts) -> Loader:
     """Loads what a server with this configuration loads, and tells an observer how long it took."""
     turns = None if config.inference.workers is None else Turns(config.inference.workers)
 
     def load(name: str, version: int) -> Lane:
         started = time.perf_counter()
-        with loading(observer, name):
+        with counts.loading(name):
             lane = load_lane(
                 config.repo,
                 Selection(name, version or None),

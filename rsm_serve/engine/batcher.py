@@ -111,7 +111,7 @@ class Batcher(Generic[Request, Answer]):
         # A daemon: a backend that hangs for ever must not keep a server from exiting.
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
-    def submit(
+    def put(
         self,
         request: Request,
         rows: int,

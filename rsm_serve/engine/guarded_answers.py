@@ -19,7 +19,7 @@ from rsm_common.errors import BackendError
 from rsm_common.policy import ActResult, ActRows, Adjustment, Timing
 from rsm_common.spec import PolicySpec
 from rsm_serve.engine.action_guard import ActionGuard, GuardLimits
-from rsm_serve.observe.observer import LaneObserver
+from rsm_serve.observe.counts import LaneCounts
 from rsm_serve.observe.settled import Answered
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class GuardedAnswers:
         spec: PolicySpec,
         client: Hashable | None,
         request: ActRows,
-        observer: LaneObserver | None,
+        counts: LaneCounts,
         *,
         stream: object | None = None,
     ) -> Future:
@@ -67,7 +67,7 @@ class GuardedAnswers:
                 given.cancel()
                 return
             try:
-                given.set_result(self._given(sampled, error, spec, client, request, observer))
+                given.set_result(self._given(sampled, error, spec, client, request, counts))
             except Exception as fault:
                 given.set_exception(fault)
 
@@ -98,11 +98,11 @@ class GuardedAnswers:
         spec: PolicySpec,
         client: Hashable | None,
         request: ActRows,
-        observer: LaneObserver | None,
+        counts: LaneCounts,
     ) -> Answered[ActResult]:
         now = self._clock()
         if error is not None:
-            return self._instead(error, spec, client, request, observer, now)
+            return self._instead(error, spec, client, request, counts, now)
         answered = sampled.result()
         result = answered.answer
         action_BA, adjusted_B = self._guard.limit(spec, client, result.action, now)
@@ -114,8 +114,7 @@ class GuardedAnswers:
             *(spec.name, spec.version, limited, len(adjusted_B)),
             extra={"policy": spec.name, "version": spec.version},
         )
-        if observer is not None:
-            observer.adjusted(limited_rows=limited, fallback=False)
+        counts.adjusted(limited_rows=limited, fallback=False)
         return Answered(replace(result, action=action_BA, adjusted=adjusted_B), answered.queue_us)
 
     def _instead(
@@ -124,7 +123,7 @@ class GuardedAnswers:
         spec: PolicySpec,
         client: Hashable | None,
         request: ActRows,
-        observer: LaneObserver | None,
+        counts: LaneCounts,
         now: float,
     ) -> Answered[ActResult]:
         """The fallback's answer; raises the error where there is none, or if it is not the policy's failure."""
@@ -139,8 +138,7 @@ class GuardedAnswers:
             *(spec.name, spec.version, what, error),
             extra={"policy": spec.name, "version": spec.version},
         )
-        if observer is not None:
-            observer.adjusted(limited_rows=0, fallback=True)
+        counts.adjusted(limited_rows=0, fallback=True)
         # No particle was chosen, so there is no value of one; NaN keeps the answer's form.
         q_B = np.full(rows, np.nan, np.float32) if spec.has_q else None
         timing = Timing(batch_rows=rows)

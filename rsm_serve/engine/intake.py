@@ -1,14 +1,24 @@
-"""Where every request enters, whatever its protocol: to its lane, and under the eyes of whoever observes.
+"""The way of every request into the queue, whichever protocol it came by.
 
-Nothing here knows of gRPC; a call is what has gRPC's `time_remaining`, `peer` and `invocation_metadata`.
+    with intake.receive(SERVICE, "Act", call, policy, version) as arrival:
+        lane = arrival.find(caller)
+        rows = decode(lane.spec, message)
+        future = arrival.submit(rows)
+
+The block is one step of the event loop. When the request is settled, answered or refused, it is counted, and
+every listener is told once.
+
+This module knows nothing of gRPC; a call is any object that has gRPC's `time_remaining`, `peer` and
+`invocation_metadata`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Protocol
 
 from rsm_common.errors import LimitReachedError
 from rsm_common.policy import ActResult, ActRows
@@ -16,15 +26,14 @@ from rsm_serve.engine.guarded_answers import GuardedAnswers
 from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.rate_limit import RateLimiter
 from rsm_serve.engine.registry import Registry
-from rsm_serve.observe.observer import Observer, refuse, watch
-from rsm_serve.observe.settled import Answered
-from rsm_serve.observe.tracing import Tracer
+from rsm_serve.observe.counts import ServerCounts
+from rsm_serve.observe.settled import OK, Answered, Settled, outcome, status
 from rsm_serve.wire.caller import Caller
 
-if TYPE_CHECKING:
-    from rsm_serve.recording.recorder import Recorder
-
 Future = asyncio.Future[Answered[ActResult]]
+
+Listener = Callable[[Settled], object]
+"""Told how each request ended; in the event loop, so it must be quick."""
 
 
 class Call(Protocol):
@@ -35,40 +44,23 @@ class Call(Protocol):
         ...
 
     def peer(self) -> str:
-        """Where the caller is: kind, host and port."""
+        """Kind, host and port of the caller's address."""
         ...
 
     def invocation_metadata(self) -> Iterable[tuple[str, Any]] | None:
-        """What travelled with the request."""
+        """Metadata that the caller sent with the request."""
         ...
-
-
-class Decoded(Protocol):
-    """A decoded request."""
-
-    @property
-    def rows(self) -> ActRows:
-        """What is asked for."""
-        ...
-
-    @property
-    def timeout_s(self) -> float | None:
-        """What the request itself allows, beside the caller's deadline."""
-        ...
-
-
-Request = TypeVar("Request", bound=Decoded)
 
 
 class Intake:
-    """Finds lanes and queues requests there.
+    """Takes requests and queues them.
 
     Args:
-        registry: what is served.
-        observer: hears of every request; None: nobody does.
-        tracer: traces every request; None: nothing is traced.
-        recorder: writes every request and its answer to files; None: nothing is written.
-        guard: stands between the answers and their callers; None: answers are the policies' own.
+        registry: the versions that are loaded.
+        counts: of the server.
+        listeners: see `Listener`.
+        guard: changes answers before their callers get them; None: answers are the policies' own.
+        keep_metadata: whether a listener reads the metadata of calls.
         max_streams: streams that may be open; None: any number.
         max_rate: requests a second of one client; None: any number.
     """
@@ -76,97 +68,184 @@ class Intake:
     def __init__(
         self,
         registry: Registry,
-        observer: Observer | None = None,
-        tracer: Tracer | None = None,
-        recorder: Recorder | None = None,
+        counts: ServerCounts | None = None,
+        listeners: Sequence[Listener] = (),
         guard: GuardedAnswers | None = None,
         *,
+        keep_metadata: bool = False,
         max_streams: int | None = None,
         max_rate: float | None = None,
     ) -> None:
         self.registry = registry
-        self._observer = observer
-        self._tracer = tracer
-        self._recorder = recorder
-        self._guard = guard
-        self._open_streams = 0
+        self.counts = counts or ServerCounts()
+        self.listeners = tuple(listeners)
+        self.guard = guard
+        self.keep_metadata = keep_metadata
+        self.limiter = None if max_rate is None else RateLimiter(max_rate)
         self._max_streams = max_streams
-        self._limiter = None if max_rate is None else RateLimiter(max_rate)
 
     def streams(self, change: int) -> None:
-        """+1: a stream is opened, -1: was closed.
+        """Count a stream that opens (+1) or closes (-1).
 
         Raises:
-            LimitReachedError: there are too many; this one does not count.
+            LimitReachedError: too many are open; this one is not counted.
         """
-        if change > 0 and self._max_streams is not None and self._open_streams >= self._max_streams:
+        counts = self.counts
+        if change > 0 and self._max_streams is not None and counts.open_streams >= self._max_streams:
             error = LimitReachedError(
                 f"wanted at most {self._max_streams} open streams, got another; "
                 "close some, or try again or elsewhere"
             )
-            refuse(self._observer, None, "", error, started_s=time.perf_counter())
+            counts.refused("", *status(error))
             raise error
-        self._open_streams += change
-        if self._observer is not None:
-            self._observer.streams(change)
+        counts.open_streams += change
 
-    def submit(
+    def receive(
+        self, service: str, method: str, call: Call, policy: str, version: str, stream: object | None = None
+    ) -> Arrival:
+        """Begin to account for a request that has just arrived.
+
+        Args:
+            service: full name, such as "rsm.v1.PolicyService".
+            method: name of the call, such as "Act".
+            call: the transport's side.
+            policy: name that the request gives; may be empty if exactly one policy is loaded.
+            version: number that the request gives, or empty for the current version.
+            stream: an object of the request's stream alone; None outside of streams.
+        """
+        return Arrival(self, service, method, call, policy, version, stream)
+
+
+class Arrival:
+    """One request from its arrival to its end: a context in which it is decoded and queued, or refused."""
+
+    __slots__ = (
+        *("_arrived_unix_ns", "_call", "_caller", "_intake", "_lane", "_method"),
+        *("_policy", "_rows", "_sampled", "_service", "_started_s", "_stream", "_timeout_s", "_version"),
+    )
+
+    def __init__(
         self,
+        intake: Intake,
+        service: str,
         method: str,
         call: Call,
         policy: str,
         version: str,
-        caller: Callable[[], Caller],
-        decode: Callable[[Lane], Request],
-        stream: object | None = None,
-    ) -> tuple[Lane, Request, Future]:
-        """Queue a request: its lane, what was decoded, and the future of its answer.
+        stream: object | None,
+    ) -> None:
+        self._started_s = time.perf_counter()
+        self._arrived_unix_ns = time.time_ns()
+        self._intake = intake
+        self._service, self._method = service, method
+        self._call = call
+        self._policy, self._version = policy, version
+        self._stream = stream
+        self._caller: Caller | None = None
+        self._lane: Lane | None = None
+        self._rows: ActRows | None = None
+        self._sampled: Future | None = None
+        self._timeout_s: float | None = None
 
-        Args:
-            method: full name, such as "rsm.v1.PolicyService/Act"; metrics show what is behind the slash.
-            call: the transport's side.
-            policy: name, may be empty if exactly one is loaded.
-            version: a number, or empty for the current one.
-            caller: reads who asks.
-            decode: reads the rest, for the lane that was found.
-            stream: an object of the request's stream alone; None outside of streams.
+    def __enter__(self) -> Arrival:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and self._sampled is None:
+            self._tell(*status(error), time.perf_counter() - self._started_s)
+
+    def find(self, caller: Caller) -> Lane:
+        """Return the lane that the request goes to.
 
         Raises:
-            RequestError: whatever is wrong with the request, or the queue.
+            LimitReachedError: the caller sends more requests a second than it may.
+            PolicyNotFoundError, NotReadyError: see `Registry.find`.
         """
-        started_s = time.perf_counter()
-        label = method.rpartition("/")[2]
-        lane: Lane | None = None
-        who: Caller | None = None
-        try:
-            who = caller()
-            if self._limiter is not None:
-                self._limiter.take(who.client_id, call.peer(), started_s)
-            lane = self.registry.find(policy, version, client_id=who.client_id, seed=who.seed, fixed=who.fixed)
-            request = decode(lane)
-            if self._guard is not None:
-                self._guard.admit(who.client_id or stream)
-            timeout_s = _shorter(call.time_remaining(), request.timeout_s)
-            future = lane.submit(request.rows, timeout_s, priority=who.priority, client_id=who.client_id)
-        except Exception as error:
-            refuse(self._observer, lane.observer if lane else None, label, error, started_s=started_s)
-            if self._recorder is not None:
-                asked = (lane.spec.name, lane.spec.version) if lane else (policy, version)
-                self._recorder.refused(label, *asked, who, error)
-            raise
-        rows = len(request.rows.obs_BO)
-        sampled = future
-        if self._guard is not None:
-            client = who.client_id or stream
-            future = self._guard.follow(sampled, lane.spec, client, request.rows, lane.observer, stream=stream)
-        watch(future, lane.observer, label, rows=rows, started_s=started_s, timeout_s=timeout_s)
-        if self._tracer is not None:
-            self._tracer.follow(future, method, lane.spec, call.invocation_metadata(), started_s=started_s)
-        if self._recorder is not None:
-            self._recorder.follow(
-                future, sampled, label, lane.spec, who, request.rows, started_s=started_s, timeout_s=timeout_s
-            )
-        return lane, request, future
+        intake = self._intake
+        self._caller = caller
+        if intake.limiter is not None:
+            intake.limiter.take(caller.client_id, self._call.peer(), self._started_s)
+        lane = intake.registry.find(
+            self._policy, self._version, client_id=caller.client_id, seed=caller.seed, fixed=caller.fixed
+        )
+        self._lane = lane
+        self._policy, self._version = lane.spec.name, lane.spec.version
+        return lane
+
+    def submit(self, rows: ActRows, timeout_s: float | None = None) -> Future:
+        """Queue the request in the lane that was found; return the future of its answer.
+
+        Cancelling the future takes the request out of the queue, if it still waits there.
+
+        Args:
+            rows: the request, decoded.
+            timeout_s: how long the request itself says that its answer is of use; the caller's deadline counts
+                too.
+
+        Raises:
+            InvalidRequestError: the action guard needs a client_id, and there is none.
+            RequestError: see `Lane.sample`.
+        """
+        lane, caller, guard = self._lane, self._caller, self._intake.guard
+        assert lane is not None, "find comes first"
+        assert caller is not None
+        client = caller.client_id or self._stream
+        if guard is not None:
+            guard.admit(client)
+        timeout_s = _shorter(self._call.time_remaining(), timeout_s)
+        sampled = lane.sample(rows, timeout_s, priority=caller.priority, client_id=caller.client_id)
+        self._rows, self._sampled, self._timeout_s = rows, sampled, timeout_s
+        future = sampled
+        if guard is not None:
+            future = guard.follow(sampled, lane.spec, client, rows, lane.counts, stream=self._stream)
+        future.add_done_callback(self._settled)
+        return future
+
+    def _settled(self, done: Future) -> None:
+        seconds = time.perf_counter() - self._started_s
+        code, reason = outcome(done, seconds, self._timeout_s)
+        given = done.result() if code == OK else None
+        self._tell(code, reason, seconds, given if done is self._sampled else _result(self._sampled), given)
+
+    def _tell(
+        self,
+        code: str,
+        reason: str,
+        seconds: float,
+        sampled: Answered[ActResult] | None = None,
+        given: Answered[ActResult] | None = None,
+    ) -> None:
+        intake = self._intake
+        event = Settled(
+            self._service,
+            self._method,
+            self._policy,
+            self._version,
+            "" if self._caller is None else self._caller.client_id,
+            self._arrived_unix_ns,
+            seconds,
+            code,
+            reason,
+            self._rows,
+            sampled,
+            given,
+            (self._call.invocation_metadata() or ()) if intake.keep_metadata else (),
+        )
+        if self._lane is None:
+            intake.counts.refused(event.method, code, reason)
+        else:
+            self._lane.counts.settled(event)
+        for listener in intake.listeners:
+            listener(event)
+
+
+def _result(future: Future | None) -> Answered[ActResult] | None:
+    """Return the result of a future; None if it has none, because it failed, was cancelled or is not done."""
+    if future is None or not future.done() or future.cancelled() or future.exception() is not None:
+        return None
+    return future.result()
 
 
 def _shorter(one_s: float | None, other_s: float | None) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,15 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_common.errors import BackendError, BundleError, RequestError
+from rsm_common.errors import BackendError, BundleError
 from rsm_common.policy import ActResult, ActRows
 from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.contract import check_policy_name, list_policies, list_versions, load_bundle
 from rsm_serve.engine.batcher import Batcher
 from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy, run_bundle
-from rsm_serve.observe.counts import LaneStatistics
-from rsm_serve.observe.observer import LaneObserver, Observer
+from rsm_serve.observe.counts import LaneCounts
 from rsm_serve.observe.settled import Answered
 
 
@@ -48,14 +46,8 @@ class Selection:
         return cls(name, int(version))
 
 
-MAX_NOISE_IN_LOOP = 4096
-"""Random numbers that are drawn in the event loop, when a request comes; the worker draws more. numpy lets go
-of the interpreter for every row, and under load the worker then waits for the event loop to give it back, which
-took a tenth of the throughput of 64 clients. The event loop waits for a few lines of the worker at most."""
-
-
 class Lane:
-    """One loaded version of one policy, and the queue in front of it."""
+    """One loaded version of one policy, the queue in front of it, and its counts."""
 
     def __init__(
         self, policy: LocalPolicy, limits: BatchLimits, turns: AbstractContextManager[object] | None = None
@@ -64,69 +56,40 @@ class Lane:
         self.runtime = policy.runtime
         self.spec_json = policy.spec.to_json()
         self._policy = policy
-        self._row_noise = math.prod(policy.spec.noise_shape)
         self.limits = limits
-        self.statistics = LaneStatistics()
-        self.observer: LaneObserver | None = None
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
             self._act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}", turns=turns
         )
-
-    def submit(
-        self, rows: ActRows, timeout_s: float | None, *, priority: int = 0, client_id: str = ""
-    ) -> asyncio.Future[Answered[ActResult]]:
-        """Queue a validated request; see `Batcher.submit`."""
-        arrived_s = time.perf_counter()
-        if rows.noise_BTNA is None and len(rows.obs_BO) * self._row_noise <= MAX_NOISE_IN_LOOP:
-            rows = ActRows(rows.obs_BO, rows.seeds_B, rows.drawn_noise(self.spec), rows.single)
-        try:
-            future = self.batcher.submit(
-                rows, len(rows.obs_BO), timeout_s, priority=priority, client_id=client_id
-            )
-        except RequestError:
-            self.statistics.refused()
-            raise
-        self.statistics.follow(future, arrived_s)
-        return future
-
-    @property
-    def probe_obs(self) -> NDArray[np.float32]:
-        """[P, O]: the bundle's recorded observations; none for a bare graph."""
-        return self._policy.probe_obs
-
-    def observe(self, observer: Observer) -> None:
-        """Tell an observer of this lane from now on; to be called before the batcher starts."""
-        self.observer = observer.lane(
+        self.counts = LaneCounts(
             self.spec.name, self.spec.version, self.runtime, lambda: self.batcher.queued_rows
         )
 
-    def close(self) -> None:
-        """Release the policy's session, once the batcher is drained; in the event loop."""
-        self.release()
-        self.leave()
+    def sample(
+        self, rows: ActRows, timeout_s: float | None, *, priority: int = 0, client_id: str = ""
+    ) -> asyncio.Future[Answered[ActResult]]:
+        """Queue a validated request; return the future of its actions, as `Batcher.put`."""
+        prepared = self._policy.prepare(rows)
+        return self.batcher.put(prepared, len(rows.obs_BO), timeout_s, priority=priority, client_id=client_id)
 
-    def release(self) -> None:
-        """The part of `close` that takes its time; in any thread."""
+    @property
+    def probe_obs(self) -> NDArray[np.float32]:
+        """The bundle's recorded observations [P, O]; without rows for a bare graph."""
+        return self._policy.probe_obs
+
+    def close(self) -> None:
+        """Release the policy's session, once the batcher is drained; slow, may be called in any thread."""
         self._policy.close()
 
-    def leave(self) -> None:
-        """The rest of `close`: observers forget the lane."""
-        if self.observer is not None:
-            self.observer.closed()
-
     def _act_batch(self, requests: Sequence[ActRows]) -> Sequence[ActResult | BackendError]:
-        observer = self.observer
-        if observer is None:
-            return self._policy.act_batch(requests)
         started_s = time.perf_counter()
         try:
             answers = self._policy.act_batch(requests)
         except Exception:
-            observer.execution_failed()
+            self.counts.execution_failed()
             raise
         seconds = time.perf_counter() - started_s
         unsound = sum(isinstance(answer, BackendError) for answer in answers)
-        observer.executed(sum(len(request.obs_BO) for request in requests), seconds, unsound)
+        self.counts.executed(sum(len(request.obs_BO) for request in requests), seconds, unsound)
         return answers
 
 

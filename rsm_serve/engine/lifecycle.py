@@ -379,8 +379,7 @@ class LifeCycle:
     async def _close(self, lane: Lane) -> None:
         """Answer what a withdrawn lane has, then release its session."""
         await lane.batcher.drained()
-        await in_thread(lane.release)
-        lane.leave()
+        await in_thread(lane.close)
         self._registry.drained(lane)
         logger.info("unloaded %s version %s", lane.spec.name, lane.spec.version)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rsm_common.errors import ConfigError, DeadlineExpiredError, NotReadyError, QueueFullError
-from rsm_serve.wire.caller import PRIORITY_STEP_S, check_priority, check_rows
+from rsm_serve.wire.caller import MAX_PRIORITY, PRIORITY_STEP_S
 
 Item = TypeVar("Item")
 
@@ -112,16 +112,15 @@ class BatchQueue(Generic[Item]):
 
         Raises:
             NotReadyError: the queue was closed.
-            InvalidRequestError: more rows than one batch holds, or none, or no such priority.
             DeadlineExpiredError: the deadline has passed already.
             QueueFullError: no room.
         """
         limits = self._limits
         if self._closed:
             raise NotReadyError("the policy is shutting down and takes no more requests; use another server")
-        check_rows(rows, limits.max_batch_size)
-        if priority:
-            check_priority(priority)
+        # Checked where the request is decoded (wire.caller), before its arrays are.
+        assert 1 <= rows <= limits.max_batch_size, "a request fits into one batch"
+        assert -MAX_PRIORITY <= priority <= MAX_PRIORITY, "there is such a priority"
         if deadline_s is not None and deadline_s <= now:
             raise expired()
         replaced = self._latest.get(client_id) if client_id else None

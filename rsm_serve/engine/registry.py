@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rsm_common.errors import NotReadyError, PolicyNotFoundError, RequestError
 from rsm_serve.engine.canary import Canary, choose, lot
 from rsm_serve.engine.lane import Lane
-from rsm_serve.observe.observer import Observer
+from rsm_serve.observe.counts import ServerCounts
 
 
 class State(enum.Enum):
@@ -45,17 +45,17 @@ class Registry:
     """The one owner of what is loaded: every version's state, and the lanes by name and version.
 
     Belongs to one event loop. Every change is one step of it, so a request sees the old or the new, never
-    neither. `find` and `Lane.submit` belong into one step too: after an `await` in between, the lane may be
+    neither. `find` and `Lane.sample` belong into one step too: after an `await` in between, the lane may be
     draining.
     """
 
     def __init__(
         self,
         lanes: Iterable[Lane] = (),
-        observer: Observer | None = None,
+        counts: ServerCounts | None = None,
         canaries: Iterable[Canary] = (),
     ) -> None:
-        self._observer = observer
+        self._counts = counts or ServerCounts()
         self._policies: dict[str, _Loaded] = {}
         self._draining: list[Lane] = []
         self._troubles: dict[tuple[str, int], VersionStatus] = {}
@@ -152,8 +152,7 @@ class Registry:
         Its batcher is started after this, before any request. A policy's first version becomes current.
         """
         name, version = lane.spec.name, lane.spec.version
-        if self._observer is not None:
-            lane.observe(self._observer)
+        self._counts.add(lane.counts)
         loaded = self._policies.setdefault(name, _Loaded({}, lane))
         replaced = loaded.ready.get(version)
         loaded.ready[version] = lane
@@ -183,6 +182,7 @@ class Registry:
     def drained(self, lane: Lane) -> None:
         """Forget a lane that has answered all it had."""
         self._draining.remove(lane)
+        self._counts.remove(lane.counts)
 
     def loading(self, name: str, version: int) -> None:
         """Note that a version is being loaded."""

@@ -14,7 +14,8 @@ from rsm_serve.http.page import page, refusal
 from rsm_serve.http.sampling import Sampler
 from rsm_serve.http.server import HttpServer, Request, Response
 from rsm_serve.http.status import status_data
-from rsm_serve.observe.prometheus import Telemetry
+from rsm_serve.observe.counts import ServerCounts
+from rsm_serve.observe.prometheus import Exposition
 
 LOADING, WAITING, SERVING, DRAINING = "loading", "waiting", "serving", "draining"
 
@@ -28,13 +29,15 @@ _HTTP_STATUS: Mapping[str, HTTPStatus] = {
 
 
 class Monitor:
-    """The telemetry of a server and its HTTP port; lives in the server's event loop.
+    """The counts of a server and its HTTP port; lives in the server's event loop.
 
     Until `serving` is called, everything is loading.
     """
 
     def __init__(self) -> None:
-        self.telemetry = Telemetry()
+        self.counts = ServerCounts()
+        """Of the server that this shows."""
+        self._exposition = Exposition(self.counts)
         self.address = ""
         """The address that it listens on, the port filled in; empty before `open`."""
         self.state = LOADING
@@ -69,7 +72,7 @@ class Monitor:
         """Answer a GET request."""
         path = request.path
         if path == "/metrics":
-            content, content_type = self.telemetry.render(request.headers.get("accept", ""))
+            content, content_type = self._exposition.render(request.headers.get("accept", ""))
             return Response(content, content_type)
         if path == "/healthz":
             return self._health(known=True)
@@ -101,7 +104,7 @@ class Monitor:
 
     async def _api(self, path: str, query: Mapping[str, str]) -> Response:
         if path == "/api/status":
-            return _json(status_data(self._state, self._addresses, self._registry, self.telemetry))
+            return _json(status_data(self._state, self._addresses, self._registry, self.counts))
         if path == "/api/spec":
             return Response(self._lane(query).spec_json.encode(), "application/json")
         if path == "/api/sample":

@@ -72,7 +72,7 @@ async def _draw(
     for start in range(0, len(seeds_B), step):
         seeds = seeds_B[start : start + step]
         rows = ActRows(np.repeat(obs_O[None], len(seeds), axis=0), seeds, None, single=False)
-        result = (await lane.submit(rows, SAMPLE_S)).answer
+        result = (await lane.sample(rows, SAMPLE_S)).answer
         actions.append(result.action)
         if result.q is not None:
             values.append(result.q)

@@ -7,11 +7,11 @@ from typing import Any
 
 from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.registry import Registry
-from rsm_serve.observe.prometheus import LATENCY_BOUNDS_S, ROWS_BOUNDS, Histogram, LaneMetrics, Telemetry
+from rsm_serve.observe.counts import LATENCY_BOUNDS_S, ROWS_BOUNDS, Histogram, ServerCounts
 
 
 def status_data(
-    state: str, addresses: Sequence[str], registry: Registry, telemetry: Telemetry
+    state: str, addresses: Sequence[str], registry: Registry, counts: ServerCounts
 ) -> dict[str, Any]:
     """The status of a server, as data for JSON.
 
@@ -19,31 +19,28 @@ def status_data(
         state: of the server.
         addresses: that gRPC listens on.
         registry: the loaded policies.
-        telemetry: the counts.
+        counts: of the server.
     """
-    metrics = {(lane.policy, lane.version): lane for lane in telemetry.lanes()}
     return {
         "state": state,
-        "toolkit": telemetry.toolkit,
-        "uptime_s": round(telemetry.uptime_s, 3),
+        "toolkit": counts.toolkit,
+        "uptime_s": round(counts.uptime_s, 3),
         "addresses": addresses,
-        "streams": telemetry.open_streams,
+        "streams": counts.open_streams,
         "latency_bounds_s": LATENCY_BOUNDS_S,
         "rows_bounds": ROWS_BOUNDS,
         "loads": [
             {"policy": policy, "result": result, "count": count}
-            for (policy, result), count in telemetry.loads.items()
+            for (policy, result), count in counts.loads.items()
         ],
-        "refused": _counts(telemetry.refusals),
-        "policies": [
-            _lane_status(lane, registry, state, metrics.get((lane.spec.name, lane.spec.version)))
-            for lane in registry.lanes
-        ],
+        "refused": _counts(counts.refusals),
+        "policies": [_lane_status(lane, registry, state) for lane in registry.lanes],
     }
 
 
-def _lane_status(lane: Lane, registry: Registry, state: str, metrics: LaneMetrics | None) -> dict[str, Any]:
-    status: dict[str, Any] = {
+def _lane_status(lane: Lane, registry: Registry, state: str) -> dict[str, Any]:
+    counts = lane.counts
+    return {
         "name": lane.spec.name,
         "version": lane.spec.version,
         "default": registry.current_lane(lane.spec.name) is lane,
@@ -52,19 +49,15 @@ def _lane_status(lane: Lane, registry: Registry, state: str, metrics: LaneMetric
         "max_batch_size": lane.limits.max_batch_size,
         "probe_rows": len(lane.probe_obs),
         "queued_rows": lane.batcher.queued_rows,
+        "requests": _counts(counts.requests),
+        "rows": counts.rows,
+        "failed_executions": counts.failed_executions,
+        "unsound": counts.unsound,
+        "request_s": _histogram(counts.request_s),
+        "queue_s": _histogram(counts.queue_s),
+        "compute_s": _histogram(counts.compute_s),
+        "batch_rows": _histogram(counts.batch_rows),
     }
-    if metrics is not None:
-        status |= {
-            "requests": _counts(metrics.requests),
-            "rows": metrics.rows,
-            "failed_executions": metrics.failed_executions,
-            "unsound": metrics.unsound,
-            "request_s": _histogram(metrics.request_s),
-            "queue_s": _histogram(metrics.queue_s),
-            "compute_s": _histogram(metrics.compute_s),
-            "batch_rows": _histogram(metrics.batch_rows),
-        }
-    return status
 
 
 def _counts(counts: Mapping[tuple[str, str, str], int]) -> list[dict[str, Any]]:

@@ -1,23 +1,18 @@
-"""OpenTelemetry traces: a span per queued request, with one for the queue and one for the graph inside.
+"""OpenTelemetry traces: a span for each queued request, with a span for the queue and one for the graph inside.
 
-Off unless asked for. A caller's `traceparent` is taken from the gRPC metadata. Where traces go, and how many of
-them, is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, ...). Told are
-policy, version and times, never an observation, noise or an action.
+Off by default. The gRPC metadata of a call gives its `traceparent`. OpenTelemetry's own variables say where the
+traces go and how many are kept (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, ...). A span holds policy,
+version and times, never an observation, noise or an action.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
-import time
-from collections.abc import Iterable
 from typing import Any
 
-from rsm_common.errors import MissingExtraError, wire_status
-from rsm_common.policy import ActResult
-from rsm_common.spec import PolicySpec
-from rsm_serve.observe.settled import Answered
+from rsm_common.errors import MissingExtraError
+from rsm_serve.observe.settled import Settled
 
 CLOSE_S = 2.0
 _HEADERS = ("traceparent", "tracestate")
@@ -47,47 +42,35 @@ class Tracer:
         self._extract: Any = TraceContextTextMapPropagator().extract
         self._tracer: Any = provider.get_tracer("rsm_serve")
 
-    def follow(
-        self,
-        future: asyncio.Future[Answered[ActResult]],
-        name: str,
-        spec: PolicySpec,
-        metadata: Iterable[tuple[str, Any]] | None,
-        *,
-        started_s: float,
-    ) -> None:
-        """Record a queued request when it is settled; `started_s` is `time.perf_counter()` at its arrival."""
-        headers = {key: value for key, value in metadata or () if key in _HEADERS}
-        start_ns = time.time_ns() - int(1e9 * (time.perf_counter() - started_s))
+    def settled(self, event: Settled) -> None:
+        """Record a request that was queued; a request that was refused before has no span."""
+        if event.rows is None:
+            return
+        headers = {key: value for key, value in event.metadata if key in _HEADERS}
+        start_ns = event.arrived_unix_ns
         span = self._tracer.start_span(
-            name,
+            f"{event.service}/{event.method}",
             context=self._extract(headers),
             kind=self._api.SpanKind.SERVER,
             start_time=start_ns,
-            attributes={"rsm.policy": spec.name, "rsm.version": spec.version},
+            attributes={"rsm.policy": event.policy, "rsm.version": event.version},
         )
-        future.add_done_callback(lambda done: self._settle(span, start_ns, done))
-
-    def close(self) -> None:
-        """Send what is left, for at most `CLOSE_S`: a collector that is gone must not hold up an exit."""
-        thread = threading.Thread(target=self._provider.shutdown, name="otel", daemon=True)
-        thread.start()
-        thread.join(CLOSE_S)
-
-    def _settle(self, span: Any, start_ns: int, done: asyncio.Future[Answered[ActResult]]) -> None:
-        error = None if done.cancelled() else done.exception()
-        if done.cancelled() or error is not None:
-            code = "CANCELLED" if error is None else wire_status(error)[0]
-            span.set_status(self._api.Status(self._api.StatusCode.ERROR, code))
+        if event.given is None:
+            span.set_status(self._api.Status(self._api.StatusCode.ERROR, event.code))
         elif span.is_recording():
-            answered = done.result()
-            timing = answered.answer.timing
+            timing = event.given.answer.timing
             span.set_attribute("rsm.batch_rows", timing.batch_rows)
-            formed_ns = start_ns + int(1e3 * answered.queue_us)
+            formed_ns = start_ns + int(1e3 * event.given.queue_us)
             stacked_ns = formed_ns + int(1e3 * timing.batch_us)
             self._stage(span, "queue", start_ns, formed_ns)
             self._stage(span, "compute", stacked_ns, stacked_ns + int(1e3 * timing.compute_us))
         span.end()
+
+    def close(self) -> None:
+        """Send the last spans within `CLOSE_S`, so that a collector that is gone does not hold up an exit."""
+        thread = threading.Thread(target=self._provider.shutdown, name="otel", daemon=True)
+        thread.start()
+        thread.join(CLOSE_S)
 
     def _stage(self, span: Any, name: str, start_ns: int, end_ns: int) -> None:
         context = self._api.set_span_in_context(span)
@@ -95,12 +78,12 @@ class Tracer:
 
 
 def _exporting_provider() -> Any:
-    """Exports in batches, from a thread of its own."""
+    """Make a provider that exports in batches, from a thread of its own."""
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     os.environ.setdefault("OTEL_SERVICE_NAME", "rsm-serve")
-    provider = TracerProvider(shutdown_on_exit=False)  # that would retry for half a minute; see Tracer.close
+    provider = TracerProvider(shutdown_on_exit=False)  # it would retry for half a minute; see Tracer.close
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider

@@ -6,28 +6,22 @@ cannot keep up with, or cannot write, is dropped and counted. `rsm_serve.recordi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from rsm_common.policy import ActResult, ActRows, Timing
-from rsm_common.spec import PolicySpec
+from rsm_common.policy import Timing
 from rsm_serve.observe.counts import NotRecorded, RecordCounts
-from rsm_serve.observe.observer import OK, outcome, status
-from rsm_serve.observe.settled import Answered
+from rsm_serve.observe.settled import Settled
 from rsm_serve.recording import format as recording
 from rsm_serve.recording.files import RotatingFiles
 from rsm_serve.recording.format import Record
-from rsm_serve.wire.caller import Caller
 
 logger = logging.getLogger(__name__)
 
-Future = asyncio.Future[Answered[ActResult]]
 
 MAX_PENDING_BYTES = 2**25
 """What may wait for the writer; more is dropped."""
@@ -50,61 +44,6 @@ _OVERHEAD_BYTES = 1024
 """Of a record that waits, beside its observation and noise."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Settled:
-    """A request that was queued, and how it ended; turned into a `Record` by the writer."""
-
-    sampled: Future
-    given: Future
-    method: str
-    spec: PolicySpec
-    caller: Caller
-    rows: ActRows
-    arrived_unix_ns: int
-    seconds: float
-    code: str
-    reason: str
-    size: int
-
-    def record(self) -> Record:
-        action = q = adjusted = policy_action = None
-        timing, queue_us = _NO_TIMING, 0.0
-        if self.code == OK:
-            answered = self.given.result()
-            result, queue_us = answered.answer, answered.queue_us
-            action, q, adjusted, timing = result.action, result.q, result.adjusted, result.timing
-            if self.sampled.exception() is None:
-                policy_action = self.sampled.result().answer.action
-        return Record(
-            policy=self.spec.name,
-            version=self.spec.version,
-            method=self.method,
-            client_id=self.caller.client_id,
-            arrived_unix_ns=self.arrived_unix_ns,
-            obs=self.rows.obs_BO,
-            seeds=self.rows.seeds_B,
-            noise=self.rows.noise_BTNA,
-            code=self.code,
-            reason=self.reason,
-            action=action,
-            q=q,
-            adjusted=adjusted,
-            policy_action=policy_action,
-            timing=Timing(queue_us, timing.batch_us, timing.compute_us, timing.batch_rows, 1e6 * self.seconds),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """A request that was not queued."""
-
-    refusal: Record
-    size: int = _OVERHEAD_BYTES
-
-    def record(self) -> Record:
-        return self.refusal
-
-
 class Recorder:
     """Records the requests of one event loop; `start` comes first, `close` last.
 
@@ -119,7 +58,7 @@ class Recorder:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.counts = RecordCounts()
         self._files = RotatingFiles(directory, max_bytes)
-        self._waiting: queue.SimpleQueue[_Settled | _Refused | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Settled | None] = queue.SimpleQueue()
         # The difference is what waits. Each has one writer: the event loop, the thread.
         self._taken_bytes = 0
         self._done_bytes = 0
@@ -132,61 +71,13 @@ class Recorder:
         """Start the writer."""
         self._thread.start()
 
-    def follow(
-        self,
-        given: Future,
-        sampled: Future,
-        method: str,
-        spec: PolicySpec,
-        caller: Caller,
-        rows: ActRows,
-        *,
-        started_s: float,
-        timeout_s: float | None,
-    ) -> None:
-        """Record a queued request when it is settled; in the event loop.
-
-        Args:
-            given: what the caller gets.
-            sampled: what the policy gives; the same future where no guard stands between.
-            method: of the call, such as "Act" or "ModelInfer".
-            spec: of the policy.
-            caller: who asks.
-            rows: what is asked for.
-            started_s: `time.perf_counter()` at its arrival.
-            timeout_s: what the caller allowed, from then.
-        """
-        arrived_unix_ns = time.time_ns()
-
-        def settled(done: Future) -> None:
-            seconds = time.perf_counter() - started_s
-            code, reason = outcome(done, seconds, timeout_s)
-            noise = rows.noise_BTNA
-            size = _OVERHEAD_BYTES + rows.obs_BO.nbytes + (0 if noise is None else noise.nbytes)
-            self._put(
-                _Settled(
-                    sampled, done, method, spec, caller, rows, arrived_unix_ns, seconds, code, reason, size
-                )
-            )
-
-        given.add_done_callback(settled)
-
-    def refused(self, method: str, policy: str, version: str, caller: Caller | None, error: Exception) -> None:
-        """Record a request that was refused before it was queued: who asked for what, and why not."""
-        code, reason = status(error)
-        refusal = Record(
-            policy=policy[:MAX_ASKED_CHARACTERS],
-            version=version[:MAX_ASKED_CHARACTERS],
-            method=method,
-            client_id="" if caller is None else caller.client_id,
-            arrived_unix_ns=time.time_ns(),
-            obs=None,
-            seeds=None,
-            noise=None,
-            code=code,
-            reason=reason,
-        )
-        self._put(_Refused(refusal))
+    def settled(self, event: Settled) -> None:
+        """Record a request; in the event loop."""
+        if self._taken_bytes - self._done_bytes > MAX_PENDING_BYTES:
+            self.counts.dropped["behind"] += 1
+            return
+        self._taken_bytes += _size(event)
+        self._waiting.put(event)
 
     def close(self) -> None:
         """Write what waits, for at most `CLOSE_S`; may be repeated."""
@@ -197,13 +88,6 @@ class Recorder:
                 self._thread.join(CLOSE_S)
         if not self._thread.is_alive():  # otherwise a disk that hangs: the files are left to the process's end
             self._files.close()
-
-    def _put(self, item: _Settled | _Refused) -> None:
-        if self._taken_bytes - self._done_bytes > MAX_PENDING_BYTES:
-            self.counts.dropped["behind"] += 1
-            return
-        self._taken_bytes += item.size
-        self._waiting.put(item)
 
     def _work(self) -> None:
         ended = False
@@ -219,21 +103,21 @@ class Recorder:
                 items = self._group()
             self._tell()
 
-    def _group(self) -> list[_Settled | _Refused | None]:
+    def _group(self) -> list[Settled | None]:
         """The next few that wait; the last one is None at the end."""
-        items: list[_Settled | _Refused | None] = []
+        items: list[Settled | None] = []
         with contextlib.suppress(queue.Empty):
             while len(items) < GROUP and (not items or items[-1] is not None):
                 items.append(self._waiting.get_nowait())
         return items
 
-    def _write(self, items: list[_Settled | _Refused]) -> None:
+    def _write(self, items: list[Settled]) -> None:
         frames: list[bytes] = []
         size = 0
         for item in items:
-            self._done_bytes += item.size
+            self._done_bytes += _size(item)
             try:
-                frame = recording.encode(item.record())
+                frame = recording.encode(make_record(item))
             except Exception:  # our own fault: the thread goes on, or nothing would ever be recorded again
                 logger.exception("a record could not be made")
                 continue
@@ -269,6 +153,40 @@ class Recorder:
             if new:
                 self._told[reason] = self.counts.dropped[reason]
                 logger.warning("%d requests were answered and not recorded: %s", new, text)
+
+
+def _size(event: Settled) -> int:
+    """Bytes that a request holds while it waits for the writer."""
+    rows = event.rows
+    if rows is None:
+        return _OVERHEAD_BYTES
+    return _OVERHEAD_BYTES + rows.obs_BO.nbytes + (0 if rows.noise_BTNA is None else rows.noise_BTNA.nbytes)
+
+
+def make_record(event: Settled) -> Record:
+    """Make the record of a request that is settled."""
+    rows, given, sampled = event.rows, event.given, event.sampled
+    result = None if given is None else given.answer
+    timing = _NO_TIMING if result is None else result.timing
+    queue_us = 0.0 if given is None else given.queue_us
+    total_us = 0.0 if rows is None else 1e6 * event.seconds
+    return Record(
+        policy=event.policy[:MAX_ASKED_CHARACTERS],
+        version=event.version[:MAX_ASKED_CHARACTERS],
+        method=event.method,
+        client_id=event.client_id,
+        arrived_unix_ns=event.arrived_unix_ns,
+        obs=None if rows is None else rows.obs_BO,
+        seeds=None if rows is None else rows.seeds_B,
+        noise=None if rows is None else rows.noise_BTNA,
+        code=event.code,
+        reason=event.reason,
+        action=None if result is None else result.action,
+        q=None if result is None else result.q,
+        adjusted=None if result is None else result.adjusted,
+        policy_action=None if result is None or sampled is None else sampled.answer.action,
+        timing=Timing(queue_us, timing.batch_us, timing.compute_us, timing.batch_rows, total_us),
+    )
 
 
 _DROPPED: dict[NotRecorded, str] = {

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from rsm_common.errors import RequestError, wire_status
-from rsm_serve.observe.observer import REASONS, Observer
+from rsm_common.errors import RequestError
+from rsm_serve.observe.counts import ServerCounts
+from rsm_serve.observe.settled import status
 from rsm_serve.rpc.status import abort
 from rsm_serve.security.access import GRANT, Access
 
@@ -19,19 +20,19 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     Args:
         access: the rules.
-        methods: full names that the observer may count; a caller can invent any other name.
-        observer: counts refusals; None: no counts.
+        methods: full names that may be counted; a caller can invent any other name.
+        counts: of the server; refusals are counted there.
     """
 
     def __init__(
         self,
         access: Access,
         methods: frozenset[str],
-        observer: Observer | None,
+        counts: ServerCounts,
     ) -> None:
         self._access = access
         self._methods = methods
-        self._observer = observer
+        self._counts = counts
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """See `grpc.aio.ServerInterceptor`; the handler runs in this context."""
@@ -42,9 +43,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return await continuation(details)
 
     def _refusal(self, method: str, error: RequestError) -> Any:
-        if self._observer is not None:
-            label = method.rpartition("/")[2] if method in self._methods else ""
-            self._observer.refused(label, wire_status(error)[0], REASONS[type(error)])
+        label = method.rpartition("/")[2] if method in self._methods else ""
+        self._counts.refused(label, *status(error))
 
         async def refuse(requests: Any, context: Any) -> None:
             await abort(context, error)

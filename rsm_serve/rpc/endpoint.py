@@ -14,7 +14,6 @@ from rsm_common.errors import AddressError
 from rsm_serve.addresses import UNIX, check_free, with_port
 from rsm_serve.engine.intake import Intake
 from rsm_serve.engine.lifecycle import RepositoryControl
-from rsm_serve.observe.observer import Observer
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.rpc.auth_interceptor import Gate
 from rsm_serve.rpc.bad_messages import GuardedServer
@@ -63,7 +62,6 @@ class Endpoint:
         intake: queues the requests.
         control: loads and unloads policies; None: the protocol offers neither.
         access: the rules for tokens; None: no call needs a token.
-        observer: counts refused calls; None: no counts.
     """
 
     def __init__(
@@ -72,14 +70,13 @@ class Endpoint:
         *,
         control: RepositoryControl | None = None,
         access: Access | None = None,
-        observer: Observer | None = None,
     ) -> None:
         version = metadata.version("rsm-toolkit")
         self._policies = PolicyService(intake, version)
         self._inference = InferenceService(intake, version, control)
         self._registry = intake.registry
         self._health = HealthService()
-        self._interceptors = () if access is None else (Gate(access, METHODS, observer),)
+        self._interceptors = () if access is None else (Gate(access, METHODS, intake.counts),)
         self._server: Any = None
 
     def bind(

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 
 from rsm_common.errors import RequestError
-from rsm_common.policy import ActResult, ActRows
+from rsm_common.policy import ActResult
 from rsm_serve.engine.intake import Intake
 from rsm_serve.observe.settled import Answered
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.rpc.status import Context, abort, log_fault
 from rsm_serve.rpc.streams import OpenStreams, OrderedStream, Submitted
-from rsm_serve.wire.caller import Caller, check_client_id
+from rsm_serve.wire.caller import Caller, check_client_id, check_priority
 from rsm_serve.wire.codec import SERVICE, decode_request, encode_error, encode_response
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A request of rsm.v1; its only time limit is that of the call."""
-
-    rows: ActRows
-    timeout_s: None = None
-
 
 _ActStream = OrderedStream[pb.ActRequest, Answered[ActResult], pb.ActResponse]
 
@@ -99,22 +89,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     def _submit(
         self, method: str, request: pb.ActRequest, context: Context, stream: object | None = None
     ) -> asyncio.Future[Answered[ActResult]]:
-        _, _, future = self._intake.submit(
-            f"{SERVICE}/{method}",
-            context,
-            request.policy,
-            request.version,
-            lambda: _caller(request),
-            lambda lane: _Decoded(decode_request(lane.spec, request, lane.limits.max_batch_size)),
-            stream,
-        )
-        return future
+        policy, version = request.policy, request.version
+        with self._intake.receive(SERVICE, method, context, policy, version, stream) as arrival:
+            lane = arrival.find(_caller(request))
+            return arrival.submit(decode_request(lane.spec, request, lane.limits.max_batch_size))
 
 
 def _caller(request: pb.ActRequest) -> Caller:
     return Caller(
         client_id=check_client_id(request.client_id),
-        priority=request.priority,
+        priority=check_priority(request.priority),
         seed=request.seeds[0] if request.seeds else None,
         fixed=request.deterministic or bool(request.noise),
     )

@@ -487,7 +487,7 @@ class TestDrain:
 
 @pytest.mark.parametrize("in_loop", [0, 2**20], ids=["worker", "event loop"])
 def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop):
-    monkeypatch.setattr("rsm_serve.engine.lane.MAX_NOISE_IN_LOOP", in_loop)
+    monkeypatch.setattr("rsm_serve.local.MAX_NOISE_AT_ONCE", in_loop)
     obs = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     expected = open_policy(bundle_repo / "tiny").act(obs, seed=11)
     with (

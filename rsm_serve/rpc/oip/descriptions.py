@@ -7,7 +7,7 @@ from typing import Any
 
 from rsm_common.spec import PolicySpec
 from rsm_serve.engine.queue import BatchLimits
-from rsm_serve.observe.counts import Durations, LaneStatistics
+from rsm_serve.observe.counts import Durations, Histogram, LaneCounts
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.rpc.oip.tensors import Tensor, input_tensors, output_tensors
 
@@ -69,23 +69,23 @@ def platform(runtime: str) -> str:
     return f"{backend(runtime)}_onnx"
 
 
-def encode_statistics(name: str, version: str, statistics: LaneStatistics) -> pb.ModelStatistics:
-    """What one version of a policy has done."""
+def encode_statistics(counts: LaneCounts) -> pb.ModelStatistics:
+    """Make the message of what one version of a policy has done."""
     message = pb.ModelStatistics(
-        name=name,
-        version=version,
-        last_inference=statistics.last_request_ms,
-        inference_count=statistics.rows,
-        execution_count=statistics.executions,
+        name=counts.policy,
+        version=counts.version,
+        last_inference=counts.last_arrival_ns // 1_000_000,
+        inference_count=counts.rows,
+        execution_count=counts.executions,
     )
     totals = message.inference_stats
-    _sum(totals.success, statistics.success)
-    _sum(totals.fail, statistics.fail)
-    _sum(totals.queue, statistics.queue)
-    _sum(totals.compute_input, statistics.stacking)
-    _sum(totals.compute_infer, statistics.network)
-    totals.compute_output.count = statistics.network.count  # slicing the batch: not worth a clock
-    for rows, batches in sorted(statistics.by_batch_rows.items()):
+    _sum(totals.success, counts.request_s)
+    _sum(totals.fail, counts.failed)
+    _sum(totals.queue, counts.queue_s)
+    _sum(totals.compute_input, counts.stacking)
+    _sum(totals.compute_infer, counts.network)
+    totals.compute_output.count = counts.network.count  # slicing the batch: not worth a clock
+    for rows, batches in sorted(counts.by_batch_rows.items()):
         batch = message.batch_stats.add(batch_size=rows)
         _sum(batch.compute_input, batches.stacking)
         _sum(batch.compute_infer, batches.network)
@@ -93,5 +93,5 @@ def encode_statistics(name: str, version: str, statistics: LaneStatistics) -> pb
     return message
 
 
-def _sum(message: pb.StatisticDuration, durations: Durations) -> None:
-    message.count, message.ns = durations.count, durations.ns
+def _sum(message: pb.StatisticDuration, durations: Durations | Histogram) -> None:
+    message.count, message.ns = durations.count, round(1e9 * durations.total)

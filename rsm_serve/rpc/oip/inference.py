@@ -68,15 +68,11 @@ class InferenceMethods:
         self, method: str, request: pb.ModelInferRequest, context: Context, stream: object | None = None
     ) -> tuple[asyncio.Future[_Answer], Callable[[_Answer], pb.ModelInferResponse]]:
         """The future answer, and the function that makes its message."""
-        lane, call, future = self._intake.submit(
-            f"{SERVICE}/{method}",
-            context,
-            request.model_name,
-            request.model_version,
-            lambda: decode_caller(request),
-            lambda lane: decode_infer(lane.spec, request, lane.limits.max_batch_size),
-            stream,
-        )
+        name, version = request.model_name, request.model_version
+        with self._intake.receive(SERVICE, method, context, name, version, stream) as arrival:
+            lane = arrival.find(decode_caller(request))
+            call = decode_infer(lane.spec, request, lane.limits.max_batch_size)
+            future = arrival.submit(call.rows, call.timeout_s)
         return future, partial(encode_infer, lane.spec, call, request.id)
 
     def _submit_streamed(

@@ -85,11 +85,7 @@ class MetadataMethods:
                 lanes = [lane for lane in self._registry.lanes if lane.spec.name == lanes[0].spec.name]
         else:
             lanes = self._registry.lanes
-        return pb.ModelStatisticsResponse(
-            model_stats=[
-                encode_statistics(lane.spec.name, lane.spec.version, lane.statistics) for lane in lanes
-            ]
-        )
+        return pb.ModelStatisticsResponse(model_stats=[encode_statistics(lane.counts) for lane in lanes])
 
     async def _lane(self, name: str, version: str, context: Context) -> Lane:
         try:

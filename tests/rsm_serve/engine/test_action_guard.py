@@ -35,6 +35,7 @@ from rsm_serve.engine.guarded_answers import GuardedAnswers
 from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy
+from rsm_serve.observe.counts import LaneCounts
 from rsm_serve.observe.settled import Answered
 from rsm_serve.recording.format import read
 from rsm_serve.server import PolicyServer, background_server
@@ -162,6 +163,7 @@ class TestAnswers:
     """In an event loop, with futures as a batcher gives them."""
 
     rows = ActRows(np.zeros((1, 4), np.float32), None, None, single=False)
+    counts = LaneCounts("tiny", "1", "a runtime", lambda: 0)
 
     def answered(self, action: tuple[float, float]) -> Answered[ActResult]:
         return Answered(ActResult(actions(action), None, None, "1", Timing()), 5.0)
@@ -171,7 +173,7 @@ class TestAnswers:
         async def main() -> None:
             guard = GuardedAnswers(GuardLimits(fallback="center"))
             sampled: asyncio.Future[Answered[ActResult]] = asyncio.get_running_loop().create_future()
-            given = guard.follow(sampled, SPEC, "arm", self.rows, None)
+            given = guard.follow(sampled, SPEC, "arm", self.rows, self.counts)
             sampled.set_exception(kind("too bad"))
             with pytest.raises(kind, match="too bad"):
                 await given
@@ -184,7 +186,7 @@ class TestAnswers:
             loop = asyncio.get_running_loop()
             for action, expected in (((0, 0), 0), ((-3, 0), None), ((1, 0), 0.4)):
                 sampled: asyncio.Future[Answered[ActResult]] = loop.create_future()
-                given = guard.follow(sampled, SPEC, "arm", self.rows, None)
+                given = guard.follow(sampled, SPEC, "arm", self.rows, self.counts)
                 sampled.set_result(self.answered(action))
                 if expected is None:  # given up just as the answer comes
                     given.cancel()
@@ -201,7 +203,7 @@ class TestAnswers:
             guard = GuardedAnswers(GuardLimits(0.1), clock=lambda: 0.0)
             loop = asyncio.get_running_loop()
             sampled = [loop.create_future() for _ in range(4)]
-            given = [guard.follow(one, SPEC, "arm", self.rows, None, stream="s") for one in sampled]
+            given = [guard.follow(one, SPEC, "arm", self.rows, self.counts, stream="s") for one in sampled]
             actions = ((0, 0), (3, 0), (3, 0), (3, 0))
             for index in (3, 1):  # sampled first, by another version or a higher priority
                 sampled[index].set_result(self.answered(actions[index]))
@@ -219,7 +221,7 @@ class TestAnswers:
         async def main() -> None:
             guard = GuardedAnswers(GuardLimits(0.1))
             sampled: asyncio.Future[Answered[ActResult]] = asyncio.get_running_loop().create_future()
-            guard.follow(sampled, SPEC, "arm", self.rows, None).cancel()
+            guard.follow(sampled, SPEC, "arm", self.rows, self.counts).cancel()
             await asyncio.sleep(0)
             assert sampled.cancelled()
 

@@ -22,6 +22,7 @@ from rsm_common.errors import (
 from rsm_serve.engine.batcher import Batcher
 from rsm_serve.engine.queue import BatchLimits, BatchQueue
 from rsm_serve.observe.settled import Answered
+from rsm_serve.wire.caller import check_rows
 
 SMALL = BatchLimits(max_batch_size=4, max_queue_rows=8)
 
@@ -110,6 +111,8 @@ def test_a_full_queue_says_its_limit():
 @pytest.mark.parametrize("rows", [0, 5])
 def test_a_request_larger_than_a_batch_is_refused_with_the_limit(rows):
     with pytest.raises(InvalidRequestError, match=f"1 to 4 rows.*got {rows}"):
+        check_rows(rows, SMALL.max_batch_size)
+    with pytest.raises(AssertionError):
         BatchQueue[str](SMALL).put("a", rows, now=0.0)
 
 
@@ -121,7 +124,7 @@ def test_contradicting_limits_are_rejected(limits):
 
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.integers(1, 5), st.one_of(st.none(), st.integers(0, 6))),
+        st.tuples(st.just("put"), st.integers(1, 4), st.one_of(st.none(), st.integers(0, 6))),
         st.tuples(st.just("cancel"), st.integers(0, 30), st.none()),
         st.tuples(st.just("take"), st.integers(0, 3), st.none()),
     ),
@@ -139,7 +142,7 @@ def test_every_request_leaves_exactly_once_and_in_order(actions, delay_s):
             try:
                 accepted[number] = queue.put(number, value, now, None if extra is None else now + extra)
                 waiting.append(number)
-            except (InvalidRequestError, QueueFullError, DeadlineExpiredError):
+            except (QueueFullError, DeadlineExpiredError):
                 pass
         elif kind == "cancel" and value in accepted:
             assert queue.cancel(accepted[value]) == (value in waiting)
@@ -198,9 +201,9 @@ async def entered(gate: Gate) -> None:
 
 def test_the_driver_batches_what_arrives_while_the_worker_is_busy():
     async def scenario(gate, batcher):
-        first = batcher.submit(1, 1)
+        first = batcher.put(1, 1)
         await entered(gate)
-        others = [batcher.submit(n, 1) for n in (2, 3, 4)]
+        others = [batcher.put(n, 1) for n in (2, 3, 4)]
         gate.open.set()
         answered: list[Answered[int]] = await asyncio.gather(first, *others)
         assert [a.answer for a in answered] == [10, 20, 30, 40]
@@ -214,17 +217,17 @@ def test_a_failing_backend_fails_its_batch_and_the_worker_goes_on():
     async def scenario(gate, batcher):
         gate.open.set()
         with pytest.raises(BackendError):
-            await batcher.submit(13, 1)
-        assert (await batcher.submit(2, 1)).answer == 20
+            await batcher.put(13, 1)
+        assert (await batcher.put(2, 1)).answer == 20
 
     run_gated(scenario)
 
 
 def test_one_unlucky_request_does_not_poison_its_batch():
     async def scenario(gate, batcher):
-        first = batcher.submit(1, 1)
+        first = batcher.put(1, 1)
         await entered(gate)
-        unlucky, good = batcher.submit(7, 1), batcher.submit(8, 1)
+        unlucky, good = batcher.put(7, 1), batcher.put(8, 1)
         gate.open.set()
         with pytest.raises(BackendError, match="unlucky"):
             await unlucky
@@ -237,9 +240,9 @@ def test_one_unlucky_request_does_not_poison_its_batch():
 
 def test_a_cancelled_request_is_never_computed():
     async def scenario(gate, batcher):
-        first = batcher.submit(1, 1)
+        first = batcher.put(1, 1)
         await entered(gate)
-        gone, good = batcher.submit(2, 1), batcher.submit(3, 1)
+        gone, good = batcher.put(2, 1), batcher.put(3, 1)
         gone.cancel()
         await asyncio.sleep(0)
         assert batcher.queued_rows == 1
@@ -256,9 +259,9 @@ def test_an_expired_request_is_never_computed():
         gate = Gate()
         batcher = Batcher(gate, SMALL, clock=lambda: now[0])
         batcher.start()
-        first = batcher.submit(1, 1)
+        first = batcher.put(1, 1)
         await entered(gate)
-        late, good = batcher.submit(2, 1, timeout_s=1.0), batcher.submit(3, 1, timeout_s=3.0)
+        late, good = batcher.put(2, 1, timeout_s=1.0), batcher.put(3, 1, timeout_s=3.0)
         now[0] = 2.0
         gate.open.set()
         with pytest.raises(DeadlineExpiredError):
@@ -274,12 +277,12 @@ def test_an_expired_request_is_never_computed():
 
 def test_closing_answers_what_is_queued_and_refuses_more():
     async def scenario(gate, batcher):
-        first = batcher.submit(1, 1)
+        first = batcher.put(1, 1)
         await entered(gate)
-        second = batcher.submit(2, 1)
+        second = batcher.put(2, 1)
         batcher.close()
         with pytest.raises(NotReadyError):
-            batcher.submit(3, 1)
+            batcher.put(3, 1)
         gate.open.set()
         await batcher.drained()
         assert [(await first).answer, (await second).answer] == [10, 20]
@@ -292,7 +295,7 @@ def test_a_computation_that_loses_an_answer_fails_the_batch_only():
         batcher: Batcher[int, int] = Batcher(lambda requests: [1] if len(requests) == 2 else [], SMALL)
         batcher.start()
         with pytest.raises(BackendError):
-            await batcher.submit(1, 1)
+            await batcher.put(1, 1)
         batcher.close()
         await asyncio.wait_for(batcher.drained(), 30)
 

@@ -625,7 +625,7 @@ class TestControl:
 def test_what_is_observed_follows_the_versions(own_repo):
     with serve(own_repo, http="127.0.0.1:0") as server:
         assert server.monitor is not None
-        telemetry = server.monitor.telemetry
+        counts = server.monitor.counts
         add_version(own_repo, 2)
         run(server, server.lifecycle.refresh())
         damage(add_version(own_repo, 3))
@@ -633,8 +633,8 @@ def test_what_is_observed_follows_the_versions(own_repo):
         run(server, server.lifecycle.load("tiny", 2))  # its numbers begin anew
         acting_version(server)
         settled(server)
-        assert [(lane.policy, lane.version, lane.rows) for lane in telemetry.lanes()] == [("tiny", "2", 1)]
-        assert telemetry.loads == {("tiny", "ok"): 3, ("tiny", "failed"): 1}
+        assert [(lane.policy, lane.version, lane.rows) for lane in counts.lanes] == [("tiny", "2", 1)]
+        assert counts.loads == {("tiny", "ok"): 3, ("tiny", "failed"): 1}
 
 
 @ON_LINUX

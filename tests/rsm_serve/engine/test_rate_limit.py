@@ -127,7 +127,7 @@ class TestRate:
                 infer(oip_pb2.ModelInferRequest(model_name="tiny"), timeout=30)
             assert dict(refused.value.trailing_metadata())["retry-after-ms"].isdecimal()
             assert server.monitor is not None
-            assert server.monitor.telemetry.refusals == {("ModelInfer", "RESOURCE_EXHAUSTED", "limit"): 1}
+            assert server.monitor.counts.refusals == {("ModelInfer", "RESOURCE_EXHAUSTED", "limit"): 1}
 
 
 class TestStreams:

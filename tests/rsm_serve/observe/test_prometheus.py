@@ -39,7 +39,8 @@ from rsm_serve.http import server as http_server
 from rsm_serve.http.endpoints import Monitor
 from rsm_serve.http.server import HttpServer, Request, Response
 from rsm_serve.local import LocalPolicy, open_policy
-from rsm_serve.observe.prometheus import LATENCY_BOUNDS_S, Histogram, Telemetry
+from rsm_serve.observe.counts import LATENCY_BOUNDS_S, Histogram, ServerCounts
+from rsm_serve.observe.prometheus import Exposition, cumulative
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.server import PolicyServer, background_server
@@ -106,7 +107,7 @@ class TestMetrics:
         histogram = Histogram((1.0, 2.0))
         for value in (0.5, 1.0, 1.5, 2.0, 3.0):
             histogram.add(value)
-        assert histogram.cumulative() == [("1.0", 2), ("2.0", 4), ("+Inf", 5)]
+        assert cumulative(histogram) == [("1.0", 2), ("2.0", 4), ("+Inf", 5)]
         assert histogram.total == 8
 
     def test_latency_buckets_reach_from_50_microseconds_to_a_second(self):
@@ -276,30 +277,33 @@ class TestMetrics:
         assert found["rsm_failed_executions_total{policy=tiny,version=1}"] == 0
 
     def test_a_version_that_leaves_takes_its_numbers_along(self, bundle_repo):
-        telemetry = Telemetry()
-
-        def load() -> Lane:
-            lane = Lane(open_policy(bundle_repo / "tiny"), BatchLimits())
-            Registry([lane], telemetry)
-            return lane
-
-        first, second = load(), load()  # the same version, loaded again
-        first.close()
-        assert 'rsm_rows_total{policy="tiny"' in telemetry.render()[0].decode()
-        second.close()
-        assert "tiny" not in telemetry.render()[0].decode()
+        counts = ServerCounts()
+        shown = Exposition(counts)
+        first, second = (Lane(open_policy(bundle_repo / "tiny"), BatchLimits()) for _ in range(2))
+        registry = Registry([first], counts)
+        assert registry.publish(second) is first, "the same version, loaded again"
+        registry.drained(first)
+        assert counts.lanes == [second.counts]
+        assert 'rsm_rows_total{policy="tiny"' in shown.render()[0].decode()
+        registry.drained(registry.withdraw("tiny", 1))
+        assert "tiny" not in shown.render()[0].decode()
 
     def test_a_failed_load_is_counted(self, own_repo):
         (own_repo / "tiny" / "1" / "model.onnx").write_bytes(b"damaged")
         board = Monitor()
         with pytest.raises(BundleError, match="truncated"):
             PolicyServer(ServerConfig.from_options(repo=own_repo, http=ANY_PORT), monitor=board)
-        assert samples(board.telemetry.render()[0].decode())["rsm_loads_total{policy=tiny,result=failed}"] == 1
+        assert (
+            samples(Exposition(board.counts).render()[0].decode())["rsm_loads_total{policy=tiny,result=failed}"]
+            == 1
+        )
 
-    def test_nothing_is_observed_without_an_http_port(self, bundle_repo):
+    def test_without_an_http_port_requests_are_counted_too(self, bundle_repo):
         with background_server(ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,))) as server:
             assert server.monitor is None
-            assert [lane.observer for lane in server.registry.lanes] == [None]
+            with PolicyClient(server.addresses[0], timeout_s=30) as client:
+                client.act(np.zeros(4))
+            assert [lane.counts.requests for lane in server.registry.lanes] == [{("Act", "OK", ""): 1}]
 
 
 class TestHealth:
@@ -554,7 +558,7 @@ class TestSample:
         def fail(*_: object) -> object:
             raise RuntimeError("no")
 
-        lane._policy._session.run = fail
+        lane._policy._graph._session.run = fail
         assert get(f"{http_of(server)}/api/sample?n=1&obs=123.456,1,2,3")[0] == 500
         with PolicyClient(server.addresses[0], timeout_s=30) as client, pytest.raises(BackendError):
             client.act([123.456, 1, 2, 3])
@@ -588,13 +592,3 @@ def test_the_status_has_what_the_page_shows(tmp_path):
     assert tiny["batch_rows"]["counts"][status["rows_bounds"].index(3)] == 1
     assert spec["env_id"] == "Tiny-v0"
     assert sample["q"] is None
-
-
-def test_observing_costs_a_request_microseconds():
-    """A bound against a slip such as a log line per request. The docs have the measured figure."""
-    metrics = Telemetry().lane("tiny", "1", "none", lambda: 0)
-    started = time.perf_counter()
-    for _ in range(10_000):
-        metrics.request("Act", "OK", "", 1, 3e-4, 2e-5)
-        metrics.executed(1, 1e-4, 0)
-    assert (time.perf_counter() - started) / 10_000 < 50e-6

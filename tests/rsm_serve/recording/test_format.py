@@ -24,6 +24,7 @@ from rsm_common.seeds import draw_noise, expand_seed
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
+from rsm_serve.observe.settled import Settled
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.recording.files import RotatingFiles
@@ -302,6 +303,11 @@ class TestServer:
         assert len(list(read(tmp_path))) == 20
 
 
+def refusal(policy: str) -> Settled:
+    """A request that was refused before it was queued."""
+    return Settled("rsm.v1.PolicyService", "Act", policy, "1", "", 0, 0.0, "INVALID_ARGUMENT", "invalid")
+
+
 class TestRecorder:
     def test_a_directory_that_was_made_anew_is_locked_anew(self, tmp_path):
         directory = tmp_path / "records"
@@ -325,7 +331,7 @@ class TestRecorder:
     def test_what_the_writer_cannot_keep_up_with_is_dropped_and_told_once(self, tmp_path, caplog):
         recorder, count = Recorder(tmp_path, 2**26), MAX_PENDING_BYTES // 1024 + 100
         for _ in range(count):  # the writer does not run yet
-            recorder.refused("Act", "tiny", "1", None, InvalidRequestError("no"))
+            recorder.settled(refusal("tiny"))
         dropped = recorder.counts.dropped["behind"]
         assert 90 < dropped < 110
         recorder.start()
@@ -337,7 +343,7 @@ class TestRecorder:
 
     def test_a_record_larger_than_a_file_is_dropped(self, tmp_path):
         recorder = Recorder(tmp_path, 1000)
-        recorder.refused("Act", "x" * 128, "1", None, InvalidRequestError("no"))
+        recorder.settled(refusal("x" * 128))
         recorder.start()
         recorder.close()
         assert recorder.counts.dropped["too_large"] == 1

@@ -171,7 +171,7 @@ class TestActing:
             with grpc.insecure_channel(server.addresses[0]) as channel, pytest.raises(grpc.RpcError):
                 channel.unary_unary("/made.up/Name")(b"", timeout=30)
             assert server.monitor is not None
-            refusals = server.monitor.telemetry.refusals
+            refusals = server.monitor.counts.refusals
             assert refusals == {
                 ("GetSpec", "UNAUTHENTICATED", "unauthenticated"): 1,
                 ("", "UNAUTHENTICATED", "unauthenticated"): 1,

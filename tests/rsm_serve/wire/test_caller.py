@@ -30,7 +30,7 @@ from rsm_serve.local import LocalPolicy
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
-from rsm_serve.wire.caller import MAX_PRIORITY, PRIORITY_STEP_S
+from rsm_serve.wire.caller import MAX_PRIORITY, PRIORITY_STEP_S, check_priority
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, Gated, Rig, raw_stub, wait_until
 
 ONE_BY_ONE = BatchLimits(max_batch_size=1, max_queue_rows=8)
@@ -67,8 +67,10 @@ class TestPriorities:
 
     @pytest.mark.parametrize("priority", [-11, 11, 2**31 - 1])
     def test_others_are_refused(self, priority):
-        queue = BatchQueue[str](ONE_BY_ONE)
         with pytest.raises(InvalidRequestError, match=f"from -10 to 10, got {priority}"):
+            check_priority(priority)
+        queue = BatchQueue[str](ONE_BY_ONE)
+        with pytest.raises(AssertionError):
             queue.put("a", 1, now=0.0, priority=priority)
         assert queue.rows == 0
 
@@ -233,11 +235,11 @@ class TestTurns:
             lanes = {item: Batcher[str, str](compute, ONE_BY_ONE, turns=turns) for item in left}
             for lane in lanes.values():
                 lane.start()
-            futures = [lanes["a"].submit("a", 1) for _ in range(6)]
+            futures = [lanes["a"].put("a", 1) for _ in range(6)]
             await asyncio.to_thread(wait_until, lambda: bool(order), "the first to compute")
             for item in ("b", "c"):
                 length = turns.waiting + 1
-                futures += [lanes[item].submit(item, 1) for _ in range(2)]
+                futures += [lanes[item].put(item, 1) for _ in range(2)]
                 await asyncio.to_thread(wait_for_line, turns, length)
             lined_up.set()
             await asyncio.gather(*futures)
@@ -284,15 +286,15 @@ class TestTurns:
             batcher = Batcher[int, int](compute, ONE_BY_ONE, clock=lambda: now[0], turns=turns)
             batcher.start()
             with turns:
-                late = batcher.submit(1, 1, timeout_s=1.0)
-                gone = batcher.submit(2, 1)
+                late = batcher.put(1, 1, timeout_s=1.0)
+                gone = batcher.put(2, 1)
                 await asyncio.to_thread(wait_for_line, turns, 1)
                 now[0] = 2.0
                 gone.cancel()
                 await asyncio.sleep(0)
             with pytest.raises(DeadlineExpiredError):
                 await late
-            assert (await batcher.submit(3, 1)).answer == 3
+            assert (await batcher.put(3, 1)).answer == 3
             batcher.close()
             await batcher.drained()
 

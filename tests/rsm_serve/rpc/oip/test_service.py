@@ -836,7 +836,7 @@ class TestQueue:
         rig.client.stop_stream(cancel_requests=True)
         rig.wait_queued(0)
         rig.session.open.set()
-        wait_until(lambda: rig.lane.statistics.success.count == 1, "the first answer")
+        wait_until(lambda: rig.lane.counts.request_s.count == 1, "the first answer")
         assert rig.session.batches == [1]
 
     def test_requests_of_both_protocols_share_batches(self, rig):
