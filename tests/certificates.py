@@ -29,16 +29,20 @@ class Authority:
         openssl("req", "-x509", *_KEY, "-days", 2, "-subj", "/CN=test", "-keyout", self._key, "-out", self.ca)
 
     def sign(
-        self, name: str, hosts: str = "DNS:localhost,IP:127.0.0.1", kind: tuple[str, ...] = _KEY
+        self,
+        name: str,
+        hosts: str = "DNS:localhost,IP:127.0.0.1",
+        kind: tuple[str, ...] = _KEY,
+        days: int = 2,
     ) -> tuple[Path, Path]:
         """(certificate, key), new ones in the place of older ones of that name.
 
-        `kind` is what openssl is to make for a key; by default P-256.
+        `kind`: openssl's arguments for the key, by default P-256. `days`: validity; below 0, it is over.
         """
         cert, key, request = (self.folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
         extensions = self.folder / "extensions"
         extensions.write_text(f"subjectAltName={hosts}\n")
         openssl("req", *kind, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
-        signer = ("-CA", self.ca, "-CAkey", self._key, "-CAcreateserial", "-days", 2)
+        signer = ("-CA", self.ca, "-CAkey", self._key, "-CAcreateserial", "-days", days)
         openssl("x509", "-req", "-in", request, *signer, "-extfile", extensions, "-out", cert)
         return cert, key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.security.tokens import bearer, check_token
 from rsm_serve.wire.codec import ERROR_MARK, MAX_MESSAGE_BYTES, RETRY_AFTER, SERVICE
 
+DATES_S = 1.0
+"""Time to ask a server for its certificate, whose dates an error names."""
 SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
 TOKEN_VARIABLE = "RSM_TOKEN"
 CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "RSM_TLS_CA", "RSM_TLS_CERT", "RSM_TLS_KEY"
@@ -129,6 +132,16 @@ class Tls:
             raise InvalidRequestError(str(error)) from None
         return grpc.ssl_channel_credentials(pems.ca, pems.key, pems.cert)
 
+    def outside_dates(self) -> str:
+        """The validity dates of the client's certificate as text, if it is not valid now; else empty."""
+        from rsm_serve.security.x509 import first_certificate
+
+        try:
+            certificate = None if self.cert is None else first_certificate(Path(self.cert).read_bytes())
+        except OSError:
+            return ""
+        return "" if certificate is None else certificate.outside(datetime.now(timezone.utc))
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -221,6 +234,11 @@ class Connection:
                 f"wanted a certificate for {name} from the server at {target}, got one for another name; "
                 "connect by the name in its certificate, or give it as server_name"
             )
+        if "certificate has expired" in details or "certificate is not yet valid" in details:
+            return UnauthenticatedError(
+                f"wanted a certificate that is valid now from the server at {target}, got one "
+                f"{_server_dates(target.address)}; set the clock of this machine, or renew the certificate"
+            )
         if "CERTIFICATE_VERIFY_FAILED" in details:
             return UnauthenticatedError(
                 f"wanted a certificate signed by an authority that is known here from the server at {target}, "
@@ -229,14 +247,31 @@ class Connection:
             )
         if "WRONG_VERSION_NUMBER" in details:
             return NotReadyError(f"the server at {target} does not serve TLS; connect with {SCHEME}")
+        closed = "Socket closed" in details or "reset" in details
+        if closed and self.tls is not None and (dates := self.tls.outside_dates()):
+            return UnauthenticatedError(
+                f"the server at {target} closed the connection ({details}), and the client's certificate in "
+                f"{self.tls.cert} is {dates}; set the clock of this machine, or renew the certificate"
+            )
         hint = "start one with rsm-serve, or check the address"
-        if "Socket closed" in details or "reset" in details:
+        if closed:
             hint += (
                 f"; if it serves TLS, connect with {TLS_SCHEME}"
                 if self.tls is None
                 else f"; if it wants a client's certificate, give cert and key ({CERT_VARIABLE}, ...)"
             )
         return NotReadyError(f"no policy server answers at {target} ({details}); {hint}")
+
+
+def _server_dates(address: str) -> str:
+    """The validity dates of a server's certificate as text, as far as the server shows one."""
+    from rsm_serve.security.x509 import server_certificate
+
+    host, _, port = address.rpartition(":")
+    certificate = server_certificate(host.strip("[]"), int(port), DATES_S) if port.isdecimal() else None
+    now = datetime.now(timezone.utc)
+    dates = "" if certificate is None else certificate.outside(now)
+    return dates or f"whose chain is expired or not yet valid at {now:%Y-%m-%d %H:%M} (UTC)"
 
 
 def methods(channel: Any, connection: Connection) -> tuple[Callable[..., Any], ...]:

@@ -1,14 +1,14 @@
-"""Certificates and keys from files of PEM, checked before gRPC gets them, which hardly says what is wrong."""
+"""Certificates and keys from PEM files, checked before gRPC gets them: gRPC does not say what is wrong."""
 
 from __future__ import annotations
 
-import re
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rsm_common.errors import ConfigError
+from rsm_serve.security.x509 import first_certificate
 
 _EC = bytes.fromhex("06072a8648ce3d0201")
 _KEY_KINDS = (
@@ -16,7 +16,7 @@ _KEY_KINDS = (
     _EC + bytes.fromhex("06082a8648ce3d030107"),  # P-256
     _EC + bytes.fromhex("06052b81040022"),  # P-384
 )
-"""How a certificate names the kind of its key: object identifiers (RFC 3279 and 5480), in DER."""
+"""Kinds of keys that gRPC takes, as in `Certificate.key_kind` (RFC 3279 and 5480)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def read_pems(ca: str | Path | None, cert: str | Path | None, key: str | Path | 
         key: the private key of the first of them, without a password.
 
     Raises:
-        ConfigError: a file cannot be read, is something else, or the key is not the certificate's, or of a
-            kind that gRPC does not take.
+        ConfigError: a file cannot be read, is not PEM, the key does not belong to the certificate, or its kind
+            is one that gRPC does not take.
     """
     pems = Pems(*map(_content, (ca, cert, key)))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -51,7 +51,7 @@ def read_pems(ca: str | Path | None, cert: str | Path | None, key: str | Path | 
             ) from None
     if cert is not None and key is not None:
         try:
-            # Without a password of ours the terminal would be asked for one.
+            # An empty password keeps ssl from asking for one on the terminal.
             context.load_cert_chain(cert, key, password=lambda: b"")
         except (OSError, ValueError) as error:
             raise ConfigError(
@@ -67,12 +67,9 @@ def read_pems(ca: str | Path | None, cert: str | Path | None, key: str | Path | 
 
 
 def _usable(chain: bytes | None) -> bool:
-    """Whether gRPC's TLS takes the first certificate's kind of key; Python's takes more."""
-    first = re.search(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", chain or b"", re.DOTALL)
-    if first is None:
-        return False
-    encoded = ssl.PEM_cert_to_DER_cert(first[0].decode("ascii", "replace"))
-    return any(kind in encoded for kind in _KEY_KINDS)
+    """True if gRPC's TLS takes the first certificate's kind of key; Python's TLS takes more kinds."""
+    certificate = first_certificate(chain or b"")
+    return certificate is not None and certificate.key_kind.startswith(_KEY_KINDS)
 
 
 def _content(path: str | Path | None) -> bytes | None:
