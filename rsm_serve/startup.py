@@ -11,9 +11,9 @@ from rsm_serve.bundle.contract import list_policies
 from rsm_serve.bundle.repository import Found, Wishes, survey
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.lane import Lane, Selection, load_lane
-from rsm_serve.engine.lifecycle import Loader
 from rsm_serve.engine.registry import Registry
 from rsm_serve.engine.turns import Turns
+from rsm_serve.engine.versions import Loader
 from rsm_serve.observe.counts import ServerCounts
 
 logger = logging.getLogger(__name__)

@@ -316,7 +316,7 @@ class TestFailures:
 
     def test_an_unexpected_fault_of_a_backend_is_a_failure_like_any_other(self, own_repo, monkeypatch, caplog):
         with serve(own_repo) as server:
-            monkeypatch.setattr(server.lifecycle, "_load", lambda name, version: 1 / 0)
+            monkeypatch.setattr(server.lifecycle.versions, "load", lambda name, version: 1 / 0)
             with pytest.raises(RepositoryError, match="ZeroDivisionError"):
                 run(server, server.lifecycle.load("tiny"))
             assert acting_version(server) == "1"
@@ -554,14 +554,14 @@ class TestControl:
 
     def test_while_it_loads_the_index_says_so_and_others_are_served(self, own_repo, monkeypatch):
         with serve(own_repo) as server:
-            load, gate, entered = server.lifecycle._load, threading.Event(), threading.Event()
+            load, gate, entered = server.lifecycle.versions.load, threading.Event(), threading.Event()
 
             def slow(name: str, version: int) -> Lane:
                 entered.set()
                 assert gate.wait(30)
                 return load(name, version)
 
-            monkeypatch.setattr(server.lifecycle, "_load", slow)
+            monkeypatch.setattr(server.lifecycle.versions, "load", slow)
             add_version(own_repo, 1, "other")
             pool = ThreadPoolExecutor(1)
             loading = pool.submit(run, server, server.lifecycle.refresh())
@@ -577,7 +577,7 @@ class TestControl:
 
     def test_a_caller_that_gives_up_leaves_the_load_to_its_end(self, own_repo, monkeypatch):
         with serve(own_repo) as server:
-            load, gate, entered = server.lifecycle._load, threading.Event(), threading.Event()
+            load, gate, entered = server.lifecycle.versions.load, threading.Event(), threading.Event()
 
             def slow(name: str, version: int) -> Lane:
                 entered.set()
@@ -591,7 +591,7 @@ class TestControl:
                 with pytest.raises(asyncio.CancelledError):
                     await task
 
-            monkeypatch.setattr(server.lifecycle, "_load", slow)
+            monkeypatch.setattr(server.lifecycle.versions, "load", slow)
             add_version(own_repo, 2)
             run(server, impatient())
             gate.set()
@@ -601,7 +601,7 @@ class TestControl:
         gate, entered = threading.Event(), threading.Event()
         closed: list[str] = []
         with serve(own_repo, poll=0.02) as server, ThreadPoolExecutor(1) as pool:
-            load = server.lifecycle._load
+            load = server.lifecycle.versions.load
 
             def slow(name: str, version: int) -> Lane:
                 lane = load(name, version)
@@ -610,7 +610,7 @@ class TestControl:
                 assert gate.wait(30)
                 return lane
 
-            monkeypatch.setattr(server.lifecycle, "_load", slow)
+            monkeypatch.setattr(server.lifecycle.versions, "load", slow)
             add_version(own_repo, 2)
             assert entered.wait(30)
             drain = pool.submit(run, server, server.drain())
