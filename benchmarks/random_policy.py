@@ -12,7 +12,8 @@ from rsm_export.graph.chain import fold
 from rsm_export.graph.onnx_graph import build_graph
 
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.bundle.contract import Bundle, Probe
+from rsm_serve.bundle.contract import Bundle
+from rsm_serve.bundle.probe import Probe
 from rsm_train.model.critic import init_critics
 from rsm_train.model.diffusion import SamplerSettings
 from rsm_train.model.networks import init_denoiser

@@ -16,15 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.bundle.contract import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    PROBE_FILE,
-    SPEC_FILE,
-    Probe,
-    manifest_json,
-)
+from rsm_serve.bundle.contract import CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, SPEC_FILE, manifest_json
+from rsm_serve.bundle.probe import PROBE_FILE, Probe
 
 
 def make_spec(

@@ -22,13 +22,12 @@ from rsm_eval.cli import main as rsm_eval
 from rsm_serve.bundle.contract import (
     MANIFEST_FILE,
     MAX_JSON_BYTES,
-    MAX_PROBE_BYTES,
     MODEL_FILE,
     PAYLOAD_FILES,
-    PROBE_FILE,
     SPEC_FILE,
     manifest_json,
 )
+from rsm_serve.bundle.probe import MAX_PROBE_BYTES, PROBE_FILE
 from rsm_serve.commands.serve_cli import main as rsm_serve
 from rsm_train.foreign import import_weights
 from tests.bundles import make_model, make_probe, make_spec, write_bundle

@@ -23,7 +23,8 @@ from rsm_export.graph.chain import fold
 from rsm_export.graph.cost import GraphCost, graph_cost
 from rsm_export.graph.metadata import embed_spec
 from rsm_export.graph.onnx_graph import build_graph
-from rsm_serve.bundle.contract import Bundle, Probe
+from rsm_serve.bundle.contract import Bundle
+from rsm_serve.bundle.probe import Probe
 from rsm_serve.local import LocalPolicy
 from rsm_serve.sessions import Session
 from rsm_serve.sessions.choice import RUNTIMES, open_session

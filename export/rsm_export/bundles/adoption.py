@@ -10,7 +10,8 @@ import numpy as np
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import PolicySpec
 from rsm_export.bundles.bundle_writer import next_version, write_bundle, write_time
-from rsm_serve.bundle.contract import Probe, load_graph
+from rsm_serve.bundle.contract import load_graph
+from rsm_serve.bundle.probe import Probe
 from rsm_serve.local import LocalPolicy
 from rsm_serve.sessions.choice import open_session
 

@@ -15,13 +15,12 @@ from rsm_serve.bundle.contract import (
     CONFIG_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
-    PROBE_FILE,
     SPEC_FILE,
-    Probe,
     check_policy_name,
     list_versions,
     manifest_json,
 )
+from rsm_serve.bundle.probe import PROBE_FILE, Probe
 
 
 def next_version(repository: Path, name: str) -> int:

@@ -22,9 +22,7 @@ from rsm_serve.bundle.contract import (
     MANIFEST_FILE,
     MODEL_FILE,
     PAYLOAD_FILES,
-    PROBE_FILE,
     SPEC_FILE,
-    Probe,
     check_policy_name,
     find_bundle,
     list_policies,
@@ -32,6 +30,7 @@ from rsm_serve.bundle.contract import (
     load_bundle,
     manifest_json,
 )
+from rsm_serve.bundle.probe import PROBE_FILE, Probe
 from rsm_serve.bundle.repository import survey
 from tests.bundles import make_spec, write_bundle
 
