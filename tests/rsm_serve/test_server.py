@@ -34,6 +34,7 @@ from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.pb import oip_pb2, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
+from rsm_serve.rpc.streams import STREAM_WINDOW
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
@@ -366,12 +367,17 @@ class TestStream:
             ),
         ],
     )
-    def test_a_message_that_cannot_be_read_ends_the_stream_with_an_error(self, address, method, good):
+    @pytest.mark.parametrize("before", [0, 1, STREAM_WINDOW + 6])
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_a_message_that_cannot_be_read_ends_the_stream_with_an_error(
+        self, address, method, good, before, after
+    ):
+        message = good.SerializeToString()
+        sent = iter([*[message] * before, b"\xff" * 9, *[message] * after])
         with grpc.insecure_channel(address) as channel:
-            answers = channel.stream_stream(f"/{method}")(
-                iter([good.SerializeToString(), b"\xff" * 9]), timeout=30
-            )
-            assert next(answers), "what came before it is answered"
+            answers = channel.stream_stream(f"/{method}")(sent, timeout=30)
+            for _ in range(before):
+                assert next(answers), "every message before it is answered"
             with pytest.raises(grpc.RpcError) as caught:
                 next(answers)
         assert caught.value.code().name == INVALID
