@@ -31,7 +31,7 @@ TENSORRT_MODULES = ("tensorrt", "tensorrt_engine", "engine_cache", "onnx_structu
 TENSORRT_NEEDS = ("tensorrt", "cuda.bindings", "numpy", "rsm_common", "rsm_serve")
 CLIENT = ("rsm_serve.client", "rsm_serve.commands.client_cli")
 # Of rsm_serve, only these may know gRPC.
-GRPC = ("rpc", "client", "server", "security.server_tls", "commands.client_cli")
+GRPC = ("rpc", "client", "security.server_tls", "commands.client_cli")
 # Rooms of rsm_serve and the rooms that each may import.
 ARROWS: dict[str, set[str]] = {
     "addresses": set(),

@@ -1,5 +1,5 @@
 """The HTTP port: metrics, health, and the status page.
 
-Imports engine and observe; never gRPC.
+Imports engine, observe and addresses; never gRPC.
 Used by server and commands.
 """

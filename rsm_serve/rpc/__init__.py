@@ -1,5 +1,5 @@
-"""The gRPC services: PolicyService, Open Inference Protocol, health, and what guards them.
+"""The gRPC services: PolicyService, Open Inference Protocol, health, reflection, and the checks before them.
 
-Imports engine, wire, observe and security; grpc.
+Imports engine, wire, observe, security and addresses; grpc.
 Used by server alone.
 """

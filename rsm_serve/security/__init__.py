@@ -1,5 +1,5 @@
-"""Who may do what: tokens, certificates, and the files that hold them.
+"""Tokens, certificates, and the rules that say who may call what.
 
 Imports rsm_common; only `server_tls` knows gRPC.
-Used by client, rpc and server.
+Used by client, config, rpc and server.
 """
