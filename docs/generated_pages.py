@@ -6,13 +6,16 @@ and errors from the tree in rsm_common/errors.py.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -74,6 +77,33 @@ def statuses() -> str:
     return _table(("status", "exception in Python", "meaning"), rows)
 
 
+def rooms(package: str) -> str:
+    """The folders and modules directly below a package, with what each holds; for the server its arrows too."""
+    folder = ROOT / package
+    arrows = _import_rules().ARROWS if package == "rsm_serve" else {}
+    rows = []
+    for path in sorted(folder.iterdir()):
+        source = path / "__init__.py" if path.is_dir() else path
+        if path.name in ("__init__.py", "pb") or source.suffix != ".py" or not source.is_file():
+            continue
+        summary = (ast.get_docstring(ast.parse(source.read_text())) or "").split("\n\n")[0]
+        allowed = ", ".join(f"`{name}`" for name in sorted(arrows.get(path.stem, ()))) or "-"
+        rows.append(
+            [f"`{path.name}{'/' if path.is_dir() else ''}`", _escaped(summary), allowed][: 3 if arrows else 2]
+        )
+    return _table(("room", "holds", "may import")[: 3 if arrows else 2], rows)
+
+
+def _import_rules() -> ModuleType:
+    """The test that holds the arrows between the rooms."""
+    spec = importlib.util.spec_from_file_location("import_rules", ROOT / "tests" / "test_import_rules.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def file(path: str) -> str:
     """A file of the repository, as a block."""
     language = {".proto": "protobuf"}.get(Path(path).suffix, "text")
@@ -81,7 +111,7 @@ def file(path: str) -> str:
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
-    generate.__name__: generate for generate in (commands, settings, presets, errors, statuses, file)
+    generate.__name__: generate for generate in (commands, settings, presets, errors, statuses, rooms, file)
 }
 
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 
 class RsmError(Exception):
-    """Base of every error that a user can cause or must hear about."""
+    """Base of all errors of the toolkit."""
 
 
 class UsageError(RsmError):
@@ -74,35 +74,54 @@ class ParityError(BundleError):
 
 
 class RequestError(RsmError):
-    """One act request failed; the connection and the policy are unaffected."""
+    """A request to a policy failed; the connection and the policy are unaffected.
+
+    In a stream, a request that fails is answered with an error of the same name, and the stream goes on.
+    """
 
 
 class InvalidRequestError(RequestError):
-    """The request names, shapes or values are not what the policy takes."""
+    """The request is not one that the policy takes.
+
+    A name, a dtype, a shape, a byte count or the seeds are wrong; a value is NaN or Inf; there are more rows
+    than --max-batch-size; or the message is not one of the protocol.
+    """
 
 
 class PolicyNotFoundError(RequestError):
-    """No such policy, or no such version of it."""
+    """The server has no such policy, or no such version of it."""
 
 
 class NotReadyError(RequestError):
-    """The policy is loading or draining, or no server answers."""
+    """The policy cannot answer now, or no server answers at the address.
+
+    The server or the version is loading or draining, or it failed to load. gRPC itself reports the same
+    status if no server listens.
+    """
 
 
 class UnauthenticatedError(RequestError):
-    """One side does not know who the other is: no token or certificate, or one that is unknown."""
+    """One side does not know the other.
+
+    The token is missing, unknown or no longer valid, or a certificate is not trusted.
+    """
 
 
 class PermissionDeniedError(RequestError):
-    """The caller is known, and may not do what was asked for."""
+    """The caller is known but may not do what was asked for.
+
+    The token allows acting, and the call needs an admin token.
+    """
 
 
 class QueueFullError(RequestError):
-    """The policy's queue is full: the request was shed.
+    """The server has too much work and refused the request.
+
+    --max-queue-rows rows wait already. The error says when to try again.
 
     Args:
         message: the sentence.
-        retry_after_s: when the server expects to have worked off what waits now; None if it does not know.
+        retry_after_s: seconds until the waiting rows are expected to be answered; None if unknown.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -111,34 +130,45 @@ class QueueFullError(RequestError):
 
 
 class LimitReachedError(QueueFullError):
-    """A limit of the server on one client or on all: requests a second, open streams.
+    """A limit of the server is reached: --max-rate of one client, or --max-streams of all clients.
 
-    A remote caller meets it as QueueFullError: the status is the same, and so is what to do.
+    A remote caller gets QueueFullError, because the gRPC status and the remedy are the same.
     """
 
 
 class DeadlineExpiredError(RequestError):
-    """The deadline passed before an action could be computed."""
+    """The deadline passed before an action was computed.
+
+    A request that expires in the queue is not computed.
+    """
 
 
 class SupersededError(RequestError):
-    """A newer request of the same client took the place of this one in the queue."""
+    """A newer request of the same client took the place of this one in the queue (--latest-wins)."""
 
 
 class RequestCancelledError(RequestError):
-    """The caller cancelled the request."""
+    """The caller cancelled the request.
+
+    If the request was still in the queue, it is not computed. gRPC itself reports the same status if more than
+    10,000 calls wait to be read; a client then raises NotReadyError.
+    """
 
 
 class NotOfferedError(RequestError):
-    """The server does not have what was asked for, or has it switched off."""
+    """The server does not offer the method, or has it switched off."""
 
 
 class RepositoryError(RequestError):
-    """A policy could not be loaded or unloaded; what was loaded stays."""
+    """A policy could not be loaded or unloaded; the versions that were loaded stay loaded."""
 
 
 class BackendError(RequestError):
-    """The inference backend failed; details are in the server's log."""
+    """The policy could not be evaluated.
+
+    The graph failed, or its action was not finite or out of bounds, and no fallback was configured
+    (--fallback). Details are only in the server's log.
+    """
 
 
 @dataclass(frozen=True)

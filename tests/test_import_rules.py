@@ -1,4 +1,4 @@
-"""Who may import whom (docs/design.md, "Who may import whom"): every import statement of every package."""
+"""Who may import whom (docs/explanation/architecture.md): every import statement of every package."""
 
 from __future__ import annotations
 

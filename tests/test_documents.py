@@ -1,13 +1,16 @@
-"""The README's commands, run as they stand, in order, in an empty directory.
+"""README and tutorial: every command and program is run as it stands, in order, in an empty directory.
 
-A line of output in the README must appear in the real output, with any numbers in the places of numbers.
+A line of output in a document must appear in the real output, with any numbers in the places of numbers.
+A block that both documents show is run once, so there is one training.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,7 +21,9 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 DOCUMENTED_ADDRESS = "127.0.0.1:8001"
@@ -33,10 +38,15 @@ class Session:
         bin_directory = str(Path(sys.executable).parent)
         self._env = {**os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
         self._servers: list[subprocess.Popen[str]] = []
+        self._outputs: dict[str, str] = {}
 
     def run(self, command: str) -> str:
-        """Run a command line and return what it printed; a final & keeps it running once it is ready."""
-        command = command.replace(DOCUMENTED_ADDRESS, self._address)
+        """Return what a command line prints. It is run once; a final & keeps it running once it is ready."""
+        if command not in self._outputs:
+            self._outputs[command] = self._run(command.replace(DOCUMENTED_ADDRESS, self._address))
+        return self._outputs[command]
+
+    def _run(self, command: str) -> str:
         if command.endswith("&"):
             return self._start(command.removesuffix("&"))
         done = subprocess.run(
@@ -54,7 +64,7 @@ class Session:
 
     def python(self, code: str) -> str:
         """Run a Python block and return what it printed."""
-        script = self._directory / "block.py"
+        script = self._directory / f"block_{hashlib.sha256(code.encode()).hexdigest()[:8]}.py"
         script.write_text(code.replace(DOCUMENTED_ADDRESS, self._address))
         return self.run(f"python {script.name}")
 
@@ -114,7 +124,7 @@ def assert_shown(expected: list[str], output: str) -> None:
     lines = output.splitlines()
     for line in expected:
         pattern = line_pattern(line)
-        assert any(pattern.fullmatch(got) for got in lines), f"README shows:\n{line}\ngot:\n{output}"
+        assert any(pattern.fullmatch(got) for got in lines), f"the document shows:\n{line}\ngot:\n{output}"
 
 
 def test_line_patterns_accept_other_numbers_and_nothing_else():
@@ -124,28 +134,44 @@ def test_line_patterns_accept_other_numbers_and_nothing_else():
     assert not pattern.fullmatch("mean  1000.0 ± 0.0 over 20 episodes")
 
 
+def dry_run(command: str) -> None:
+    """Check that make knows the target of an installation, which is not run again."""
+    target = shlex.split(command, comments=True)[:2]
+    subprocess.run([target[0], "-n", target[1]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def run_document(shell: Session, document: Path) -> dict[str, str]:
+    """Run every block; returns the output of each command, and of the programs under "python"."""
+    outputs = {}
+    for kind, block in BLOCK.findall(document.read_text()):
+        if kind == "python":
+            outputs["python"] = shell.python(block)
+            continue
+        for command, expected in console_steps(block):
+            if command.startswith("make "):  # this very test runs under make
+                dry_run(command)
+                continue
+            outputs[command] = shell.run(command)
+            assert_shown(expected, outputs[command])
+    return outputs
+
+
+def returns(outputs: dict[str, str]) -> list[float]:
+    """Mean returns in the first table of `rsm-eval`."""
+    table = next(output for command, output in outputs.items() if command.startswith("rsm-eval"))
+    rows = re.findall(r"^(?:Torch policy|Bundle|Server)\s+([\d.,]+)", table, re.MULTILINE)
+    return [float(mean.replace(",", "")) for mean in rows[:3]]  # the second table has the same names
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_readme_is_true_from_training_to_the_client(tmp_path):
-    blocks = BLOCK.findall(README.read_text())
-    run = []
-    outputs = {}
+def test_readme_and_tutorial_are_true_from_training_to_the_client(tmp_path):
+    """One test for both documents, because they share one training."""
     with session(tmp_path) as shell:
-        for kind, block in blocks:
-            if kind == "python":
-                shell.python(block)
-                run.append("python")
-                continue
-            for command, expected in console_steps(block):
-                if command.startswith(("make ", "pip ")):  # this very test runs under make
-                    continue
-                outputs[command] = shell.run(command)
-                run.append(command.split()[0])
-                assert_shown(expected, outputs[command])
-    assert {"rsm-train", "rsm-export", "rsm-serve", "rsm-client", "rsm-eval", "python"} <= set(run)
-    evaluation = next(output for command, output in outputs.items() if command.startswith("rsm-eval"))
-    rows = re.findall(r"^(?:Torch policy|Bundle|Server)\s+([\d.,]+)", evaluation, re.MULTILINE)
-    # The second table has the same row names; the first holds the returns.
-    means = [float(mean.replace(",", "")) for mean in rows[:3]]
-    assert len(means) == 3
-    assert min(means) >= SOLVED, "the quick preset solves InvertedPendulum-v5"
+        for document in (README, TUTORIAL):
+            outputs = run_document(shell, document)
+            names = {command.split()[0] for command in outputs}
+            assert {"rsm-train", "rsm-export", "rsm-serve", "rsm-client", "rsm-eval", "python"} <= names
+            assert len(returns(outputs)) == 3
+            assert min(returns(outputs)) >= SOLVED, "the quick preset solves InvertedPendulum-v5"
+            assert float(outputs["python"].removeprefix("return ")) >= SOLVED
