@@ -38,6 +38,11 @@ def own_repo(tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Run in a random order (`--randomly-seed=N` repeats one); a test that needs a seed gives one."""
+    config.option.randomly_reset_seed = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: with two workers, one is then busy with them while the other does the rest."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
