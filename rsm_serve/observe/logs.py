@@ -1,4 +1,4 @@
-"""The log of a server: text or JSON lines on stderr, and never more than a disk can take."""
+"""The log of a server: lines of text or JSON on stderr, limited so that they cannot fill a disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Literal, TextIO
 LogFormat = Literal["text", "json"]
 
 FIELDS = ("policy", "version", "lane", "request_id")
-"""What a record may carry as `extra`; nothing else that a caller sent is ever logged."""
+"""Fields that a record may carry as `extra`; the log repeats nothing else from a request."""
 
 MAX_TEXT = 4000
-"""Characters of a message and of a traceback, whose end is the telling part."""
+"""Characters of a message, and of a traceback, of which the end is kept."""
 
 BURST = 10
-"""Warnings and errors of one line of the program that are logged at once; then one a second."""
+"""Warnings and errors of one line of code that are logged at once; then one per second."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -40,9 +40,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class FloodFilter(logging.Filter):
-    """Lets at most `BURST` warnings or errors of one line of the program through at once, then one a second.
+    """Passes at most `BURST` warnings or errors of one line of code at once, then one per second.
 
-    The next one that passes says how many did not. Lines of the program are few, so the memory is bounded.
+    The next record that passes names the count of those dropped. The memory is bounded by the lines of code.
 
     Args:
         clock: seconds, monotonic.
@@ -70,9 +70,9 @@ class FloodFilter(logging.Filter):
 
 
 def is_no_departure(record: logging.LogRecord) -> bool:
-    """A filter: whether a record is of anything but a caller that left while its answer was being sent.
+    """A filter: False for a record about a caller that left while its answer was being sent.
 
-    gRPC logs that as an error of the server, with a traceback of its own code.
+    gRPC logs this as an error of the server, with a traceback of its own code.
     """
     kind = record.exc_info[0] if record.exc_info else None
     return not (

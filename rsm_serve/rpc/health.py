@@ -1,7 +1,7 @@
-"""`grpc.health.v1.Health`, by which balancers and probes ask whether a policy takes requests.
+"""`grpc.health.v1.Health`: balancers and probes ask it whether a policy takes requests.
 
-Not the servicer of grpcio-health-checking: there a watcher that does not take its messages holds up whoever
-sets a state, and so reloads and shutdown, and one that leaves takes the others' news along.
+The servicer of grpcio-health-checking is not used. There a watcher that reads no messages blocks the call that
+sets a state, and so reloads and shutdown; and a watcher that leaves takes away the lock that others wait for.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._draining = False
 
     def set(self, name: str, ready: bool) -> None:
-        """Say whether the service or policy of this name takes requests; waits for no watcher."""
+        """Set whether the service or policy of this name takes requests; does not wait for watchers."""
         self._ready[name] = ready
         self._tell(name)
 
     def drain(self) -> None:
-        """Nothing takes requests any more, whatever is set from now on."""
+        """Report that no service and no policy takes requests, now and after later calls of `set`."""
         self._draining = True
         for name in self._ready:
             self._tell(name)
@@ -38,13 +38,13 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: _Context
     ) -> health_pb2.HealthCheckResponse:
-        """The state of a name; NOT_FOUND for one that was never set."""
+        """The state of a name; NOT_FOUND for a name that was never set."""
         if request.service not in self._ready:
             await context.abort(grpc.StatusCode.NOT_FOUND)
         return _States(status=self._state(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> None:  # noqa: N802
-        """The state of a name, and again whenever it changes; a change and back may go untold."""
+        """The state of a name now and after each change; a change and its reverse may be left out."""
         name, told = request.service, None
         changed = asyncio.Event()
         self._watchers.setdefault(name, set()).add(changed)
@@ -59,7 +59,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         finally:
             watchers = self._watchers[name]
             watchers.discard(changed)
-            if not watchers:  # names are the callers' to choose
+            if not watchers:  # callers choose the names, so an empty set must not stay
                 del self._watchers[name]
 
     def _state(self, name: str) -> int:

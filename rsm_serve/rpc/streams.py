@@ -1,4 +1,4 @@
-"""Bidirectional streams: requests in flight, answered in their order, and all streams of a service together."""
+"""Bidirectional streams: the requests of one, answered in order, and all open streams of a service."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rsm_common.errors import InvalidRequestError, NotReadyError, RequestError
 from rsm_serve.security.access import while_granted
 
 STREAM_WINDOW = 64
-"""Requests of one stream that may be in flight; then the server stops reading and flow control acts."""
+"""Requests of one stream that may be in flight; then the server stops reading until one is answered."""
 UNREADABLE = "wanted messages of the protocol, got one that cannot be read"
 SHUTTING_DOWN = "the server is shutting down; connect to another, or again later"
 
@@ -39,12 +39,13 @@ class _Refused(Generic[Response]):
 
 
 class OrderedStream(Generic[Request, Answer, Response]):
-    """Submits requests as they come and gives their responses in order.
+    """Submits requests when they arrive, and yields their responses in the same order.
 
     Args:
         submit: queues a request.
         refuse: makes the message for a request that `submit` refuses.
-        window: requests that may be in flight; then the reader stops and the transport's flow control acts.
+        window: requests that may be in flight. A full window stops the reader, and the transport's flow control
+            stops the caller.
     """
 
     def __init__(
@@ -56,18 +57,18 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self._submit = submit
         self._refuse = refuse
         self._window = window
-        # What was queued, or the response to what was refused; the first is the one that is being answered. Not
-        # the requests themselves: they may have 16 MiB each, and wait for a caller that reads nothing.
+        # Queued requests, or the responses to refused ones, in order of arrival. The requests' messages are not
+        # kept: each may have 16 MiB, and a caller may read no responses.
         self._pending: deque[Submitted[Answer, Response] | _Refused[Response]] = deque()
-        # At most one side waits: the reader while the window is full, the writer while nothing is pending.
+        # At most one side waits: the reader while the window is full, the writer while no request is pending.
         self._moved: asyncio.Future[None] | None = None
         self._read_all = False
         self.ended_by_server = False
         self.failure: RequestError | None = None
-        """Why nothing more was read."""
+        """The error that ended the reading; None without one."""
 
     async def read(self, requests: AsyncIterator[Request]) -> None:
-        """Submit requests as they come."""
+        """Submit requests when they arrive."""
         try:
             async for request in requests:
                 while len(self._pending) >= self._window:
@@ -75,7 +76,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
                 if self.ended_by_server:
                     break
                 self._pending.append(self._submitted(request))
-                del request  # nor here; see `responses`
+                del request  # do not keep the message while waiting for the next
                 self._wake()
         except RequestError as error:
             self.failure = error
@@ -99,7 +100,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
                     return
                 await self._move()
             yield await self._response(self._pending[0])
-            if self._pending:  # not closed meanwhile
+            if self._pending:  # empty if the stream was cancelled
                 self._pending.popleft()
             self._wake()
 
@@ -118,7 +119,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
         self._wake()
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
+        """Cancel what is in flight, because the call is over."""
         pending, self._pending = self._pending, deque()
         for submitted in pending:
             if isinstance(submitted, Submitted):
@@ -127,7 +128,7 @@ class OrderedStream(Generic[Request, Answer, Response]):
                     future.exception()  # marks it as seen
 
     async def _move(self) -> None:
-        """Wait until the other side has done something."""
+        """Wait until the other side, reader or writer, has moved."""
         self._moved = asyncio.get_running_loop().create_future()
         await self._moved
 
@@ -142,7 +143,7 @@ class OpenStreams:
     """The open streams of a service, which end together when the server drains.
 
     Args:
-        changed: told +1 when a stream opens, which it may refuse by raising, and -1 when it closes.
+        changed: called with +1 when a stream opens and -1 when it closes. An exception at +1 refuses it.
     """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
@@ -161,10 +162,10 @@ class OpenStreams:
         """The responses of a stream, until its caller or the server ends it.
 
         Args:
-            stream: just made.
-            requests: what it reads.
-            on_end: registers a function that the transport calls when the call is over: gRPC drops a handler
-                whose caller has gone, and when Python then ends the block of its generator is not said.
+            stream: a new one.
+            requests: the messages that it reads.
+            on_end: registers a function that the transport calls when the call is over. The end of the block is
+                not enough: gRPC drops a handler whose caller left, and Python closes its generator later.
 
         Raises:
             LimitReachedError: there are too many.

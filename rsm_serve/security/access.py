@@ -1,6 +1,6 @@
-"""Who may call what, by bearer tokens: everything needs one but what probes ask.
+"""The rules for bearer tokens: every method needs one, except those for probes.
 
-Nothing here knows of gRPC; a method is its full name, `/package.Service/Method`.
+This module does not know gRPC; a method is its full name, `/package.Service/Method`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rsm_serve.security.watched_files import Watched, warn_if_public
 Message = TypeVar("Message")
 
 OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
-"""Services that answer everybody: whether a policy is ready, and what the protocol is."""
+"""Services without a token: health, and the description of the protocol."""
 OPEN_METHODS = frozenset(
     f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")
 )
@@ -31,7 +31,7 @@ ADMIN_METHODS = frozenset(
 
 
 class Role(enum.IntEnum):
-    """What a token allows; more includes less."""
+    """What a token allows; a higher role includes the lower ones."""
 
     NOBODY = 0
     ACT = 1
@@ -40,7 +40,7 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Grant:
-    """That somebody was let in."""
+    """The permission of one call."""
 
     role: Role
     needed: Role
@@ -48,27 +48,27 @@ class Grant:
     digest: bytes = field(repr=False)
 
     def check(self) -> None:
-        """Make sure that it still holds; for calls that last.
+        """Check that the token is still in the file; for calls that last.
 
         Raises:
-            UnauthenticatedError: the token was taken out of the file.
+            UnauthenticatedError: the token was removed from the file.
         """
         if self.access.role(self.digest) < self.needed:
             raise UnauthenticatedError(
-                "wanted a token that this server knows, got one that it no longer does; connect with another"
+                "wanted a token of this server, got one that was removed from its file; use another token"
             )
 
 
 GRANT: ContextVar[Grant | None] = ContextVar("GRANT", default=None)
-"""Of the call that runs in this context; None where nobody is asked for tokens."""
+"""The permission of the call that runs in this context; None on a server without tokens."""
 
 
 class Access:
     """The rules of a server, over its token files.
 
     Args:
-        act: file of tokens that may act; None: everybody may.
-        admin: file of tokens that may load and unload too; None: nobody may.
+        act: file of tokens that may act; None: acting needs no token.
+        admin: file of tokens that may also load and unload; None: no token may.
 
     Raises:
         ConfigError: a file cannot be used, or both have the same token.
@@ -82,7 +82,7 @@ class Access:
             )
 
     def grant(self, method: str, metadata: Iterable[tuple[str, Any]]) -> Grant:
-        """Let a call in.
+        """Give a call its permission.
 
         Raises:
             UnauthenticatedError: it needs a token and has none, or one that is unknown.
@@ -106,7 +106,7 @@ class Access:
         )
 
     def role(self, digest: bytes) -> Role:
-        """What a token allows, by its digest."""
+        """The role of a token, by its digest."""
         if self._admin is not None and _among(digest, self._admin.value):
             return Role.ADMIN
         return Role.ACT if self._act is not None and _among(digest, self._act.value) else Role.NOBODY
@@ -120,10 +120,10 @@ class Access:
 
 
 def while_granted(messages: AsyncIterator[Message]) -> AsyncIterator[Message]:
-    """The messages of a call, as long as its token holds.
+    """The messages of a call, as long as its token is valid.
 
     Raises:
-        UnauthenticatedError: while iterating, it no longer does.
+        UnauthenticatedError: while iterating, when the token was removed from its file.
     """
     grant = GRANT.get()
     return messages if grant is None else _checked(messages, grant)
@@ -143,10 +143,10 @@ def _watch(path: Path | None) -> Watched[tuple[bytes, ...]] | None:
 
 
 def _digest(token: str) -> bytes:
-    # Digests have one length, so that not even the length of a token can be measured.
+    # All digests have one length, so that the time of a comparison does not show the length of a token.
     return hashlib.sha256(token.encode()).digest()
 
 
 def _among(digest: bytes, known: Iterable[bytes]) -> bool:
-    """Whether it is one of them, in a time that does not tell which, or how much of it is right."""
+    """True if it is one of them. The time shows neither which one, nor how many bytes are right."""
     return sum([hmac.compare_digest(digest, other) for other in known]) > 0

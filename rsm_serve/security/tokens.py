@@ -1,4 +1,4 @@
-"""Bearer tokens in files: one a line, `#` before comments, several while one takes the place of another."""
+"""Bearer tokens in files: one per line, `#` before comments, several while one replaces another."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from rsm_common.errors import ConfigError
 MIN_TOKEN_CHARS = 16
 MAX_TOKEN_CHARS = 1024
 MAX_TOKENS = 1000
-"""Of one file; a caller's is compared with every one of them."""
+"""Tokens of one file; the token of a call is compared with each."""
 _MAX_FILE_BYTES = 1 << 20
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750
 
 AUTHORIZATION = "authorization"
-"""The metadata that carries a token."""
+"""Key of the metadata that carries a token."""
 _SCHEME = "bearer "
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """The metadata that shows a token; none for an empty one."""
+    """The metadata for a token; empty for an empty token."""
     return ((AUTHORIZATION, f"Bearer {token}"),) if token else ()
 
 
 def shown(authorization: str) -> str:
-    """The token in the metadata's value; empty if it is none."""
+    """The token in the value of the metadata; empty if the value has another form."""
     scheme, token = authorization[: len(_SCHEME)], authorization[len(_SCHEME) :]
     return token.strip() if scheme.lower() == _SCHEME else ""
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
-    """The tokens of a file, one at least. No sentence says what stands there.
+    """The tokens of a file, at least one. No error repeats the file's content.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or has a line that is no token.
+        ConfigError: the file cannot be read, is empty, or has a line that is not a token.
     """
     try:
         with path.open("rb") as file:
@@ -58,7 +58,7 @@ def check_token(token: str, where: str) -> str:
     """Return the token.
 
     Raises:
-        ConfigError: it is none, or too short to be a secret.
+        ConfigError: it is not a token, or too short to be a secret.
     """
     if not (MIN_TOKEN_CHARS <= len(token) <= MAX_TOKEN_CHARS and _TOKEN.fullmatch(token)):
         raise ConfigError(

@@ -19,21 +19,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOOK_S = 1.0
-"""Between two looks at the files, which happen on use alone."""
+"""Time between two looks at the files; they are looked at only when their content is asked for."""
 
 
 class Watched(Generic[T]):
-    """What some files say, read again when they have changed; any thread may ask.
+    """The content of some files, read again when they have changed; any thread may ask.
 
-    What cannot be read, or is wrong, changes nothing: the last good content stays, and the log says so once.
+    Files that cannot be read, or are wrong, change nothing: the last good content stays, and the log has one
+    warning.
 
     Args:
         paths: the files.
-        read: makes the content of them.
+        read: reads the files and returns their content.
         clock: seconds, monotonic.
 
     Raises:
-        RsmError: what `read` raises at the beginning.
+        RsmError: the first `read` failed.
     """
 
     def __init__(
@@ -71,15 +72,15 @@ class Watched(Generic[T]):
         except RsmError as error:
             if self._told != str(error):
                 self._told = str(error)
-                logger.warning("%s; what was read before goes on", error)
+                logger.warning("%s; the content that was read before stays in use", error)
             return
-        if stamps == self._look():  # otherwise somebody is writing: it is read at the next look
+        if stamps == self._look():  # otherwise the files are being written, and are read at the next look
             self._stamps, self._value, self._told = stamps, value, ""
             logger.info("read again: %s", ", ".join(map(str, self._paths)))
 
 
 def warn_if_public(path: Path) -> None:
-    """Say in the log that a secret can be read by every user of this machine."""
+    """Log a warning if every user of this machine can read a secret."""
     with contextlib.suppress(OSError):
         if path.stat().st_mode & stat.S_IROTH:
             logger.warning("%s can be read by every user of this machine; chmod 600 %s", path, path)

@@ -275,7 +275,7 @@ class TestRotation:
                     other.act(np.zeros(4))
                 with pytest.raises(UnauthenticatedError, match="does not know"):
                     robot.act(np.zeros(4))
-                with pytest.raises(UnauthenticatedError, match="no longer"):
+                with pytest.raises(UnauthenticatedError, match="was removed from its file"):
                     control.act(np.zeros(4))  # also where it was open before
             with caplog.at_level(logging.WARNING, "rsm_serve"):
                 for spoil in (path.unlink, lambda: secret(path, "short"), lambda: secret(path, "#")):
@@ -283,9 +283,9 @@ class TestRotation:
                     time.sleep(1.1 * LOOK_S)
                     with PolicyClient(address, token=WRONG, timeout_s=30) as other:
                         other.act(np.zeros(4))
-            assert [record.getMessage().endswith("read before goes on") for record in caplog.records] == 3 * [
-                True
-            ]
+            assert [
+                record.getMessage().endswith("read before stays in use") for record in caplog.records
+            ] == 3 * [True]
 
     def test_a_stream_of_the_open_inference_protocol_ends_too(self, bundle_repo, files):
         with (

@@ -193,7 +193,7 @@ class TestRenewal:
             with caplog.at_level(logging.WARNING, "rsm_serve"):
                 time.sleep(1.1)
                 assert served_certificate(address, authority.ca) == old
-            assert "what was read before goes on" in caplog.text
+            assert "that was read before stays in use" in caplog.text
             replace(key, new_key)
             deadline = time.monotonic() + 20
             while served_certificate(address, authority.ca) != new:
