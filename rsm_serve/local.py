@@ -22,14 +22,13 @@ from rsm_serve.sessions.choice import open_session, probe_tolerance
 logger = logging.getLogger(__name__)
 
 BOUND_TOLERANCE = 1e-5
-"""How far, as a fraction of the action range, rounding may carry an action over its bounds; it is clipped
-back. More than that is a fault of the graph or the backend."""
+"""Largest distance out of the bounds, as a fraction of the action range, that counts as rounding and is
+clipped. A larger one is a fault of the graph or the backend."""
 
 MAX_NOISE_AT_ONCE = 4096
-"""Random numbers that `LocalPolicy.prepare` draws, in the event loop of a server; the worker thread draws more.
-numpy lets go of the interpreter for every row. Under load the worker would then wait for the event loop to give
-it back, which took a tenth of the throughput of 64 clients. The event loop waits for a few lines of the worker
-at most."""
+"""Most random numbers that `LocalPolicy.prepare` draws in the event loop of a server; the worker thread draws
+the noise of larger requests. numpy releases the interpreter's lock for every row. Under load the worker would
+wait for the event loop to return the lock, which cost a tenth of the throughput of 64 clients."""
 
 
 def open_policy(
@@ -37,7 +36,7 @@ def open_policy(
 ) -> LocalPolicy:
     """Load, verify, warm up and probe a bundle: a version directory, or a policy directory (its current one).
 
-    A bare model.onnx of rsm-export runs too, unverified, with a warning.
+    A model.onnx of rsm-export without a bundle runs too, unverified, with a warning.
 
     Raises:
         UsageError, MissingExtraError, BundleError: see `load_bundle`, `open_session` and `LocalPolicy`.

@@ -1,4 +1,4 @@
-"""How a server begins: from its configuration to the loaded policies, before it has an event loop."""
+"""Loads the policies that a configuration asks for, before the server has an event loop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_repository(config: ServerConfig, load: Loader, counts: ServerCounts) -> tuple[Registry, Wishes]:
-    """Load what the configuration asks for; how a server begins, before it has an event loop.
+    """Load the policies that the configuration asks for.
 
     Raises:
-        BundleError: something that was asked for is missing or damaged, or there is nothing to serve.
+        BundleError: a policy that was asked for is missing or damaged, or there is no policy.
         MissingExtraError: the backend is not installed.
     """
     wishes = wishes_of(config)
@@ -55,10 +55,10 @@ def load_repository(config: ServerConfig, load: Loader, counts: ServerCounts) ->
 
 
 def _load_policy(name: str, found: Found, wishes: Wishes, load: Loader, config: ServerConfig) -> list[Lane]:
-    """All versions of one policy that a server begins with.
+    """Load the versions of one policy that a server starts with.
 
-    A server that polls is one that nobody watches: where the newest version is broken, it begins with the one
-    before, as it would have gone on with it.
+    A server that polls runs unattended. If the newest version is broken, it starts with the version before, as
+    a running server would have kept it.
     """
     if found.problem:
         raise BundleError(found.problem)
@@ -71,7 +71,7 @@ def _load_policy(name: str, found: Found, wishes: Wishes, load: Loader, config: 
 
 
 def _load_current(name: str, current: int | None, found: Found, load: Loader, *, fall_back: bool) -> Lane:
-    # Without a complete version (0) the newest directory is tried: its own error says what is wrong.
+    # Without a complete version (0) the newest directory is tried, and its error says what is wrong.
     candidates = [current or 0]
     if fall_back and found.pointer is None:
         candidates += sorted((version for version in found.versions if version < candidates[0]), reverse=True)
@@ -86,7 +86,7 @@ def _load_current(name: str, current: int | None, found: Found, load: Loader, *,
 
 
 def wishes_of(config: ServerConfig) -> Wishes:
-    """What a configuration wants loaded."""
+    """Return the versions that a configuration asks for."""
     follow = {selection.name for selection in config.versions.policies if selection.version is None}
     wishes = Wishes(follow if config.versions.policies else None)
     for selection in config.versions.policies:
@@ -98,7 +98,7 @@ def wishes_of(config: ServerConfig) -> Wishes:
 
 
 def make_loader(config: ServerConfig, counts: ServerCounts) -> Loader:
-    """Loads what a server with this configuration loads, and tells an observer how long it took."""
+    """Make the loader of a server: it loads one version and counts how long that took."""
     turns = None if config.inference.workers is None else Turns(config.inference.workers)
 
     def load(name: str, version: int) -> Lane:

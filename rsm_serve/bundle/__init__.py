@@ -1,7 +1,7 @@
-"""What a loadable policy is: the bundle directory, the repository of bundles, and reading ONNX files.
+"""The bundle of a policy and the repository of bundles: reading, verifying, and the version to serve.
 
 Imports rsm_common alone; never a runtime, gRPC or asyncio.
-Used by rsm_export (which obeys it), sessions, engine and rsm_eval.
+Used by sessions, local, engine, startup and commands, and by rsm_export, which writes bundles.
 """
 
 from rsm_serve.bundle.contract import Bundle, load_bundle

@@ -1,4 +1,4 @@
-"""What a loadable bundle is: the contract between the exporter and everything that runs a policy.
+"""The format of a bundle: the contract between the exporter and the programs that run a policy.
 
     <repository>/<policy name>/
         config.pbtxt        for Triton and KServe; not read here
@@ -9,10 +9,10 @@
             probe.npz       observations, noise and expected actions, replayed at load
             manifest.json   sha256 and size of each of the three
 
-Nothing is ever unpickled. A file is read once, and the bytes that were verified are the bytes that run. A link
-to a file is followed, since volumes are mounted through links; what it leads to must have the manifest's hash.
+No file is unpickled. Each file is read once, and the verified bytes are the bytes that run. Links to files are
+followed, because volumes are mounted through links; the file behind a link must have the manifest's hash.
 
-The graph repeats policy.json in its metadata, so that a bare model.onnx, without the other files, can be run.
+The graph repeats policy.json in its metadata, so that a model.onnx without the other files can be run.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Bundle:
     model: bytes
     """The ONNX graph."""
     probe: Probe
-    """Without rows if the graph came alone."""
+    """Without rows for a graph without a bundle."""
 
 
 def check_policy_name(name: str) -> str:
     """Return the name if it is safe as a directory name.
 
     Raises:
-        BundleError: anything else, such as a path.
+        BundleError: it is not, for example because it is a path.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise BundleError(
@@ -78,12 +78,12 @@ def check_policy_name(name: str) -> str:
 
 
 def parse_version(text: str) -> int | None:
-    """The number of a version's directory; None if the text is not one."""
+    """Return the number of a version's directory; None if the text is not one."""
     return int(text) if _VERSION.fullmatch(text) else None
 
 
 def list_versions(policy_dir: Path) -> list[int]:
-    """The version numbers below a policy directory, ascending; empty if there are none.
+    """Return the version numbers below a policy directory, ascending; empty if there are none.
 
     Raises:
         BundleError: it may not be read.
@@ -98,7 +98,7 @@ def list_versions(policy_dir: Path) -> list[int]:
 
 
 def list_policies(repository: Path) -> list[str]:
-    """The names of the policies in a repository that have at least one version, or may not be read; sorted.
+    """Return the names of the policies that have at least one version or cannot be read; sorted.
 
     Raises:
         BundleError: the repository is not a directory, or may not be read.
@@ -118,7 +118,7 @@ def list_policies(repository: Path) -> list[str]:
 def _may_have_versions(policy_dir: Path) -> bool:
     try:
         return bool(list_versions(policy_dir))
-    except BundleError:  # one policy must not hide the others; whoever loads it hears why
+    except BundleError:  # one policy must not hide the others; loading it gives the reason
         return True
 
 
@@ -127,7 +127,7 @@ def _unreadable(path: Path, error: OSError) -> BundleError:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is; not where that may not be known, which reading what is around it will say."""
+    """True for a regular file; False if stat fails, because a later read reports the error."""
     try:
         return path.is_file()
     except OSError:
@@ -135,7 +135,7 @@ def _is_file(path: Path) -> bool:
 
 
 def read_pointer(policy_dir: Path) -> int | None:
-    """The version that CURRENT names, whether it is there or not; None without the file.
+    """Return the version that CURRENT names, which may be missing; None without the file.
 
     Raises:
         BundleError: it cannot be read, or names none.
@@ -144,7 +144,7 @@ def read_pointer(policy_dir: Path) -> int | None:
     try:
         if not (path.is_symlink() or path.exists()):
             return None
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait
             raise BundleError(f"wanted a file at {path}, got something else; make it one")
         with path.open("rb") as file:
             text = file.read(MAX_POINTER_BYTES + 1).decode("utf-8", "replace").strip()
@@ -160,12 +160,13 @@ def read_pointer(policy_dir: Path) -> int | None:
 
 
 def find_bundle(path: Path) -> Path:
-    """The version directory that a path means: itself, or the current version below a policy directory.
+    """Return the version directory of a path: the path itself, or the current version below a policy directory.
 
-    That is the one that a server of the repository serves: what CURRENT names, or without that file the newest.
+    The current version is the one that a server serves: the one that CURRENT names, or the newest without
+    CURRENT.
 
     Raises:
-        BundleError: there is no bundle at the path, it may not be read, or CURRENT names none that is there.
+        BundleError: there is no bundle at the path, it cannot be read, or CURRENT names a missing version.
     """
     if _is_file(path / MANIFEST_FILE):
         return path
@@ -189,7 +190,7 @@ def load_bundle(path: str | Path) -> Bundle:
 
     Args:
         path: a version directory; or a policy directory, which means its current version (see `find_bundle`);
-            or a bare model.onnx, which is run as it is, with a warning: nothing vouches for it.
+            or a model.onnx without a bundle, which is used without verification, with a warning.
 
     Raises:
         BundleError: a file is missing, or its size or hash is not the manifest's, or its content is not
@@ -221,7 +222,7 @@ def load_bundle(path: str | Path) -> Bundle:
 
 
 def load_graph(path: Path) -> Bundle:
-    """Read a graph that came alone, by the specification in its metadata; it has no probe.
+    """Read a graph without a bundle, with the specification in its metadata; it has no probe.
 
     Raises:
         BundleError: it cannot be read, or is not a graph of rsm-export.
@@ -244,18 +245,18 @@ def load_graph(path: Path) -> Bundle:
 
 
 def file_record(content: bytes) -> dict[str, str | int]:
-    """What the manifest records of a file."""
+    """Return the entry of a file in the manifest."""
     return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
 
 
 def manifest_json(content: dict[str, bytes]) -> bytes:
-    """The content of manifest.json for the given files."""
+    """Return the content of manifest.json for the given files."""
     files = {name: file_record(data) for name, data in content.items()}
     return (json.dumps({"schema_version": MANIFEST_SCHEMA_VERSION, "files": files}, indent=2) + "\n").encode()
 
 
 def read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
-    """Size and sha256 of the files of a bundle, by name, as its manifest says.
+    """Return size and sha256 of the files of a bundle, by name, from its manifest.
 
     Raises:
         BundleError: the manifest is missing, damaged, or lists other files than a bundle has.
@@ -289,10 +290,10 @@ def read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
 
 
 def _regular_size(path: Path) -> int:
-    """Size of a regular file.
+    """Return the size of a regular file.
 
     Raises:
-        OSError: it cannot be found, or is something else, such as a pipe, which could block for ever.
+        OSError: it is missing, or is not a regular file: a pipe could block for ever.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -301,7 +302,7 @@ def _regular_size(path: Path) -> int:
 
 
 def _read_file(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
         OSError: see `_regular_size`.

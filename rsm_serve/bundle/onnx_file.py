@@ -1,7 +1,7 @@
-"""What is in an ONNX file, read without onnx or a runtime: any backend, and a robot, can do it.
+"""Reads metadata and tensor locations of ONNX files without the package onnx or a runtime.
 
-An ONNX file is one protobuf message, ModelProto of onnx.proto, whose field numbers stand below. Only what is
-asked for is decoded.
+An ONNX file is one protobuf message, ModelProto of onnx.proto; the constants below are its field numbers. Other
+fields are skipped without being decoded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from rsm_common.errors import BundleError
 
 POLICY_KEY = "rsm.policy"
-"""Of the metadata entry that repeats policy.json."""
+"""Key of the metadata entry that repeats policy.json."""
 
 MODEL_GRAPH, _MODEL_METADATA = 7, 14
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_OUTPUT = 1, 5, 12
@@ -22,10 +22,13 @@ TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_RAW = 1, 2, 8, 9
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
-_MAX_TAG = 2**32 - 1  # onnxruntime's protobuf drops higher bits: it would see another field than we do
+_MAX_TAG = (
+    2**32 - 1
+)  # onnxruntime's protobuf drops higher bits, so it would read another field than this module
 
-# Every way of onnx.proto from a model to a tensor: of each message, the fields to follow. An external tensor
-# is read wherever it stands; onnxruntime reads those of sparse tensors even of a model given as bytes.
+# All paths of onnx.proto from a model to a tensor: the fields of each message that lead to tensors. A runtime
+# reads an external tensor at any of these places; onnxruntime reads those of sparse tensors even for a model in
+# memory.
 _WAYS_TO_TENSORS: dict[str, dict[int, str]] = {
     "model": {MODEL_GRAPH: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -39,7 +42,7 @@ _WAYS_TO_TENSORS: dict[str, dict[int, str]] = {
 
 
 def read_metadata(model: bytes) -> dict[str, str]:
-    """The metadata of a model file.
+    """Return the metadata of a model file.
 
     Raises:
         BundleError: it is not an ONNX file.
@@ -52,7 +55,7 @@ def read_metadata(model: bytes) -> dict[str, str]:
 
 
 def check_self_contained(model: bytes) -> None:
-    """Check that a model file holds all of its tensors: what lies in another file was not verified.
+    """Check that a model file holds all of its tensors, because other files were not verified.
 
     Raises:
         BundleError: a tensor lies in another file, or it is not an ONNX file.
@@ -69,10 +72,10 @@ def check_self_contained(model: bytes) -> None:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every field of a protobuf message: whole numbers for varints, bytes for all others.
+    """Yield (number, value) of every field of a protobuf message: int for varints, bytes for all others.
 
     Raises:
-        ValueError: not a protobuf message, or one that ends too early.
+        ValueError: not a protobuf message, or an incomplete one.
     """
     at = 0
     while at < len(message):
@@ -97,7 +100,7 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """(value, position behind it) of a number in base 128, least significant digit first."""
+    """Return (value, position after it) of a number in base 128, least significant digit first."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):
@@ -111,7 +114,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def _external_tensors(kind: str, message: bytes) -> Iterator[str]:
-    """Names of the tensors in a message, which is of a kind of _WAYS_TO_TENSORS, that lie in another file."""
+    """Yield the names of the external tensors in a message; `kind` is a key of _WAYS_TO_TENSORS."""
     if kind == "tensor":
         yield from _if_external(message)
         return

@@ -1,7 +1,7 @@
-"""What a repository holds at one moment, and which of it a server is to serve: reading, and pure decisions.
+"""The content of a repository at one moment, and the versions of it that a server should load.
 
-The current version of a policy is the one that its CURRENT file names, or, without the file, its newest
-complete one. A version is complete when its manifest is there: rsm-export publishes by renaming a finished
+The current version of a policy is the one that its CURRENT file names. Without the file it is the newest
+complete version. A version is complete when its manifest is there: rsm-export publishes by renaming a finished
 directory. CURRENT must be replaced atomically (write a file beside it, rename it over).
 """
 
@@ -22,7 +22,7 @@ from rsm_serve.bundle.contract import (
 )
 
 Stamp = tuple[FileStamp, ...]
-"""What changes when a version's files do."""
+"""Stamps of the files of a version; they change when a file changes."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Found:
     """One policy of a repository."""
 
     versions: tuple[int, ...]
-    """The complete ones, ascending."""
+    """The complete versions, ascending."""
     pointer: int | None = None
-    """What CURRENT names, whether it is there or not; None without the file."""
+    """The version that CURRENT names, which may be missing; None without the file."""
     problem: str = ""
     """Why CURRENT cannot be followed; then `pointer` is None."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A whole repository."""
+    """The content of a whole repository."""
 
     policies: Mapping[str, Found]
     stamps: Mapping[tuple[str, int], Stamp]
@@ -48,10 +48,10 @@ class Survey:
 
 @dataclass
 class Wishes:
-    """What the operator wants loaded, beside what the repository says."""
+    """The versions that the operator wants loaded, by options and by requests."""
 
     follow: set[str] | None = None
-    """Policies whose current version is loaded; None: of all in the repository."""
+    """Policies whose current version is loaded; None: all in the repository."""
     pinned: dict[str, set[int]] = field(default_factory=dict)
     """Versions that stay loaded for requests that name them, by policy."""
     canaries: dict[str, set[int]] = field(default_factory=dict)
@@ -63,18 +63,18 @@ class Wishes:
         return name not in self.unloaded and (self.follow is None or name in self.follow)
 
     def fixed(self, name: str) -> set[int]:
-        """Versions of the policy that stay loaded whatever the repository says."""
+        """Return the versions of the policy that stay loaded independent of the repository."""
         return set() if name in self.unloaded else self.pinned.get(name, set()) | self.canaries.get(name, set())
 
     def names(self) -> set[str]:
-        """Policies that the operator named."""
+        """Return the policies that the operator named."""
         return {*(self.follow or ()), *self.pinned, *self.canaries}
 
     def current(self, name: str, found: Found | None) -> int | None:
-        """The version that is to answer requests without one; None if nobody can say.
+        """Return the version that should answer requests without a version; None if it cannot be decided.
 
-        A canary becomes current only by CURRENT, or where there is nothing else: it would be the newest as soon
-        as it appears.
+        A canary becomes current only if CURRENT names it or there is no other version. Otherwise each new
+        canary would become current, because it is the newest version.
         """
         if found is None or found.problem or name in self.unloaded:
             return None
@@ -102,7 +102,7 @@ def survey(repository: Path, asked: Iterable[tuple[str, int]] = ()) -> Survey:
 
 
 def look_at(policy_dir: Path) -> Found | None:
-    """What a repository holds of one policy; None if it has no version, not even half of one."""
+    """Read the versions of one policy; None if there is no version, not even an incomplete one."""
     try:
         numbers = list_versions(policy_dir)
         versions = tuple(number for number in numbers if (policy_dir / str(number) / MANIFEST_FILE).is_file())
@@ -127,5 +127,5 @@ def _is_name(text: str) -> bool:
 
 
 def stamp(version_dir: Path) -> Stamp:
-    """See `Stamp`."""
+    """Return the stamps of a version's files."""
     return tuple(file_stamp(version_dir / name) for name in (MANIFEST_FILE, *PAYLOAD_FILES))

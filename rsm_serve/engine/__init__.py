@@ -1,5 +1,5 @@
-"""From a decoded request to its answer: queue, batches, lanes, versions, guards.
+"""A request's way from its decoded rows to its answer: queue, batches, lanes, versions, action guard.
 
-Imports bundle, sessions, observe, wire and local; never gRPC, HTTP or a message type.
-Used by rpc, http and server.
+Imports bundle, local, observe and wire; never gRPC, HTTP or a message type.
+Used by startup, config, rpc, http, server and commands.
 """

@@ -1,10 +1,9 @@
-"""What stands between a policy and a robot: a limit per control step, and what to do when the policy fails.
+"""The action guard: a limit on the change of an action per control step, and a fallback when a policy fails.
 
-The policy itself already refuses an action that is not finite or out of bounds. The guard remembers the last
-action of each client: it clips the next one towards it, and has one to give out where the policy has none.
+`LocalPolicy` already refuses actions that are not finite or out of bounds. The guard remembers the last action
+of each client. It clips the next action towards the last one, and gives a fallback action if the policy fails.
 
-`ActionGuard` is pure: it takes `now` and owns no clock, task or socket. `GuardedAnswers` drives it in the event
-loop, which is its one writer whatever version answers: so a limit holds across a reload, when jumps happen.
+`ActionGuard` is pure: the caller passes the time. `GuardedAnswers` drives it in the event loop.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from rsm_common.spec import BoxSpec, PolicySpec
 Fallback = Literal["fail", "hold", "center"]
 
 IDLE_S = 2.0
-"""An action that is older is no longer the last step, ..."""
+"""An action that is older than this is no longer the last step, ..."""
 IDLE_STEPS = 10
 """... unless it is one of the last ten steps of a slow policy, by its `control_dt_s`."""
 MAX_CLIENTS = 4096
-"""Clients whose last action is remembered; the one that has been silent longest goes first."""
+"""Most clients whose last action is remembered; the client with the oldest one is forgotten first."""
 
 
 @dataclass(frozen=True)
 class GuardLimits:
-    """What the guard does.
+    """Settings of the guard.
 
     Raises:
         ConfigError: `max_step` is not in (0, 1].
@@ -64,7 +63,7 @@ class GuardLimits:
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether the guard changes any answer."""
         return self.max_step is not None or self.fallback != "fail"
 
 
@@ -74,23 +73,23 @@ class _Last:
 
     space: BoxSpec
     range_A: NDArray[np.float32]
-    """From bound to bound."""
+    """Upper bound minus lower bound."""
     action_RA: NDArray[np.float32]
     given_R: NDArray[np.float64]
-    """When each was given out, seconds."""
+    """When each was given to the client, seconds."""
     chosen_R: NDArray[np.float64]
-    """When the policy last chose one for the row: what is held does not grow younger by being held."""
+    """When the policy last chose an action for the row. Holding an action does not change it."""
 
 
 class ActionGuard:
-    """The last action of every client, and what follows from it.
+    """Remembers the last action of every client, limits the next one and gives fallback actions.
 
-    A client is whatever is hashable and its own: its client_id, or an object per stream. Times are seconds of
-    one monotonic clock that the caller reads.
+    A client is its client_id or any other hashable object of its own, such as one per stream. Times are seconds
+    of one monotonic clock that the caller reads.
 
     Args:
-        limits: what to do.
-        max_clients: how many to remember.
+        limits: the settings.
+        max_clients: most clients that are remembered.
     """
 
     def __init__(self, limits: GuardLimits, max_clients: int = MAX_CLIENTS) -> None:
@@ -100,14 +99,14 @@ class ActionGuard:
 
     @property
     def clients(self) -> int:
-        """How many are remembered."""
+        """Number of clients that are remembered."""
         return len(self._last)
 
     def admit(self, client: Hashable | None) -> None:
         """Check that a request can be limited.
 
         Raises:
-            InvalidRequestError: nobody in particular asks, so that no action before is known.
+            InvalidRequestError: the request has no client, so its last action is not known.
         """
         if client is None and self._limits.max_step is not None:
             raise InvalidRequestError(
@@ -118,11 +117,11 @@ class ActionGuard:
     def limit(
         self, spec: PolicySpec, client: Hashable | None, action_BA: NDArray[np.float32], now: float
     ) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
-        """What to give out for the policy's actions.
+        """Limit the policy's actions.
 
         Args:
             spec: of the policy.
-            client: who asks; None: nobody in particular.
+            client: of the request; None: unknown.
             action_BA: [B, A], inside the bounds.
             now: seconds.
 
@@ -142,9 +141,9 @@ class ActionGuard:
     def substitute(
         self, spec: PolicySpec, client: Hashable | None, rows: int, now: float
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]] | None:
-        """What to give out where the policy failed, as `limit`; None: nothing, the request fails.
+        """Return the fallback actions for a request that the policy failed, as `limit`; None if there are none.
 
-        `hold` has something only where the policy itself chose an action for every row within the idle time.
+        `hold` has an action only if the policy chose one for every row of the client within the idle time.
         """
         if self._limits.fallback == "fail":
             return None
@@ -164,14 +163,14 @@ class ActionGuard:
     def _clip(
         self, spec: PolicySpec, last: _Last | None, action_BA: NDArray[np.float32], now: float
     ) -> NDArray[np.float32]:
-        """The actions, at most a step from the last ones; the very same array if nothing is changed."""
+        """Clip actions to one step from the last ones; return the same array object if no action changes."""
         if last is None or self._limits.max_step is None:
             return action_BA
         rows = min(len(action_BA), len(last.action_RA))
         recent_R = last.given_R[:rows] >= now - _idle_s(spec)
         step_A = np.float32(self._limits.max_step) * last.range_A
         before_RA = last.action_RA[:rows]
-        # Between the last action and the wanted one, which are both inside the bounds.
+        # The result lies between the last and the wanted action, which are both inside the bounds.
         clipped_RA = np.minimum(np.maximum(action_BA[:rows], before_RA - step_A), before_RA + step_A)
         changed_R = recent_R & (clipped_RA != action_BA[:rows]).any(axis=1)
         if not changed_R.any():
@@ -181,7 +180,7 @@ class ActionGuard:
         return given_BA
 
     def _recall(self, spec: PolicySpec, client: Hashable) -> _Last | None:
-        """What is known of a client; nothing if a version with another action space takes over."""
+        """Return the last actions of a client; None if there are none, or their action space was another."""
         last = self._last.get((spec.name, client))
         return last if last is not None and last.space == spec.action else None
 
@@ -214,14 +213,14 @@ def _idle_s(spec: PolicySpec) -> float:
 
 
 def _held(last: _Last | None, rows: int, since_s: float) -> NDArray[np.float32] | None:
-    """[B, A] if the policy has chosen an action for each of the rows since then."""
+    """Return the last actions [B, A] if the policy chose one for each of the rows since `since_s`."""
     if last is None or len(last.chosen_R) < rows or not (last.chosen_R[:rows] >= since_s).all():
         return None
     return last.action_RA[:rows].copy()
 
 
 def _grown(last: _Last | None, spec: PolicySpec, rows: int, size: int) -> _Last:
-    """With room for `rows`; what is not known was given out an eternity ago."""
+    """Return last actions with room for `rows`; the new rows have the time -inf."""
     never_R = np.full(rows, -np.inf)
     grown = _Last(
         spec.action,

@@ -32,9 +32,9 @@ class _Job(Generic[Request, Answer]):
 
 
 class _Bell:
-    """A `threading.Condition` for one waiting thread, at a third of its cost: one lock serves all waits.
+    """A `threading.Condition` for one waiting thread, at a third of the cost: it makes no lock for each wait.
 
-    `ring` and `wait` are called with `lock` held; `wait` lets go of it while it sleeps.
+    `ring` and `wait` are called with `lock` held; `wait` releases it while it sleeps.
     """
 
     def __init__(self, lock: threading.Lock) -> None:
@@ -44,26 +44,26 @@ class _Bell:
         self._asleep = False
 
     def ring(self) -> None:
-        """Wake the thread that waits, if one does."""
+        """Wake the waiting thread, if there is one."""
         if self._asleep:
             self._asleep = False
             self._gate.release()
 
     def wait(self, timeout_s: float = -1) -> None:
-        """Sleep until `ring`, at most so long; negative: without limit."""
+        """Sleep until `ring`, at most `timeout_s` seconds; negative: without limit."""
         self._asleep = True
         self._lock.release()
         try:
             rung = self._gate.acquire(timeout=timeout_s)
         finally:
             self._lock.acquire()
-        if not rung and not self._asleep:  # rung after the time was up
+        if not rung and not self._asleep:  # `ring` came after the timeout
             self._gate.acquire()
         self._asleep = False
 
 
 Compute = Callable[[Sequence[Request]], Sequence[Answer | RequestError]]
-"""Answers a batch, in order; a request may fail alone by a RequestError in its place."""
+"""Returns one answer per request of a batch, in order; a RequestError if one request failed alone."""
 
 
 class Batcher(Generic[Request, Answer]):
@@ -72,7 +72,7 @@ class Batcher(Generic[Request, Answer]):
     Args:
         compute: runs in the worker thread. If it raises, the requests of that batch fail and the worker
             goes on.
-        limits: sizes, delay and rules.
+        limits: of the queue and of a batch.
         name: of the thread, and in the log.
         clock: seconds, monotonic.
         turns: entered around every batch; bounds how many batchers compute at once.
@@ -104,11 +104,11 @@ class Batcher(Generic[Request, Answer]):
         return self._queue.rows
 
     def start(self) -> None:
-        """Start the worker; to be called once, in the event loop that submits."""
+        """Start the worker; to be called once, in the event loop that calls `put`."""
         assert self._loop is None, "a batcher starts once"
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        # A daemon: a backend that hangs for ever must not keep a server from exiting.
+        # A daemon, so that a backend that hangs does not keep the server from exiting.
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def put(
@@ -120,17 +120,17 @@ class Batcher(Generic[Request, Answer]):
         priority: int = 0,
         client_id: str = "",
     ) -> asyncio.Future[Answered[Answer]]:
-        """Queue a request; cancelling the future takes it out again, if it still waits.
+        """Queue a request; cancelling the future removes the request, if it still waits.
 
         The future raises DeadlineExpiredError if the time is up before the request is computed, SupersededError
-        if a newer request of the client took its place, and BackendError if the computation fails.
+        if a newer request of the client replaced it, and BackendError if the computation fails.
 
         Args:
             request: for `compute`.
             rows: how many rows of a batch it takes.
             timeout_s: how long the answer is of use.
             priority: higher goes first; see `rsm_serve.wire.caller`.
-            client_id: who asks; of use with `BatchLimits.latest_wins`.
+            client_id: of the caller; used with `BatchLimits.latest_wins`.
 
         Raises:
             RequestError: see `BatchQueue.put`.
@@ -158,13 +158,13 @@ class Batcher(Generic[Request, Answer]):
         return future
 
     def close(self) -> None:
-        """Refuse further requests; what is queued is still answered."""
+        """Refuse further requests; those in the queue are answered."""
         with self._lock:
             self._queue.close()
             self._bell.ring()
 
     async def drained(self) -> None:
-        """Wait, after `close`, until everything queued is answered."""
+        """Wait, after `close`, until all requests in the queue are answered."""
         assert self._stopped is not None, "start() comes first"
         await self._stopped.wait()
 
@@ -172,19 +172,20 @@ class Batcher(Generic[Request, Answer]):
         while self._wait():
             waited_from_s = self._clock()
             with self._turns:
-                # Taken only now: what came, expired or was cancelled while another lane computed counts.
+                # Taken after the turn has come, so that requests that came, expired or were cancelled meanwhile
+                # count.
                 batch = self._take()
                 outcomes = self._answer(batch)
             if outcomes and not self._deliver(self._settle, outcomes):
                 return
-            if batch.entries:  # after the answers are on their way
+            if batch.entries:  # after the answers were delivered
                 with self._lock:
                     self._queue.computed(batch.rows, self._clock() - waited_from_s)
         assert self._stopped is not None
         self._deliver(self._stopped.set)
 
     def _wait(self) -> bool:
-        """Block until there is work; False when closed and empty."""
+        """Block until there is work; return False when the queue is closed and empty."""
         with self._lock:
             while not self._queue.finished:
                 ready_at = self._queue.ready_at()
@@ -218,7 +219,7 @@ class Batcher(Generic[Request, Answer]):
         except Exception as error:
             fields = {"lane": self._name}
             logger.exception("%s: a batch of %d rows failed", self._name, batch.rows, extra=fields)
-            # One exception object per request: each is raised, and given a traceback, on its own.
+            # One exception object per request, because each gets a traceback of its own.
             answers = [BackendError(f"{self._name}: {error}") for _ in requests]
         for entry, answer in zip(batch.entries, answers, strict=True):
             if not isinstance(answer, RequestError):
@@ -231,7 +232,7 @@ class Batcher(Generic[Request, Answer]):
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the loop was closed: nobody waits any more
+        except RuntimeError:  # the loop was closed, and all futures with it
             return False
         return True
 

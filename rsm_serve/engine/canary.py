@@ -1,4 +1,4 @@
-"""Canaries: a share of the requests without a pinned version goes to another version of the policy."""
+"""Canaries: versions that get a share of the requests that name no version."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Canary:
     name: str
     version: int
     share: float
-    """From 0 to 1."""
+    """Share of the requests, from 0 to 1."""
 
     @classmethod
     def parse(cls, text: str) -> Canary:
-        """From NAME:VERSION=PERCENT%.
+        """Parse NAME:VERSION=PERCENT%.
 
         Raises:
-            ConfigError: anything else, or more than 100 %.
+            ConfigError: the text has another form, or more than 100 %.
         """
         match = _TEXT.fullmatch(text)
         try:
@@ -44,7 +44,7 @@ class Canary:
 
 
 def check_shares(canaries: Iterable[Canary]) -> None:
-    """Make sure that the canaries of each policy fit together.
+    """Check that the canaries of each policy fit together.
 
     Raises:
         ConfigError: a version twice, or more than 100 % in all.
@@ -62,11 +62,11 @@ def check_shares(canaries: Iterable[Canary]) -> None:
 
 
 def lot(name: str, client_id: str, seed: int | None) -> float:
-    """Which part of [0, 1) a request falls into.
+    """Return the number in [0, 1) that decides which version a request goes to.
 
-    A function of the policy's name and the client's, the same in every process. Without a client it is a
-    function of the request's seed, so that a request that is sent again meets the same version; without either,
-    chance.
+    It is a hash of the policy's name and the client_id, the same in every process. Without a client_id it is a
+    hash of the name and the seed, so that a repeated request goes to the same version. Without both it is
+    random.
     """
     if client_id:
         key = f"{name}\0client\0{client_id}"
@@ -79,9 +79,9 @@ def lot(name: str, client_id: str, seed: int | None) -> float:
 
 
 def choose(canaries: Sequence[Canary], lot: float) -> int | None:
-    """The version that a request goes to; None for the current one.
+    """Return the version that a request goes to; None for the current version.
 
-    Raising the last canary's share only moves clients to it, none away from it.
+    A larger share of the last canary moves clients to it and none away from it.
     """
     for canary in canaries:
         if lot < canary.share:

@@ -28,10 +28,10 @@ Future = asyncio.Future[Answered[ActResult]]
 
 
 class GuardedAnswers:
-    """Puts an `ActionGuard` between the answers of the batchers and those who wait for them; in one event loop.
+    """Applies an `ActionGuard` to futures of answers; in one event loop.
 
     Args:
-        limits: what to do.
+        limits: settings of the guard.
         clock: seconds, monotonic.
     """
 
@@ -51,11 +51,19 @@ class GuardedAnswers:
         *,
         stream: object | None = None,
     ) -> Future:
-        """The future of what is given out for a queued request; cancelling it cancels `sampled`.
+        """Return the future of the answer that the caller gets; cancelling it cancels `sampled`.
 
-        An action that nobody waited for any more is not the client's last one. Requests of a `stream` are
-        settled in their order, in which they are answered; by priority, or by two versions, they may be sampled
-        in another.
+        An action whose caller has left is not the client's last one. The requests of a stream are settled in
+        the order in which they came and are answered, although they may be sampled in another order, by
+        priority or by two versions.
+
+        Args:
+            sampled: the future of the policy's answer.
+            spec: of the policy.
+            client: see `ActionGuard`.
+            request: the rows that are sampled.
+            counts: of the version.
+            stream: an object of the request's stream alone; None outside of streams.
         """
         given: Future = sampled.get_loop().create_future()
 
@@ -126,7 +134,7 @@ class GuardedAnswers:
         counts: LaneCounts,
         now: float,
     ) -> Answered[ActResult]:
-        """The fallback's answer; raises the error where there is none, or if it is not the policy's failure."""
+        """Return the fallback answer; raise the error if there is none, or if the policy did not fail."""
         rows = len(request.obs_BO)
         found = self._guard.substitute(spec, client, rows, now) if isinstance(error, BackendError) else None
         if found is None:
@@ -139,7 +147,7 @@ class GuardedAnswers:
             extra={"policy": spec.name, "version": spec.version},
         )
         counts.adjusted(limited_rows=0, fallback=True)
-        # No particle was chosen, so there is no value of one; NaN keeps the answer's form.
+        # No particle was chosen, so there is no critic value; NaN keeps the form of the answer.
         q_B = np.full(rows, np.nan, np.float32) if spec.has_q else None
         timing = Timing(batch_rows=rows)
         result = request.result(action_BA, q_B, version=spec.version, timing=timing, adjusted_B=adjusted_B)

@@ -25,14 +25,14 @@ from rsm_serve.observe.settled import Answered
 
 @dataclass(frozen=True)
 class Selection:
-    """Which version of which policy to load; `version` None means the newest."""
+    """A version of a policy to load; `version` None means the newest."""
 
     name: str
     version: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Selection:
-        """From NAME or NAME:VERSION.
+        """Parse NAME or NAME:VERSION.
 
         Raises:
             BundleError: not a policy name, or the version is not a positive number.
@@ -107,7 +107,7 @@ def load_lane(
 
     Raises:
         MissingExtraError: the backend is not installed.
-        BundleError: missing, damaged, or a bundle that belongs at another place of the repository.
+        BundleError: the bundle is missing or damaged, or its policy.json has another name or version.
     """
     name = selection.name
     versions = list_versions(repository / name)
@@ -139,8 +139,8 @@ def load_lane(
 
 
 def warm_up_sizes(max_batch_size: int) -> list[int]:
-    """The powers of two below a batch size, and itself.
+    """Return the powers of two below a batch size, and the batch size.
 
-    A runtime with graphs for fixed batch sizes then has made them all before the first request.
+    A runtime with a graph for each of these sizes has made all graphs before the first request.
     """
     return [*(1 << power for power in range((max_batch_size - 1).bit_length())), max_batch_size]

@@ -1,4 +1,4 @@
-"""The decisions of batching, without a clock, a thread or a socket: who is computed next, with whom.
+"""The decisions of batching, without a clock, a thread or a socket: which requests form the next batch.
 
 An idle worker takes what waits at once; the requests that arrive meanwhile form the next batch. Requests are
 never split. A request is queued as if it had come `PRIORITY_STEP_S` earlier for each step of its priority: the
@@ -18,20 +18,20 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How much is computed and kept at once."""
+    """Limits of one batch and of the queue."""
 
     max_batch_size: int = 64
     """Most rows of one inference, and of one request."""
     max_queue_rows: int = 1024
-    """Most rows that wait; more are refused."""
+    """Most rows that wait; requests beyond are refused."""
     max_queue_delay_s: float = 0.0
-    """How long an idle worker waits for a fuller batch. Measured: any delay costs a single client that
-    delay and gains nothing, because the queue fills by itself while the worker is busy."""
+    """How long an idle worker waits for a fuller batch. Measured: a delay adds to the latency of a single
+    client and gains nothing, because the queue fills while the worker is busy."""
     latest_wins: bool = False
-    """Whether a request takes the place of the one of the same client that still waits."""
+    """Whether a request replaces the waiting request of the same client, and takes its place."""
 
     def __post_init__(self) -> None:
-        sound = self.max_queue_delay_s >= 0  # which nan is not
+        sound = self.max_queue_delay_s >= 0  # nan is not
         if self.max_batch_size < 1 or self.max_queue_rows < self.max_batch_size or not sound:
             raise ConfigError(
                 "wanted max_batch_size >= 1, max_queue_rows >= max_batch_size and max_queue_delay >= 0, got "
@@ -41,7 +41,7 @@ class BatchLimits:
 
 @dataclass(eq=False, slots=True)
 class Entry(Generic[Item]):
-    """One waiting request; compared by identity."""
+    """One request in the queue; compared by identity."""
 
     item: Item
     rows: int
@@ -50,26 +50,26 @@ class Entry(Generic[Item]):
     priority: int = 0
     client_id: str = ""
     since_s: float = 0.0
-    """When its place in the queue was taken: `arrived_s`, or that of the request whose place it has."""
+    """When its place was taken: `arrived_s`, or `since_s` of the request that it replaced."""
     place: int = 0
-    """Number of its place, ascending."""
+    """Number of its place; places are numbered in the order in which they are taken."""
     replaced: Entry[Item] | None = None
-    """The waiting request of the same client whose place this one has."""
+    """The request of the same client that this one replaced."""
 
     @property
     def order(self) -> tuple[float, int]:
-        """What leaves first is the least."""
+        """Sorts the queue; the least leaves first."""
         return self.since_s - PRIORITY_STEP_S * self.priority, self.place
 
 
 @dataclass(frozen=True)
 class Batch(Generic[Item]):
-    """What leaves the queue at one moment."""
+    """The requests that leave the queue at one moment."""
 
     entries: list[Entry[Item]]
-    """To be computed together, oldest first; may be empty."""
+    """To be computed together, in the order of the queue; may be empty."""
     expired: list[Entry[Item]]
-    """Too late to be worth computing."""
+    """Requests whose deadline has passed."""
 
     @property
     def rows(self) -> int:
@@ -78,14 +78,14 @@ class Batch(Generic[Item]):
 
 
 class BatchQueue(Generic[Item]):
-    """The decisions of the batcher as a pure state machine: no clock, no thread, no socket.
+    """The queue of one batcher, a pure state machine.
 
     All times are seconds of one monotonic clock that the caller reads.
     """
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        # By priority, then by place; a level is there while it has entries.
+        # By priority, then by place. An empty level is removed.
         self._levels: dict[int, dict[int, Entry[Item]]] = {}
         self._latest: dict[str, Entry[Item]] = {}
         self._places = 0
@@ -108,7 +108,7 @@ class BatchQueue(Generic[Item]):
         priority: int = 0,
         client_id: str = "",
     ) -> Entry[Item]:
-        """Append a request; with `latest_wins`, it may take another's place, which is then `Entry.replaced`.
+        """Add a request; with `latest_wins` it replaces the waiting request of its client (`Entry.replaced`).
 
         Raises:
             NotReadyError: the queue was closed.
@@ -118,7 +118,7 @@ class BatchQueue(Generic[Item]):
         limits = self._limits
         if self._closed:
             raise NotReadyError("the policy is shutting down and takes no more requests; use another server")
-        # Checked where the request is decoded (wire.caller), before its arrays are.
+        # The decoder has refused other requests (wire.caller).
         assert 1 <= rows <= limits.max_batch_size, "a request fits into one batch"
         assert -MAX_PRIORITY <= priority <= MAX_PRIORITY, "there is such a priority"
         if deadline_s is not None and deadline_s <= now:
@@ -138,7 +138,7 @@ class BatchQueue(Generic[Item]):
         return True
 
     def ready_at(self) -> float | None:
-        """When `take` will give something, None while nothing waits; may lie in the past."""
+        """Return the time from which `take` gives a batch; it may be in the past. None if no request waits."""
         if not self._levels:
             return None
         oldest_s = min([next(iter(level.values())).since_s for level in self._levels.values()])
@@ -147,7 +147,7 @@ class BatchQueue(Generic[Item]):
         return oldest_s + self._limits.max_queue_delay_s
 
     def take(self, now: float) -> Batch[Item]:
-        """Form a batch: the longest run of first unexpired requests that fits; empty before `ready_at`."""
+        """Form a batch of the first requests, as many as fit; empty before `ready_at`."""
         ready_at = self.ready_at()
         batch: Batch[Item] = Batch([], [])
         if ready_at is None or now < ready_at:
@@ -167,11 +167,11 @@ class BatchQueue(Generic[Item]):
         return batch
 
     def computed(self, rows: int, seconds: float) -> None:
-        """Note how long a batch took, for the hint when to try again."""
+        """Note how long a batch took, for the advice when to try again."""
         self._rate.add(rows, seconds)
 
     def close(self) -> None:
-        """Refuse further requests; what waits can still be taken, without delay."""
+        """Refuse further requests; `take` gives those that wait, without delay."""
         self._closed = True
 
     @property
@@ -182,9 +182,10 @@ class BatchQueue(Generic[Item]):
     def _place(self, entry: Entry[Item]) -> None:
         replaced = entry.replaced
         if replaced is not None:
-            replaced.replaced = None  # a chain of them would keep them all
+            replaced.replaced = None  # a chain of replaced requests would keep all of them in memory
             if replaced.priority == entry.priority:
-                # Its place too: at the end again and again, the fastest client would never be served.
+                # It takes the place. At the end of the queue, the request of a fast client would be replaced
+                # again and again before its turn came.
                 entry.since_s, entry.place = replaced.since_s, replaced.place
                 self._levels[entry.priority][entry.place] = entry
                 self._rows -= replaced.rows
@@ -222,7 +223,7 @@ class BatchQueue(Generic[Item]):
 class _Rate:
     """Rows per second of the recent batches."""
 
-    _MEMORY = 0.9  # what a batch is worth after the next: about ten batches count
+    _MEMORY = 0.9  # weight of a batch after each further batch: about ten batches count
 
     def __init__(self) -> None:
         self._rows = 0.0
@@ -233,7 +234,7 @@ class _Rate:
         self._seconds = self._MEMORY * self._seconds + seconds
 
     def seconds_for(self, rows: int) -> float | None:
-        """How long so many rows will take; None before anything was computed."""
+        """Return how long so many rows will take; None before the first batch."""
         return self._seconds * rows / self._rows if self._rows and self._seconds else None
 
 

@@ -1,4 +1,4 @@
-"""How much one client may ask for; a pure core that is told the time."""
+"""The rate limit of each client; pure, because the caller passes the time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rsm_common.errors import LimitReachedError
 
 MAX_CLIENTS = 16_384
-"""Clients whose rate is remembered; of more, those that have been silent longest are forgotten."""
+"""Most clients whose rate is remembered; the client with the oldest last request is forgotten first."""
 
 
 class _Bucket(NamedTuple):
@@ -17,7 +17,7 @@ class _Bucket(NamedTuple):
 
 
 class RateLimiter:
-    """A token bucket per client: the rate on average, and up to one second's requests at once.
+    """A token bucket per client: `rate_hz` on average, and the requests of up to one second at once.
 
     Args:
         rate_hz: requests a second of one client, > 0.
@@ -34,15 +34,15 @@ class RateLimiter:
         return len(self._buckets)
 
     def take(self, client_id: str, peer: str, now: float) -> None:
-        """Let one request pass.
+        """Count one request of a client.
 
         Args:
-            client_id: who asks; empty if the request does not say.
-            peer: where from, as gRPC writes it; counts where there is no client_id, without its port.
+            client_id: of the caller; empty if the request has none.
+            peer: address of the caller, as gRPC writes it; without its port it stands for a missing client_id.
             now: seconds, monotonic.
 
         Raises:
-            LimitReachedError: too many; says when the next one may come.
+            LimitReachedError: the client has sent too many; says when the next may come.
         """
         client = (client_id, "" if client_id else peer.rpartition(":")[0])
         tokens, at_s = self._buckets.pop(client, _Bucket(self._size, now))

@@ -13,40 +13,44 @@ from rsm_serve.observe.counts import ServerCounts
 
 
 class State(enum.Enum):
-    """Where a version is in its life."""
+    """The state of a version."""
 
     LOADING = "LOADING"
     READY = "READY"
     DRAINING = "DRAINING"
-    """Takes no more requests; what it has is answered."""
+    """Takes no more requests, and answers those that it has."""
     FAILED = "FAILED"
 
 
 @dataclass(frozen=True)
 class VersionStatus:
-    """One version that is, was to be, or will soon no longer be loaded."""
+    """The state of one version that is loaded, is being loaded or unloaded, or did not load."""
 
     name: str
     version: int
     state: State
     reason: str = ""
-    """Why it failed, one sentence; may name files of the server."""
+    """Why it did not load, one sentence; may name files of the server."""
 
 
 @dataclass
 class _Loaded:
-    """The ready versions of one policy; there is always a current one."""
+    """The ready versions of one policy, one of which is current."""
 
     ready: dict[str, Lane]
     current: Lane
 
 
 class Registry:
-    """The one owner of what is loaded: every version's state, and the lanes by name and version.
+    """Holds the lanes by name and version, and the state of every version; belongs to one event loop.
 
-    Belongs to one event loop. Every change is one step of it, so a request sees the old or the new, never
-    neither. `find` and `Lane.sample` belong into one step too: after an `await` in between, the lane may be
-    draining.
+    Every change is one step of the event loop, so a request finds the old lane or the new one. `find` and
+    `Lane.sample` belong into one step too: after an `await` in between, the lane may be draining.
+
+    Args:
+        lanes: loaded already.
+        counts: of the server; shows the counts of its lanes.
+        canaries: versions that get a share of the requests without a version.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Registry:
 
     @property
     def draining(self) -> list[Lane]:
-        """The lanes that take no more requests and still have some to answer."""
+        """The lanes that take no more requests and have requests to answer."""
         return list(self._draining)
 
     @property
@@ -88,28 +92,28 @@ class Registry:
         return sorted(self._policies)
 
     def ready(self, name: str) -> set[int]:
-        """The versions of a policy that take requests."""
+        """Return the versions of a policy that take requests."""
         return set(map(int, self._policies[name].ready)) if name in self._policies else set()
 
     def current(self, name: str) -> int | None:
-        """The version that answers requests without one; None if none is ready."""
+        """Return the version that answers requests without a version; None if none is ready."""
         lane = self.current_lane(name)
         return None if lane is None else int(lane.spec.version)
 
     def current_lane(self, name: str) -> Lane | None:
-        """The lane of that version."""
+        """Return the lane of the current version."""
         return self._policies[name].current if name in self._policies else None
 
     def failure(self, name: str, version: int) -> str:
-        """Why a version did not load, when it was last tried; empty if it was not, or did."""
+        """Return why the last load of a version failed; empty if it succeeded or there was none."""
         trouble = self._troubles.get((name, version))
         return trouble.reason if trouble and trouble.state is State.FAILED else ""
 
     def index(self) -> list[VersionStatus]:
-        """Every version that there is something to say about, by name and version.
+        """List the state of every version, by name and version.
 
-        A ready version whose reload failed says so as its reason. A version that drains may be ready or loading
-        again, and is then there twice.
+        A ready version whose reload failed has the failure as its reason. A version that drains may be ready or
+        loading again; the list then has it twice.
         """
         found = [VersionStatus(*_key(lane), State.READY, self.failure(*_key(lane))) for lane in self.lanes]
         ready = {(status.name, status.version) for status in found}
@@ -120,15 +124,16 @@ class Registry:
     def find(
         self, name: str, version: str, *, client_id: str = "", seed: int | None = None, fixed: bool = False
     ) -> Lane:
-        """The lane that a request goes to.
+        """Return the lane that a request goes to.
 
         Args:
             name: may be empty if exactly one policy is loaded.
-            version: a number, or empty for the current one or, by lot, a canary.
-            client_id: who asks; decides the lot.
-            seed: the first seed of the request; decides the lot where nobody in particular asks.
-            fixed: the request wants a fixed result (deterministic, or noise of its own): without a client_id it
-                goes to the current version.
+            version: a number, or empty for the current version or a canary.
+            client_id: of the caller; decides between the current version and the canaries.
+            seed: the first seed of the request; decides if there is no client_id.
+            fixed: the request asks for a fixed result (deterministic, or with its own noise). Without a
+            client_id
+                it goes to the current version.
 
         Raises:
             PolicyNotFoundError: no such policy or version, or an empty name with several policies.
@@ -147,9 +152,9 @@ class Registry:
         return loaded.current
 
     def publish(self, lane: Lane) -> Lane | None:
-        """Let a lane take requests; returns the one whose place it takes, which is draining then.
+        """Let a lane take requests; return the lane of the same version that it replaces, which then drains.
 
-        Its batcher is started after this, before any request. A policy's first version becomes current.
+        The caller starts the lane's batcher in the same step. The first version of a policy becomes current.
         """
         name, version = lane.spec.name, lane.spec.version
         self._counts.add(lane.counts)
@@ -164,12 +169,12 @@ class Registry:
         return replaced
 
     def set_current(self, name: str, version: int) -> None:
-        """Let a version that is ready answer the requests without one."""
+        """Let a version that is ready answer the requests without a version."""
         loaded = self._policies[name]
         loaded.current = loaded.ready[str(version)]
 
     def withdraw(self, name: str, version: int) -> Lane:
-        """Let a version take no more requests; not the current one, unless it is the last."""
+        """Let a version drain, and return its lane; the current version only if it is the last."""
         loaded = self._policies[name]
         lane = loaded.ready.pop(str(version))
         if not loaded.ready:
@@ -180,7 +185,7 @@ class Registry:
         return lane
 
     def drained(self, lane: Lane) -> None:
-        """Forget a lane that has answered all it had."""
+        """Forget a lane that has answered all of its requests."""
         self._draining.remove(lane)
         self._counts.remove(lane.counts)
 
@@ -212,7 +217,7 @@ class Registry:
         return loaded.ready.get(str(version), loaded.current)
 
     def _unknown(self, name: str) -> RequestError:
-        # Without a name there is one policy at most, which is the one that is meant.
+        # A request without a name means the only policy, loaded or not.
         troubles = [status for status in self._troubles.values() if name in (status.name, "")]
         if name or not self._policies:
             if any(status.state is State.LOADING for status in troubles):

@@ -1,4 +1,4 @@
-"""Who may compute: at most so many lanes at once, in turn."""
+"""Limits how many lanes compute at the same time, and gives each its turn."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from types import TracebackType
 
 
 class Turns:
-    """A bound on how many worker threads compute at the same time; a context manager around one batch.
+    """A limit on how many worker threads compute at the same time; a context manager around one batch.
 
-    Turns are handed over in the order in which they were asked for. A worker asks once per batch, so lanes with
-    waiting work go round robin, one batch each, however many requests wait in any of them.
+    Workers get their turns in the order in which they asked for one. A worker asks once per batch, so lanes
+    with waiting requests compute one batch each in rotation, whatever the length of their queues.
 
     Args:
-        count: how many at once.
+        count: threads that compute at the same time, >= 1.
     """
 
     def __init__(self, count: int) -> None:
-        assert count >= 1, "someone must have a turn"
+        assert count >= 1, "one thread must be able to compute"
         self._free = count
         self._lock = threading.Lock()
         self._waiting: deque[threading.Semaphore] = deque()
 
     @property
     def waiting(self) -> int:
-        """How many workers wait for a turn."""
+        """Number of workers that wait for a turn."""
         return len(self._waiting)
 
     def __enter__(self) -> None:
@@ -41,7 +41,7 @@ class Turns:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            if self._waiting:  # handed over, never free in between: a newcomer cannot overtake
+            if self._waiting:  # handed over without being free in between, so that no other worker overtakes
                 self._waiting.popleft().release()
             else:
                 self._free += 1

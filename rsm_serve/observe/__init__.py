@@ -1,5 +1,5 @@
-"""What a server tells about itself: counts, Prometheus metrics, traces, logs.
+"""What a server shows of itself: counts, Prometheus metrics, traces and logs.
 
-Imports rsm_common; never gRPC.
-Used by engine, rpc, http and server.
+Imports rsm_common alone; never gRPC.
+Used by engine, recording, startup, rpc, http, server and commands.
 """

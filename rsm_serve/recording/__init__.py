@@ -1,7 +1,7 @@
-"""Records of requests and answers: their format, and the recorder that writes them.
+"""Records of requests and answers: their format, their files, and the recorder that writes them.
 
-Imports rsm_common, wire and observe; never gRPC.
-Used by engine, server and commands.
+Imports observe, wire and pb; never gRPC.
+Used by server and commands.
 """
 
 from rsm_serve.recording.format import Record, read

@@ -1,4 +1,4 @@
-"""Numbered files of records, the oldest of which make room for new ones."""
+"""Numbered files of records in one directory; the oldest files are deleted to make room."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rsm_serve.recording.format import MAGIC, SUFFIX
 
 MAX_FILE_BYTES = 2**26
 FILES = 8
-"""At least so many files share the space, so that deleting the oldest deletes no more than this part."""
+"""Least number of files that share the space, so that one deletion loses at most this part of it."""
 LOCK = ".lock"
-"""A file whose lock says that somebody records in its directory."""
+"""A file that is locked while a server records in its directory."""
 
 
 class RotatingFiles:
-    """Frames in numbered files, all together no larger than a bound; not for several threads.
+    """Writes frames to numbered files, which together stay below a size; not for several threads.
 
     Args:
-        directory: made if it is not there, for this user alone.
-        max_bytes: of all files; then the oldest is deleted.
+        directory: created if it is missing, for this user alone.
+        max_bytes: of all files together.
 
     Raises:
         ConfigError: the directory cannot be written to, or is in use.
@@ -52,10 +52,10 @@ class RotatingFiles:
             ) from None
 
     def append(self, frames: bytes) -> bool:
-        """Write one or more frames by one call; False if they are larger than a file may be.
+        """Write one or more frames by one call; return False if they are larger than a file may be.
 
         Raises:
-            OSError: it could not be written; of what was, nothing is left.
+            OSError: they could not be written; the file has none of them.
         """
         if len(MAGIC) + len(frames) > self._file_bytes:
             return False
@@ -67,7 +67,7 @@ class RotatingFiles:
         return True
 
     def look(self) -> None:
-        """Make sure that the file is still in its place: what is written to a deleted one is lost silently."""
+        """Leave the file if it was deleted or replaced: frames written to a deleted file are lost silently."""
         if self._path is None:
             return
         try:
@@ -79,14 +79,14 @@ class RotatingFiles:
             self._leave()
 
     def close(self) -> None:
-        """End the file and let others record here; may be repeated."""
+        """Close the file and unlock the directory; may be repeated."""
         self._leave()
         self._lock.close()
 
     def _begin(self) -> None:
         """Make room, then open the next file."""
-        # A directory that is gone is not made again: it may have been another disk's, and this one would fill.
-        # One that somebody made again is another one, in which another server may record.
+        # A missing directory is not created again: it may have been on another disk, and this one would fill.
+        # A directory that was created again is a new one, in which another server may record.
         if not _same_file(self._lock, self._directory / LOCK):
             try:
                 lock = _locked(self._directory)
@@ -115,7 +115,7 @@ class RotatingFiles:
         if written == len(content):
             self._size += written
             return
-        try:  # the disk is full: what is written is there as a whole or not at all
+        try:  # the disk is full; a file holds whole frames only
             os.ftruncate(self._descriptor, self._size)
         except OSError:
             self._leave()
@@ -128,7 +128,7 @@ class RotatingFiles:
 
 
 def _locked(directory: Path) -> BinaryIO:
-    """The lock of a directory, held until it is closed.
+    """Lock a directory; return the lock, which is held until it is closed.
 
     Raises:
         BlockingIOError: another recorder has it.

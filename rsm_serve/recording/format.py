@@ -1,11 +1,11 @@
-"""Recorded requests: what a record holds, how files hold records, and how to read them back.
+"""Recorded requests: the fields of a record, the format of the files, and a reader.
 
     for record in rsm_serve.recording.read("records"):
         print(record.policy, record.obs, record.seeds, record.action)
 
 A file is `MAGIC`, then frames: the length of the content and its CRC-32 (both uint32, little-endian), then the
-content, a `Record` of protos/rsm/v1/recording.proto. A frame is written at once, so that whatever ends
-the writer leaves at most one incomplete frame, at the end.
+content, a `Record` of protos/rsm/v1/recording.proto. A frame is written by one call. So a file has at most one
+incomplete frame, at its end, however the writer ended.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rsm_serve.wire.codec import WIRE_FLOAT, decode_timing, encode_timing
 MAGIC = b"RSMREC1\n"
 SUFFIX = ".rsmrec"
 MAX_CONTENT_BYTES = 2**26
-"""Of one record: four times the largest message. A longer one is damage, not a record."""
+"""Of one record: four times the largest message. A longer length is damage."""
 
 _FRAME = struct.Struct("<II")
 _NUMBERED = re.compile(rf"\d{{8,18}}{re.escape(SUFFIX)}")
@@ -39,17 +39,18 @@ _NUMBERED = re.compile(rf"\d{{8,18}}{re.escape(SUFFIX)}")
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One request and what became of it. B rows, O, A, T and N as in the policy's specification."""
+    """One request and its answer. B rows; O, A, T and N as in the policy's specification."""
 
     policy: str
     version: str
-    """That answered; if the request was refused before a policy was found, what it asked for, maybe nothing."""
+    """The version that answered. If the request was refused before a policy was found: the version that it
+    named, which may be empty."""
     method: str
     """"Act", "ActStream", "ModelInfer" or "ModelStreamInfer"."""
     client_id: str
-    """Empty if nobody in particular asked."""
+    """Empty if the request had none."""
     arrived_unix_ns: int
-    """When it came, nanoseconds since 1970, UTC."""
+    """When the request arrived, nanoseconds since 1970, UTC."""
     obs: NDArray[np.float32] | None
     """[B, O]; None if the request was refused before it was queued."""
     seeds: NDArray[np.uint64] | None
@@ -61,13 +62,13 @@ class Record:
     reason: str = ""
     """As in the metric rsm_requests_total; empty for OK."""
     action: NDArray[np.float32] | None = None
-    """[B, A], as it was given out; None if the request failed."""
+    """[B, A], the action that the client got; None if the request failed."""
     q: NDArray[np.float32] | None = None
     """[B]; None if the policy has no critic, or the request failed."""
     adjusted: NDArray[np.int32] | None = None
     """[B], an `rsm_common.policy.Adjustment` per row; None if every action is the policy's own."""
     policy_action: NDArray[np.float32] | None = None
-    """[B, A], what the policy chose; None if it failed."""
+    """[B, A], the action that the policy chose; None if the policy failed."""
     timing: Timing = field(default_factory=Timing)
     """Of the server; `total_us` is from arrival to the answer, without decoding, encoding and transport."""
 
@@ -83,7 +84,7 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """The frame of a record."""
+    """Return the frame of a record."""
     message = pb.Record(
         policy=record.policy,
         version=record.version,
@@ -115,7 +116,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(content: bytes) -> Record:
-    """The record of a frame's content.
+    """Return the record of a frame's content.
 
     Raises:
         ValueError: not the content of a record.
@@ -148,17 +149,17 @@ def decode(content: bytes) -> Record:
 
 @dataclass
 class Reader:
-    """Yields the records of files, oldest first; what cannot be read is counted and left out.
+    """Yields the records of files, oldest first; records that cannot be read are counted and left out.
 
-    Read is what was there when the reader was made: of a directory into which a server records, not what came
-    since, such as the requests of a replay itself.
+    It yields the records that were there when it was made. If a server records into the directory meanwhile,
+    the new records are left out, for example those of a replay that reads this directory.
     """
 
     files: Sequence[Path]
     unreadable: int = 0
-    """Damaged or incomplete records met so far; behind one whose length is damaged, a file is not read on."""
+    """Damaged or incomplete records so far; after a damaged length the rest of the file counts as one."""
     vanished: int = 0
-    """Files met so far that a server had deleted meanwhile, to make room for newer ones."""
+    """Files so far that a server had deleted meanwhile, to make room for newer ones."""
 
     def __post_init__(self) -> None:
         self._sizes = {path: _size(path) for path in self.files}
@@ -193,7 +194,7 @@ class Reader:
 
     @staticmethod
     def _content(head: bytes, file: BinaryIO) -> bytes | None:
-        """None if the frame is incomplete, or its length cannot be one."""
+        """Return the content of a frame; None if it is incomplete, or its length is too large."""
         if len(head) < _FRAME.size or (length := _FRAME.unpack(head)[0]) > MAX_CONTENT_BYTES:
             return None
         content = file.read(length)
@@ -201,12 +202,12 @@ class Reader:
 
 
 def read(*paths: str | Path) -> Reader:
-    """The records of files, or of all files in directories, in the order in which they were written.
+    """Return a reader of the records of files and directories, in the order in which they were written.
 
     A directory of `rsm-serve --processes` has one for each process; they are read one after the other.
 
     Raises:
-        UsageError: a path is neither, cannot be read, or is a directory without records.
+        UsageError: a path is missing, cannot be read, or is a directory without records.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -218,7 +219,7 @@ def read(*paths: str | Path) -> Reader:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that a path stands for."""
+    """Return the files of a path: the file itself, or all files of records in a directory."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -235,7 +236,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 of a file that has vanished."""
+    """Return the size of a file in bytes; 0 if it is missing."""
     try:
         return path.stat().st_size
     except OSError:
@@ -243,7 +244,7 @@ def _size(path: Path) -> int:
 
 
 def numbered_files(directory: Path) -> list[Path]:
-    """The files of records in a directory, oldest first.
+    """Return the files of records in a directory, oldest first.
 
     Raises:
         OSError: the directory cannot be read.
@@ -253,12 +254,12 @@ def numbered_files(directory: Path) -> list[Path]:
 
 
 def number_of(name: str) -> int:
-    """The number in the name of a file."""
+    """Return the number in the name of a file."""
     return int(name.removesuffix(SUFFIX))
 
 
 def _open(path: Path) -> BinaryIO:
-    """A file to read from.
+    """Open a file for reading.
 
     Raises:
         UsageError: it cannot be read.
@@ -274,10 +275,10 @@ def _to_bytes(array: NDArray[np.float32]) -> bytes:
 
 
 def _array(content: bytes, rows: int, *shape: int, width: bool = True) -> NDArray[np.float32] | None:
-    """[rows, whatever is left] or, with a shape, [rows, *shape]; None for nothing.
+    """Return an array [rows, rest] or, with a shape, [rows, *shape]; None for no content.
 
     Raises:
-        ValueError: the count does not fit.
+        ValueError: the number of values does not fit.
     """
     if not content:
         return None

@@ -1,7 +1,7 @@
-"""Writes every request and what became of it to rotating files, beside the answers and never in their way.
+"""Writes every request and its answer to rotating files, without delaying the answers.
 
-The event loop only hands over references; a thread of its own makes the messages and writes them. What it
-cannot keep up with, or cannot write, is dropped and counted. `rsm_serve.recording` has the format and a reader.
+The event loop puts references into a queue. A thread makes the messages and writes them. Records that it is too
+slow for, or cannot write, are dropped and counted. `rsm_serve.recording` has the format and a reader.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ logger = logging.getLogger(__name__)
 
 
 MAX_PENDING_BYTES = 2**25
-"""What may wait for the writer; more is dropped."""
+"""Most bytes that wait for the writer; further requests are dropped."""
 GATHER_S = 0.02
-"""How long the writer lets records gather: to wake it for each would cost the event loop more than the rest."""
+"""How long the writer waits for more records. Waking it for each record would cost the event loop more time
+than all the rest of recording."""
 GROUP = 8
-"""Records that are written by one call, and without a pause."""
+"""Most records that are written by one call, and without a pause."""
 GROUP_BYTES = 2**16
-"""Of a group; a larger record is written alone."""
+"""Most bytes that are written by one call; a larger record is written alone."""
 PAUSE_S = 100e-6
-"""After each group, while no more than half of the room is taken: the interpreter runs one thread at a time,
-and a writer that went on at once would keep the event loop from it until all is written (measured: 2 ms)."""
+"""Pause after each group, while less than half of the room is taken. Python runs one thread at a time. A writer
+without pauses would block the event loop until all records are written (measured: 2 ms)."""
 RETRY_S = 1.0
-"""Between two attempts to write to a disk that is full or gone."""
+"""Time between two attempts to write to a disk that is full or gone."""
 CLOSE_S = 5.0
 MAX_ASKED_CHARACTERS = 128
-"""Of a policy's name that is not here: it is the caller's own text."""
+"""Most characters of the policy's name and version that are kept: they may be any text of the caller."""
 _NO_TIMING = Timing()
 _OVERHEAD_BYTES = 1024
-"""Of a record that waits, beside its observation and noise."""
+"""Size of a waiting request, without its observation and noise."""
 
 
 class Recorder:
     """Records the requests of one event loop; `start` comes first, `close` last.
 
     Args:
-        directory: made if it is not there; records of before are kept.
+        directory: created if it is missing; earlier records are kept.
         max_bytes: of all files together.
 
     Raises:
@@ -59,7 +60,8 @@ class Recorder:
         self.counts = RecordCounts()
         self._files = RotatingFiles(directory, max_bytes)
         self._waiting: queue.SimpleQueue[Settled | None] = queue.SimpleQueue()
-        # The difference is what waits. Each has one writer: the event loop, the thread.
+        # The difference is the number of bytes that wait. The event loop writes the first, the thread the
+        # second.
         self._taken_bytes = 0
         self._done_bytes = 0
         self._closing = threading.Event()
@@ -80,13 +82,13 @@ class Recorder:
         self._waiting.put(event)
 
     def close(self) -> None:
-        """Write what waits, for at most `CLOSE_S`; may be repeated."""
+        """Write the waiting records within `CLOSE_S`; may be repeated."""
         if not self._closing.is_set():
             self._closing.set()
             self._waiting.put(None)
             if self._thread.ident is not None:
                 self._thread.join(CLOSE_S)
-        if not self._thread.is_alive():  # otherwise a disk that hangs: the files are left to the process's end
+        if not self._thread.is_alive():  # otherwise the disk hangs, and the end of the process closes the files
             self._files.close()
 
     def _work(self) -> None:
@@ -104,7 +106,7 @@ class Recorder:
             self._tell()
 
     def _group(self) -> list[Settled | None]:
-        """The next few that wait; the last one is None at the end."""
+        """Return the next few waiting requests; the last item is None when the recorder closes."""
         items: list[Settled | None] = []
         with contextlib.suppress(queue.Empty):
             while len(items) < GROUP and (not items or items[-1] is not None):
@@ -118,7 +120,7 @@ class Recorder:
             self._done_bytes += _size(item)
             try:
                 frame = recording.encode(make_record(item))
-            except Exception:  # our own fault: the thread goes on, or nothing would ever be recorded again
+            except Exception:  # a fault of this program; the thread goes on with the next record
                 logger.exception("a record could not be made")
                 continue
             if size + len(frame) > GROUP_BYTES:
@@ -147,7 +149,7 @@ class Recorder:
             self.counts.dropped["too_large"] += len(frames)
 
     def _tell(self) -> None:
-        """Say in the log what was dropped since the last time; of the disk, its error says it."""
+        """Log how many records were dropped since the last time; errors of the disk are logged elsewhere."""
         for reason, text in _DROPPED.items():
             new = self.counts.dropped[reason] - self._told.get(reason, 0)
             if new:
