@@ -26,7 +26,7 @@ from record import write_record
 from rsm_train.algorithms.common import Batch
 from rsm_train.algorithms.dpmd import DPMDConfig
 from rsm_train.algorithms.sdac import SDACConfig
-from rsm_train.config import make_algorithm, resolve
+from rsm_train.config import find_algorithm, resolve
 from rsm_train.model import kernels
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import mish
@@ -101,7 +101,7 @@ def measure(setting: str, updates: int, compute: Compute, peer: dict[str, float]
     if preset == "quick":
         compute = Compute()
     generator = torch.Generator().manual_seed(0)
-    algorithm = make_algorithm(config, obs, action, generator=generator, device="cpu", compute=compute)
+    algorithm = find_algorithm(algo)(config, obs, action, generator=generator, device="cpu", compute=compute)
     rows = run.batch_size
     batch = Batch(
         obs=torch.randn(rows, obs),

@@ -93,18 +93,18 @@ def plan(
 
 def default_rates(algo: str, preset: str) -> tuple[float, ...]:
     """Default updates per step of an algorithm and preset."""
-    from rsm_train.config import PRESETS, RunConfig
+    from rsm_train.config import RunConfig, preset_settings
 
     if algo == "sac" and preset == "paper":
         return SAC_RATES
-    return (float(PRESETS[preset].of(algo).get("updates_per_step", RunConfig.updates_per_step)),)
+    return (float(preset_settings(preset, algo).get("updates_per_step", RunConfig.updates_per_step)),)
 
 
 def why_not(algo: str, preset: str, rate: float) -> str | None:
     """The reason why a combination is left out; None if it is trained."""
-    from rsm_train.config import PRESETS
+    from rsm_train.algorithms.registry import ALGORITHMS
 
-    if algo not in PRESETS[preset].algorithms:
+    if preset not in ALGORITHMS[algo].presets:
         return f"{preset} is no preset of this algorithm"
     if preset == "reference" and rate != REFERENCE_RATE:
         return f"{preset} is the published program, which makes {REFERENCE_RATE}"
@@ -300,12 +300,13 @@ def _say(sentence: str) -> None:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    from rsm_train.config import ALGORITHM_CONFIGS, PRESETS
+    from rsm_train.algorithms.registry import ALGORITHMS
+    from rsm_train.config import PRESETS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     several: dict[str, Any] = {"action": "append"}
     parser.add_argument("--env", **several, help="environment id; several times for several")
-    parser.add_argument("--algo", **several, choices=list(ALGORITHM_CONFIGS), help="several times for several")
+    parser.add_argument("--algo", **several, choices=list(ALGORITHMS), help="several times for several")
     parser.add_argument("--preset", **several, choices=list(PRESETS), help="several times for several")
     parser.add_argument("--updates-per-step", **several, type=float, help="for all; default see above")
     parser.add_argument("--seeds", default="0", help="such as 0-2")

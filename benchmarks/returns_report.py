@@ -146,10 +146,10 @@ class TrainedRun:
         """The settings that decide the result and differ from the preset."""
         from rsm_train.config import resolve
 
-        own = resolve(asdict(self.variant))
+        run, algorithm = resolve(asdict(self.variant))
         return {
             name: value
-            for part, preset in zip(("run", "algorithm"), map(asdict, own), strict=True)
+            for part, preset in (("run", asdict(run)), ("algorithm", asdict(algorithm)))
             for name, value in self.config[part].items()
             if name not in _NOT_DIGESTED and name in preset and preset[name] != value
         }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,9 +17,15 @@ if TYPE_CHECKING:
     from rsm_train.run.many_seeds import Plan
 
 
-def _command() -> click.Command:
+def _command(argv: Sequence[str]) -> click.Command:
+    """The command; an --algo module:Class in its arguments brings the options of that class."""
     require_extra("rsm-train", "train", ["torch", "gymnasium", "mujoco", "safetensors", "rich", "tensorboard"])
-    from rsm_train.config import ALGORITHM_CONFIGS, RunConfig
+    from rsm_train.algorithms.registry import ALGORITHMS
+    from rsm_train.config import RunConfig, find_algorithm
+
+    own = [name for name in _named_algorithms(argv) if name not in ALGORITHMS]
+    classes = [*ALGORITHMS.values(), *map(find_algorithm, own)]
+    configs = dict.fromkeys(algorithm.Config for algorithm in classes)
 
     @click.command("rsm-train", context_settings={"max_content_width": 110})
     @click.version_option(package_name="rsm-toolkit")
@@ -39,7 +47,7 @@ def _command() -> click.Command:
         type=click.IntRange(1),
         help="Processes at once with --seeds.  [default: cores / threads; all of them on a GPU]",
     )
-    @dataclass_options(RunConfig, *ALGORITHM_CONFIGS.values(), defaults=False)
+    @dataclass_options(RunConfig, *configs, defaults=False)
     @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
     def command(
         list_presets: bool, dry_run: bool, seeds: str | None, jobs: int | None, resume: bool, **given: Any
@@ -73,6 +81,12 @@ def _command() -> click.Command:
             _train(given, resume)
 
     return command
+
+
+def _named_algorithms(argv: Sequence[str]) -> list[str]:
+    """The values of --algo in a command line."""
+    values = [text.partition("=")[2] for text in argv if text.startswith("--algo=")]
+    return values + [value for option, value in itertools.pairwise(argv) if option == "--algo"]
 
 
 def _train(given: Mapping[str, Any], resume: bool) -> None:
@@ -141,7 +155,7 @@ def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of rsm-train; returns the exit status."""
-    return run_command(_command, argv)
+    return run_command(partial(_command, sys.argv[1:] if argv is None else argv), argv)
 
 
 if __name__ == "__main__":

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rsm_common.errors import ConfigError
-from rsm_train.algorithms.common import Algorithm
-from rsm_train.algorithms.dpmd import DPMD, DPMDConfig
-from rsm_train.algorithms.sac import SAC, SACConfig
-from rsm_train.algorithms.sdac import SDAC, SDACConfig
-from rsm_train.model.kernels import DEFAULT_COMPUTE, CompileMode, Compute, Precision
+from rsm_common.imports import import_attribute
+from rsm_train.algorithms.common import Algorithm, AlgorithmConfig
+from rsm_train.algorithms.registry import ALGORITHMS
+from rsm_train.model.kernels import CompileMode, Precision
 
 VectorName = Literal["sync", "async", "envpool"]
-AlgorithmName = Literal["dpmd", "sdac", "sac"]
-AlgorithmConfig = DPMDConfig | SDACConfig | SACConfig
-
-ALGORITHM_CONFIGS: dict[str, type[AlgorithmConfig]] = {
-    "dpmd": DPMDConfig,
-    "sdac": SDACConfig,
-    "sac": SACConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,10 @@ class RunConfig:
     """Settings of the training loop; what an algorithm needs beyond them is in its own configuration."""
 
     env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId."})
-    algo: AlgorithmName = field(default="dpmd", metadata={"help": "Learning algorithm."})
+    algo: str = field(
+        default="dpmd",
+        metadata={"help": f"Learning algorithm: {', '.join(ALGORITHMS)}, or module:Class of your own."},
+    )
     preset: str = field(default="paper", metadata={"help": "Named set of defaults; see --list-presets."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random in the run."})
     device: str = field(default="auto", metadata={"help": "One of auto, cpu, cuda and cuda:N."})
@@ -102,76 +94,22 @@ class RunConfig:
         )
 
 
-_QUICK_DIFFUSION: dict[str, Any] = {
-    "diffusion_steps": 5,
-    "particles": 8,
-    "target_particles": 1,
-    "prior_std": 0.5,
-    "temperature_schedule": "constant",
-    "temperature": 0.5,
-    "exploration_noise": 1.0,
-}
-
-
 @dataclass(frozen=True)
 class Preset:
-    """A named set of defaults."""
+    """A named set of defaults. The settings of an algorithm's own stand beside it, in `Algorithm.presets`."""
 
     description: str
     """One line for --list-presets."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """For every algorithm that has them."""
-    per_algorithm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By the algorithm's name; wins over `settings`."""
-    algorithms: tuple[str, ...] = tuple(ALGORITHM_CONFIGS)
-    """Those that have it."""
-
-    def of(self, algo: str) -> dict[str, Any]:
-        """The settings for one algorithm."""
-        return {**self.settings, **self.per_algorithm.get(algo, {})}
+    """Settings of the run, and those that the algorithms of the toolkit share."""
 
 
 PRESETS: dict[str, Preset] = {
     "paper": Preset("The mathematics of the paper; the defaults of every setting."),
-    "reference": Preset(
-        "The published program, with its deviations from the paper, to reproduce its curves.",
-        {"prior_std": 0.5},
-        per_algorithm={
-            "dpmd": {
-                "policy_lr_final": 3e-5,
-                "noisy_backup": True,
-                "critic_repeats": 2,
-                "policy_actions": "backup",
-                "policy_samples": 1,
-                "weighting": "exp",
-                "q_scaling": "running_slip",
-            },
-            "sdac": {
-                "policy_lr_final": 3e-5,
-                "noisy_backup": True,
-                "reverse_draws": "clipped",
-                "proposal_particles": 32,
-            },
-        },
-        algorithms=("dpmd", "sdac"),
-    ),
+    "reference": Preset("The published program, with its deviations from the paper, to reproduce its curves."),
     "kl": Preset(
         "Mirror descent with many actions per state and the temperature tuned to a KL of 2 nats.",
         {"updates_per_step": 1.0},
-        per_algorithm={
-            "dpmd": {
-                "policy_samples": 64,
-                "old_policy_every": 1_000,
-                "proposal_noise": 0.2,
-                "critic_selection": "mean",
-                "target_particles": 1,
-                "temperature_schedule": "kl",
-                "temperature": 1.0,
-                "target_kl": 2.0,
-                "exploration_units": "absolute",
-            },
-        },
-        algorithms=("dpmd",),
     ),
     # InvertedPendulum-v5 in about two minutes.
     "quick": Preset(
@@ -198,12 +136,44 @@ PRESETS: dict[str, Preset] = {
             "tau": 0.05,
             "reward_scale": 0.1,
         },
-        per_algorithm={
-            "dpmd": {**_QUICK_DIFFUSION, "policy_samples": 8, "q_scaling": "state", "proposal_noise": 0.2},
-            "sdac": _QUICK_DIFFUSION,
-        },
     ),
 }
+
+
+def find_algorithm(name: str) -> type[Algorithm]:
+    """The class of an algorithm: of `ALGORITHMS`, or of "module:Class", found in the working directory too.
+
+    Raises:
+        ConfigError: no such algorithm, or a module that cannot be imported.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"wanted an algorithm of {', '.join(ALGORITHMS)}, or module:Class of your own, got {name!r}"
+        )
+    found = import_attribute(module, attribute, f"--algo {name}")
+    if not all(hasattr(found, part) for part in ("Config", "presets", "update")):
+        raise ConfigError(
+            f"wanted --algo {name} to name a class with Config, presets and update, got {found!r:.80}; "
+            "CONTRIBUTING.md has an example"
+        )
+    algorithm: type[Algorithm] = found
+    return algorithm
+
+
+def presets_of(algo: str) -> list[str]:
+    """The presets that an algorithm has."""
+    return list(find_algorithm(algo).presets)
+
+
+def preset_settings(preset: str, algo: str) -> dict[str, Any]:
+    """The settings of a preset for an algorithm that has it: of the run, shared, and the algorithm's own."""
+    shared = PRESETS[preset].settings if preset in PRESETS else {}
+    algorithm = find_algorithm(algo)
+    known = {item.name for config in (RunConfig, algorithm.Config) for item in dataclasses.fields(config)}
+    return {name: value for name, value in shared.items() if name in known} | dict(algorithm.presets[preset])
 
 
 def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
@@ -216,31 +186,27 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
         ConfigError: an unknown preset, a setting the algorithm does not have, or values out of range.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    preset = chosen.get("preset", "paper")
-    if preset not in PRESETS:
-        raise ConfigError(f"wanted a preset of {', '.join(PRESETS)}, got {preset!r}")
-    algo = chosen.get("algo", "dpmd")
-    if algo not in ALGORITHM_CONFIGS:
-        raise ConfigError(f"wanted an algorithm of {', '.join(ALGORITHM_CONFIGS)}, got {algo!r}")
-    defaults = PRESETS[preset]
-    if algo not in defaults.algorithms:
+    preset, algo = chosen.get("preset", "paper"), chosen.get("algo", "dpmd")
+    algorithm_type = find_algorithm(algo)
+    if preset not in algorithm_type.presets:
+        having = [name for name in ALGORITHMS if preset in ALGORITHMS[name].presets]
         raise ConfigError(
-            f"wanted an algorithm of {', '.join(defaults.algorithms)} with preset {preset}, got {algo}"
+            f"wanted an algorithm of {', '.join(having)} with preset {preset}, got {algo}"
+            if having
+            else f"wanted a preset of {', '.join(algorithm_type.presets)}, got {preset!r}"
         )
-    settings = defaults.of(algo) | chosen
-    algorithm_type = ALGORITHM_CONFIGS[algo]
+    settings = preset_settings(preset, algo) | chosen
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
-    algorithm_names = {item.name for item in dataclasses.fields(algorithm_type)}
+    algorithm_names = {item.name for item in dataclasses.fields(algorithm_type.Config)}
     unknown = set(settings) - run_names - algorithm_names
     if unknown:
-        raise ConfigError(
-            f"no setting named {', '.join(sorted(unknown))} for this algorithm; see rsm-train --help"
-        )
+        options = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in unknown))
+        raise ConfigError(f"wanted settings that algorithm {algo} has, got {options}; leave them out")
     if "env" not in settings:
         raise ConfigError("wanted an environment, got none; give one with --env, for example HalfCheetah-v5")
     run = RunConfig(**{name: value for name, value in settings.items() if name in run_names})
     try:
-        algorithm = algorithm_type(
+        algorithm = algorithm_type.Config(
             **{name: value for name, value in settings.items() if name in algorithm_names}
         )
     except ValueError as error:
@@ -254,43 +220,12 @@ def run_directory(run: RunConfig) -> Path:
     return Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
 
 
-def make_algorithm(
-    config: AlgorithmConfig,
-    obs_size: int,
-    action_size: int,
-    *,
-    generator: torch.Generator,
-    device: torch.device | str,
-    compute: Compute = DEFAULT_COMPUTE,
-) -> Algorithm:
-    """The algorithm of a configuration, with freshly initialised networks."""
-    if isinstance(config, DPMDConfig):
-        return DPMD(config, obs_size, action_size, generator=generator, device=device, compute=compute)
-    if isinstance(config, SDACConfig):
-        return SDAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
-    return SAC(config, obs_size, action_size, generator=generator, device=device, compute=compute)
-
-
 def _refuse_ineffective(given: Mapping[str, Any], algorithm: AlgorithmConfig) -> None:
-    """Refuse what was asked for and would change nothing."""
-    if isinstance(algorithm, SACConfig):
-        asked = {name for name, value in (("precision", "bf16"), ("compile", "on")) if given.get(name) == value}
-        _refuse(asked, ("precision", "compile"), "an algorithm that samples particles, dpmd or sdac")
-        return
-    if algorithm.temperature_schedule != "kl":
-        _refuse(given, ("target_kl",), "temperature_schedule kl")
-    if algorithm.temperature_schedule != "entropy":
-        _refuse(given, ("target_entropy",), "temperature_schedule entropy")
-    if algorithm.policy_lr_final is None:
-        _refuse(given, ("policy_lr_decay_start", "policy_lr_decay_updates"), "policy_lr_final")
-    if isinstance(algorithm, DPMDConfig) and algorithm.policy_actions == "backup":
-        _refuse(given, ("old_policy_every", "proposal_noise"), "policy_actions policy")
-
-
-def _refuse(given: Collection[str], names: tuple[str, ...], needed: str) -> None:
-    for name in names:
-        if name in given:
-            raise ConfigError(f"wanted {needed} with {name}, which changes nothing without; leave it out")
+    """Refuse a given setting that has no effect beside the other settings."""
+    for setting, needed in algorithm.ineffective().items():
+        name, equals, value = setting.partition("=")
+        if name in given and (not equals or str(given[name]) == value):
+            raise ConfigError(f"wanted {needed} with {name}, which has no effect otherwise; leave {name} out")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,10 +1,11 @@
-"""What DPMD and SDAC share: a diffusion policy, its critics, and everything but the policy's loss.
+"""The part that DPMD and SDAC share: a diffusion policy, its critics and its temperature.
 
 An algorithm owns an `ActorCritic` and adds the rule by which the policy learns. One update is
 
-    a' = agent.backup_action(...)        an action of the policy at s'
-    agent.update_critic(batch, a')       one step on the TD error
-    agent.update_policy(loss)            when due: one step on the algorithm's loss, then all averages
+    a' = agent.backup_action(...)            an action of the policy at s'
+    y  = agent.td_target(batch, a')          the TD target
+    agent.update_critic(batch, y)            one step on the TD error
+    agent.update_policy(loss)                when due: one step on the algorithm's loss, then all averages
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rsm_train.algorithms.common import (
+    AlgorithmConfig,
     Batch,
     Metrics,
     adam,
@@ -31,20 +33,32 @@ from rsm_train.algorithms.common import (
     save_state,
     set_learning_rate,
     td_target,
+    update_critic,
 )
 from rsm_train.algorithms.temperature import TemperatureSchedule, open_loop_temperature
-from rsm_train.model.critic import choose_best, init_critics, q_values, select_value
+from rsm_train.model.critic import choose_best, init_critics, select_value
 from rsm_train.model.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
 from rsm_train.model.inference import Inference
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params, init_denoiser
+
+QUICK_DIFFUSION: dict[str, Any] = {
+    "diffusion_steps": 5,
+    "particles": 8,
+    "target_particles": 1,
+    "prior_std": 0.5,
+    "temperature_schedule": "constant",
+    "temperature": 0.5,
+    "exploration_noise": 1.0,
+}
+"""Settings of the preset "quick" that DPMD and SDAC share."""
 
 KL_RATE = 0.01
 """Step of the dual ascent on log lambda, per nat of error and policy update."""
 
 
 @dataclass(frozen=True)
-class ActorCriticConfig:
+class ActorCriticConfig(AlgorithmConfig):
     """Settings that DPMD and SDAC share; the defaults are the `paper` preset."""
 
     diffusion_steps: int = field(default=20, metadata={"help": "T, denoising steps."})
@@ -127,9 +141,7 @@ class ActorCriticConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"wanted a finite {name}, got {value}")
+        super().__post_init__()
         counts = ("diffusion_steps", "particles", "target_particles", "width", "depth", "critics")
         for name in (*counts, "critic_repeats", "policy_every", "policy_lr_decay_updates"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
@@ -153,9 +165,16 @@ class ActorCriticConfig:
         reachable = self.temperature_schedule != "kl" or self.target_kl < math.log(actions)
         self._require("target_kl", reachable, f"< log {actions}, the most that {actions} actions can have")
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"wanted {name} {wanted}, got {getattr(self, name)}")
+    def ineffective(self) -> Mapping[str, str]:
+        """See `AlgorithmConfig.ineffective`."""
+        found = {}
+        if self.temperature_schedule != "kl":
+            found["target_kl"] = "temperature_schedule kl"
+        if self.temperature_schedule != "entropy":
+            found["target_entropy"] = "temperature_schedule entropy"
+        if self.policy_lr_final is None:
+            found["policy_lr_decay_start"] = found["policy_lr_decay_updates"] = "policy_lr_final"
+        return found
 
 
 class ActorCritic:
@@ -261,7 +280,7 @@ class ActorCritic:
     # --- learning -------------------------------------------------------------------------------------------
 
     def begin_update(self) -> bool:
-        """The host's part of an update: counters, temperature, learning rate. Whether the policy is due."""
+        """Move the counters, the temperature and the learning rate; returns True if the policy is due."""
         c = self.config
         if self._open_loop is not None:
             self.log_alpha.fill_(self._open_loop.log_at(self.updates))
@@ -279,15 +298,16 @@ class ActorCritic:
             action = explore(action, exploration_BA, self.exploration_std)
         return action
 
-    def update_critic(self, batch: Batch, next_action_BA: Tensor) -> Metrics:
-        """One step on (Q_i(s, a) - y)^2, y = r' + gamma (1 - terminated) Q'(s', a')."""
+    def td_target(self, batch: Batch, next_action_BA: Tensor) -> Tensor:
+        """y = reward_scale r + gamma (1 - terminated) Q'(s', a'), [B]."""
         c = self.config
-        next_q = self.values(self.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(1)
-        y = td_target(batch, next_q, gamma=c.gamma, reward_scale=c.reward_scale)
-        q_EB = q_values(self.critic, batch.obs, batch.action.unsqueeze(1)).squeeze(2)
-        loss = (q_EB - y).square().mean(dim=1).sum()
-        descend(self.critic_optimizer, loss, repeats=c.critic_repeats)
-        return {"critic_loss": loss.detach(), "q_mean": q_EB.detach().mean(), "target_mean": y.mean()}
+        next_q_B = self.values(self.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(1)
+        return td_target(batch, next_q_B, gamma=c.gamma, reward_scale=c.reward_scale)
+
+    def update_critic(self, batch: Batch, y_B: Tensor) -> Metrics:
+        """One step on sum_i E (Q_i(s, a) - y)^2."""
+        repeats = self.config.critic_repeats
+        return update_critic(self.critic, self.critic_optimizer, batch, y_B, repeats=repeats)
 
     def update_policy(self, loss: Tensor) -> None:
         """One step of the policy, then of the averaged policy and the target critics."""

@@ -1,19 +1,49 @@
-"""What the algorithms share: the batch, the TD target, averaging of parameters."""
+"""Parts that the algorithms share: settings, the batch, the TD target, the critics' step, averages."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from rsm_train.model.critic import q_values
 from rsm_train.model.diffusion import PolicySettings
+from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params
 
 Metrics = dict[str, Tensor]
 """Named 0-d detached tensors; they leave the device once per log interval."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Base of the settings of an algorithm.
+
+    Every field with a "help" entry in its metadata becomes an option of rsm-train.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"wanted a finite {name}, got {value}")
+
+    def ineffective(self) -> Mapping[str, str]:
+        """Settings that have no effect beside these values, and the setting that each of them needs.
+
+        A key is the name of a setting, or "name=value" for one of its values.
+        """
+        return {}
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"wanted {name} {wanted}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +96,23 @@ class Agent(Protocol):
 
 
 class Algorithm(Protocol):
-    """What the training loop knows of an algorithm."""
+    """The interface between the training loop and an algorithm; see CONTRIBUTING.md for an example."""
+
+    Config: ClassVar[type[AlgorithmConfig]]
+    """The settings; their defaults are those of the preset "paper"."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Settings by the name of a preset. An algorithm has only the presets that are named here."""
+
+    def __init__(
+        self,
+        config: Any,
+        obs_size: int,
+        action_size: int,
+        *,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        compute: Compute = ...,
+    ) -> None: ...
 
     @property
     def agent(self) -> Agent:
@@ -85,6 +131,16 @@ class Algorithm(Protocol):
 def td_target(batch: Batch, next_q_B: Tensor, *, gamma: float, reward_scale: float) -> Tensor:
     """y = reward_scale * r + gamma (1 - terminated) Q'(s', a'), [B]. A time limit bootstraps."""
     return reward_scale * batch.reward + gamma * (1 - batch.terminated) * next_q_B
+
+
+def update_critic(
+    critic: Params, optimizer: torch.optim.Optimizer, batch: Batch, y_B: Tensor, *, repeats: int = 1
+) -> Metrics:
+    """One step on sum_i E (Q_i(s, a) - y)^2; `repeats`: how often the gradient is applied."""
+    q_EB = q_values(critic, batch.obs, batch.action.unsqueeze(1)).squeeze(2)
+    loss = (q_EB - y_B).square().mean(dim=1).sum()
+    descend(optimizer, loss, repeats=repeats)
+    return {"critic_loss": loss.detach(), "q_mean": q_EB.detach().mean(), "target_mean": y_B.mean()}
 
 
 def move_average(average: Mapping[str, Tensor], params: Mapping[str, Tensor], tau: float) -> None:

@@ -13,17 +13,25 @@ Here w is a softmax over K actions of the same state, which divides by an estima
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
-from rsm_train.algorithms.common import Batch, Metrics, copy_params, explore, load_params, weight_health
+from rsm_train.algorithms.actor_critic import QUICK_DIFFUSION, ActorCritic, ActorCriticConfig
+from rsm_train.algorithms.common import (
+    AlgorithmConfig,
+    Batch,
+    Metrics,
+    copy_params,
+    explore,
+    load_params,
+    weight_health,
+)
 from rsm_train.model.diffusion import forward_noise
-from rsm_train.model.graphs import Captured
+from rsm_train.model.graphs import CapturedVariants
 from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.model.networks import observe, predict_noise, split_denoiser
 
@@ -88,6 +96,13 @@ class DPMDConfig(ActorCriticConfig):
                 "exp of an unbounded Q overflows"
             )
 
+    def ineffective(self) -> Mapping[str, str]:
+        """See `AlgorithmConfig.ineffective`."""
+        found = dict(super().ineffective())
+        if self.policy_actions == "backup":
+            found["old_policy_every"] = found["proposal_noise"] = "policy_actions policy"
+        return found
+
 
 @dataclass(frozen=True)
 class DPMDNoise:
@@ -103,6 +118,33 @@ class DPMDNoise:
 
 class DPMD:
     """The update of DPMD."""
+
+    Config: ClassVar[type[AlgorithmConfig]] = DPMDConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "reference": {
+            "prior_std": 0.5,
+            "policy_lr_final": 3e-5,
+            "noisy_backup": True,
+            "critic_repeats": 2,
+            "policy_actions": "backup",
+            "policy_samples": 1,
+            "weighting": "exp",
+            "q_scaling": "running_slip",
+        },
+        "kl": {
+            "policy_samples": 64,
+            "old_policy_every": 1_000,
+            "proposal_noise": 0.2,
+            "critic_selection": "mean",
+            "target_particles": 1,
+            "temperature_schedule": "kl",
+            "temperature": 1.0,
+            "target_kl": 2.0,
+            "exploration_units": "absolute",
+        },
+        "quick": {**QUICK_DIFFUSION, "policy_samples": 8, "q_scaling": "state", "proposal_noise": 0.2},
+    }
 
     def __init__(
         self,
@@ -124,24 +166,21 @@ class DPMD:
         # Running statistics of Q, for the scalings that need them.
         start = {"mean": torch.zeros((), device=device), "std": torch.ones((), device=device)}
         self._q = self.agent.keep("q", start)
-        self._captured = {due: Captured(self._learning(due), self.agent.device) for due in (False, True)}
+        self._learn_captured = CapturedVariants(self._learn, self.agent.device)
 
     def update(self, batch: Batch, noise: DPMDNoise) -> Metrics:
         """One critic update and, every `policy_every`-th time, one policy update."""
         if self._policy_old is not None and self.agent.updates % self.config.old_policy_every == 0:
             load_params(self._policy_old, self.agent.policy)
-        due = self.agent.begin_update()
-        return self._captured[due](batch, noise)
+        return self._learn_captured(batch, noise, policy_due=self.agent.begin_update())
 
-    def _learning(self, policy_due: bool) -> Callable[[Batch, DPMDNoise], Metrics]:
-        def learn(batch: Batch, noise: DPMDNoise) -> Metrics:
-            next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
-            metrics = self.agent.update_critic(batch, next_action_BA)
-            if policy_due:
-                metrics |= self._update_policy(batch, next_action_BA, noise)
-            return metrics
-
-        return learn
+    def _learn(self, batch: Batch, noise: DPMDNoise, *, policy_due: bool) -> Metrics:
+        next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
+        y_B = self.agent.td_target(batch, next_action_BA)  # r + gamma (1 - terminated) Q'(s', a')
+        metrics = self.agent.update_critic(batch, y_B)
+        if policy_due:
+            metrics |= self._update_policy(batch, next_action_BA, noise)
+        return metrics
 
     def _update_policy(self, batch: Batch, next_action_BA: Tensor, noise: DPMDNoise) -> Metrics:
         if self.config.policy_actions == "backup":

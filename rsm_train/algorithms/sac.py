@@ -12,13 +12,15 @@ Gaussian squashed by tanh, a = tanh(u), u ~ N(mu(s), sigma(s)^2), whose density 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rsm_train.algorithms.common import (
+    AlgorithmConfig,
     Batch,
     Metrics,
     adam,
@@ -30,16 +32,17 @@ from rsm_train.algorithms.common import (
     move_average,
     save_state,
     td_target,
+    update_critic,
 )
 from rsm_train.model.critic import init_critics, q_values, select_value
 from rsm_train.model.diffusion import GaussianSettings
-from rsm_train.model.graphs import Captured
+from rsm_train.model.graphs import CapturedVariants
 from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.model.networks import Params, gaussian, init_gaussian
 
 
 @dataclass(frozen=True)
-class SACConfig:
+class SACConfig(AlgorithmConfig):
     """Settings of SAC; the defaults are those of its authors, with mish networks.
 
     How often it learns is the run's `updates_per_step`, 1 for its authors.
@@ -68,19 +71,18 @@ class SACConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"wanted a finite {name}, got {value}")
+        super().__post_init__()
         for name in ("width", "depth", "critics", "policy_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"wanted {name} >= 1, got {getattr(self, name)}")
+            self._require(name, getattr(self, name) >= 1, ">= 1")
         for name in ("policy_lr", "critic_lr", "temperature", "reward_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"wanted {name} > 0, got {getattr(self, name)}")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"wanted gamma between 0 and 1, got {self.gamma}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"wanted tau > 0 and <= 1, got {self.tau}")
+            self._require(name, getattr(self, name) > 0, "> 0")
+        self._require("gamma", 0 <= self.gamma <= 1, "between 0 and 1")
+        self._require("tau", 0 < self.tau <= 1, "> 0 and <= 1")
+
+    def ineffective(self) -> Mapping[str, str]:
+        """See `AlgorithmConfig.ineffective`."""
+        needed = "an algorithm that samples particles, dpmd or sdac"
+        return {"precision=bf16": needed, "compile=on": needed}
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,9 @@ class SACAgent:
 class SAC:
     """The update of SAC."""
 
+    Config: ClassVar[type[AlgorithmConfig]] = SACConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "quick": {}}
+
     def __init__(
         self,
         config: SACConfig,
@@ -175,35 +180,31 @@ class SAC:
         """`compute` is for particles; there are none here."""
         self.config = config
         self.agent = SACAgent(config, obs_size, action_size, generator=generator, device=device)
-        self._captured = {due: Captured(self._learning(due), torch.device(device)) for due in (False, True)}
+        self._learn_captured = CapturedVariants(self._learn, torch.device(device))
 
     def update(self, batch: Batch, noise: SACNoise) -> Metrics:
         """One critic update and, every `policy_every`-th time, one of policy, temperature and targets."""
         self.agent.updates += 1
-        due = self.agent.updates % self.config.policy_every == 0
-        return self._captured[due](batch, noise)
+        policy_due = self.agent.updates % self.config.policy_every == 0
+        return self._learn_captured(batch, noise, policy_due=policy_due)
 
-    def _learning(self, policy_due: bool) -> Callable[[Batch, SACNoise], Metrics]:
-        def learn(batch: Batch, noise: SACNoise) -> Metrics:
-            metrics = self._update_critic(batch, noise)
-            if policy_due:
-                metrics |= self._update_policy(batch.obs, noise)
-                move_average(self.agent.critic_target, self.agent.critic, self.config.tau)
-            return metrics
+    def _learn(self, batch: Batch, noise: SACNoise, *, policy_due: bool) -> Metrics:
+        agent = self.agent
+        y_B = self._td_target(batch, noise.next_action)
+        metrics = update_critic(agent.critic, agent.critic_optimizer, batch, y_B)
+        if policy_due:
+            metrics |= self._update_policy(batch.obs, noise)
+            move_average(agent.critic_target, agent.critic, self.config.tau)
+        return metrics
 
-        return learn
-
-    def _update_critic(self, batch: Batch, noise: SACNoise) -> Metrics:
+    @torch.no_grad()
+    def _td_target(self, batch: Batch, noise_BA: Tensor) -> Tensor:
+        """y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a'|s')), [B]."""
         agent, c = self.agent, self.config
-        with torch.no_grad():
-            next_action_BA, next_log_p_B = sample(agent.policy, batch.next_obs, noise.next_action)
-            q_EB = q_values(agent.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(2)
-            soft_q_B = select_value(q_EB) - agent.alpha["log"].exp() * next_log_p_B
-            y = td_target(batch, soft_q_B, gamma=c.gamma, reward_scale=c.reward_scale)
-        q_EB = q_values(agent.critic, batch.obs, batch.action.unsqueeze(1)).squeeze(2)
-        loss = (q_EB - y).square().mean(dim=1).sum()
-        descend(agent.critic_optimizer, loss)
-        return {"critic_loss": loss.detach(), "q_mean": q_EB.detach().mean(), "target_mean": y.mean()}
+        next_action_BA, next_log_p_B = sample(agent.policy, batch.next_obs, noise_BA)
+        q_EB = q_values(agent.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(2)
+        soft_q_B = select_value(q_EB) - agent.alpha["log"].exp() * next_log_p_B
+        return td_target(batch, soft_q_B, gamma=c.gamma, reward_scale=c.reward_scale)
 
     def _update_policy(self, obs_BO: Tensor, noise: SACNoise) -> Metrics:
         agent = self.agent

@@ -1,8 +1,8 @@
 """SDAC: Soft Diffusion Actor-Critic.
 
 Ma, Chen, Wang, Li, Dai, "Efficient Online Reinforcement Learning for Diffusion Policy", ICML 2025.
-The policy of maximum entropy is pi(a|s) proportional to exp(Q(s, a) / lambda), from which nobody can sample.
-Its denoising loss can be sampled without it: draw a_t from any law of full support, invert the noising kernel,
+The policy of maximum entropy is pi(a|s) proportional to exp(Q(s, a) / lambda). It cannot be sampled
+directly, but its denoising loss can: draw a_t from any law of full support and invert the noising kernel,
 
     a_0 = a_t / sqrt(alpha_bar_t) - sqrt(1 / alpha_bar_t - 1) eps_k,   eps_k ~ N(0, I),   k = 1..K
     L = E_s E_{a_t} [ sum_k w_k |eps_theta(s, a_t, t) - eps_k|^2 ],    w = softmax_k(Q(s, a_0k) / lambda)
@@ -14,17 +14,17 @@ per a_t and regresses on the weighted mean of the noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rsm_train.algorithms.actor_critic import ActorCritic, ActorCriticConfig
-from rsm_train.algorithms.common import Batch, Metrics, weight_health
+from rsm_train.algorithms.actor_critic import QUICK_DIFFUSION, ActorCritic, ActorCriticConfig
+from rsm_train.algorithms.common import AlgorithmConfig, Batch, Metrics, weight_health
 from rsm_train.model.diffusion import NoiseSchedule, forward_noise
-from rsm_train.model.graphs import Captured
+from rsm_train.model.graphs import CapturedVariants
 from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.model.networks import observe, predict_noise, split_denoiser
 
@@ -77,6 +77,19 @@ class SDACNoise:
 class SDAC:
     """The update of SDAC."""
 
+    Config: ClassVar[type[AlgorithmConfig]] = SDACConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "reference": {
+            "prior_std": 0.5,
+            "policy_lr_final": 3e-5,
+            "noisy_backup": True,
+            "reverse_draws": "clipped",
+            "proposal_particles": 32,
+        },
+        "quick": QUICK_DIFFUSION,
+    }
+
     def __init__(
         self,
         config: SDACConfig,
@@ -91,22 +104,19 @@ class SDAC:
         self.agent = ActorCritic(
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
-        self._captured = {due: Captured(self._learning(due), self.agent.device) for due in (False, True)}
+        self._learn_captured = CapturedVariants(self._learn, self.agent.device)
 
     def update(self, batch: Batch, noise: SDACNoise) -> Metrics:
         """One critic update and, every `policy_every`-th time, one policy update."""
-        due = self.agent.begin_update()
-        return self._captured[due](batch, noise)
+        return self._learn_captured(batch, noise, policy_due=self.agent.begin_update())
 
-    def _learning(self, policy_due: bool) -> Callable[[Batch, SDACNoise], Metrics]:
-        def learn(batch: Batch, noise: SDACNoise) -> Metrics:
-            next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
-            metrics = self.agent.update_critic(batch, next_action_BA)
-            if policy_due:
-                metrics |= self._update_policy(batch.obs, noise)
-            return metrics
-
-        return learn
+    def _learn(self, batch: Batch, noise: SDACNoise, *, policy_due: bool) -> Metrics:
+        next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
+        y_B = self.agent.td_target(batch, next_action_BA)  # r + gamma (1 - terminated) Q'(s', a')
+        metrics = self.agent.update_critic(batch, y_B)
+        if policy_due:
+            metrics |= self._update_policy(batch.obs, noise)
+        return metrics
 
     def _update_policy(self, obs_BO: Tensor, noise: SDACNoise) -> Metrics:
         proposal_BA = self.agent.backup_action(obs_BO, noise.action, noise.proposal)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
+Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 WARM_UP_CALLS = 3
 """Calls before the capture: optimisers make their moments, compilers compile, libraries their handles."""
@@ -30,7 +32,7 @@ class Captured:
         function: Callable[..., Outputs],
         device: torch.device,
         *,
-        record: Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]] | None = None,
+        record: Record | None = None,
     ) -> None:
         self._function = function
         self._device = device
@@ -66,6 +68,27 @@ class Captured:
                     value.copy_(getattr(argument, name))
         self._replay()
         return self._outputs
+
+
+class CapturedVariants:
+    """A function like that of `Captured`, with one graph for each value of its keyword arguments.
+
+    Keyword arguments are plain Python values that choose a branch, such as `policy_due`.
+    """
+
+    def __init__(self, function: Callable[..., Outputs], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self.record: Record | None = None
+        """See `Captured`."""
+        self._variants: dict[tuple[tuple[str, object], ...], Captured] = {}
+
+    def __call__(self, *arguments: Any, **static: object) -> Outputs:
+        """The function's outputs for these arguments."""
+        key = tuple(sorted(static.items()))
+        if key not in self._variants:
+            self._variants[key] = Captured(partial(self._function, **static), self._device, record=self.record)
+        return self._variants[key](*arguments)
 
 
 def _map_tensors(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,12 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 from rsm_common.commandline import aligned
-from rsm_train.config import ALGORITHM_CONFIGS, PRESETS, AlgorithmConfig, Preset, RunConfig
+from rsm_train.algorithms.common import AlgorithmConfig
+from rsm_train.algorithms.registry import ALGORITHMS
+from rsm_train.config import PRESETS, RunConfig, preset_settings
 
 
 def describe_presets() -> str:
     """Every preset: its description, and the settings that it changes, from the default to its value."""
-    return "\n\n".join(_describe_preset(name, preset) for name, preset in PRESETS.items())
+    return "\n\n".join(_describe_preset(name) for name in PRESETS)
 
 
 def describe_run(
@@ -30,7 +32,7 @@ def describe_run(
         algorithm: likewise.
         origins: of settings that come from elsewhere, by name.
     """
-    preset = PRESETS[run.preset].of(run.algo)
+    preset = preset_settings(run.preset, run.algo)
 
     def origin(name: str) -> str:
         if name in origins:
@@ -58,22 +60,23 @@ def text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _describe_preset(name: str, preset: Preset) -> str:
+def _describe_preset(name: str) -> str:
+    having = [algo for algo in ALGORITHMS if name in ALGORITHMS[algo].presets]
     algorithms: dict[tuple[str, str, str], list[str]] = {}
-    for algo in preset.algorithms:
-        config = ALGORITHM_CONFIGS[algo]
+    for algo in having:
+        config = ALGORITHMS[algo].Config
         defaults = {item.name: item.default for cls in (RunConfig, config) for item in dataclasses.fields(cls)}
-        for setting, value in preset.of(algo).items():
-            if setting in defaults and defaults[setting] != value:
+        for setting, value in preset_settings(name, algo).items():
+            if defaults[setting] != value:
                 key = (setting, text(defaults[setting]), text(value))
                 algorithms.setdefault(key, []).append(algo)
-    only = "" if len(preset.algorithms) == len(ALGORITHM_CONFIGS) else f" ({', '.join(preset.algorithms)})"
-    title = f"{name}{only}: {preset.description}"
+    only = "" if len(having) == len(ALGORITHMS) else f" ({', '.join(having)})"
+    title = f"{name}{only}: {PRESETS[name].description}"
     if not algorithms:
         return title
     # A setting that is the same for every algorithm of the preset needs no name of one.
     rows = [
-        [setting, default, "->", value, "" if len(algos) == len(preset.algorithms) else ", ".join(algos)]
+        [setting, default, "->", value, "" if len(algos) == len(having) else ", ".join(algos)]
         for (setting, default, value), algos in algorithms.items()
     ]
     return f"{title}\n\n{aligned([['setting', 'default', '', name, ''], *rows], left=5)}"

@@ -16,7 +16,8 @@ from torch import Tensor
 from rsm_common.commandline import aligned
 from rsm_eval.envs import make_env, time_limit
 from rsm_eval.rollout import DEFAULT_MAX_STEPS
-from rsm_train.config import AlgorithmConfig, RunConfig
+from rsm_train.algorithms.common import AlgorithmConfig
+from rsm_train.config import RunConfig
 from rsm_train.model.graphs import WARM_UP_CALLS
 from rsm_train.run.checkpoint import Checkpoint
 from rsm_train.run.loop import Trainer

@@ -27,8 +27,8 @@ from rsm_common.seeds import expand_seed
 from rsm_common.spec import PolicySpec
 from rsm_eval.envs import EnvPool, control_dt_s, env_boxes
 from rsm_eval.rollout import episode_seeds
-from rsm_train.algorithms.common import Algorithm, Metrics
-from rsm_train.config import AlgorithmConfig, RunConfig, make_algorithm
+from rsm_train.algorithms.common import Algorithm, AlgorithmConfig, Metrics
+from rsm_train.config import RunConfig, find_algorithm
 from rsm_train.environments.envs import TrainingEnvs, check_state
 from rsm_train.environments.evaluation import Evaluation, evaluate
 from rsm_train.model.kernels import Compute, can_compile
@@ -107,7 +107,7 @@ class Trainer:
         initial, acting, learning = (int(seed) for seed in expand_seed(run.seed, 4)[1:])
         self._acting_generator = torch.Generator().manual_seed(acting)
         self._learning_generator = torch.Generator(self.device).manual_seed(learning)
-        self.algorithm: Algorithm = make_algorithm(
+        self.algorithm: Algorithm = find_algorithm(run.algo)(
             algorithm_config,
             self.envs.obs_size,
             self.envs.action_size,

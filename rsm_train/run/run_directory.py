@@ -15,7 +15,8 @@ from typing import Any
 
 from rsm_common import atomic
 from rsm_common.errors import CheckpointError, ConfigError
-from rsm_train.config import ALGORITHM_CONFIGS, AlgorithmConfig, RunConfig, resolve, run_directory
+from rsm_train.algorithms.common import AlgorithmConfig
+from rsm_train.config import RunConfig, find_algorithm, resolve, run_directory
 from rsm_train.run.checkpoint import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
@@ -160,7 +161,7 @@ def _read_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
     try:
         config = json.loads(path.read_bytes())
         run = RunConfig(**config["run"])
-        return run, ALGORITHM_CONFIGS[run.algo](**config["algorithm"])
+        return run, find_algorithm(run.algo).Config(**config["algorithm"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot read the configuration of a run from {path} ({error}); it is damaged or of another version"

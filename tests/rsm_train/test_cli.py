@@ -1,12 +1,14 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import pytest
 
 from rsm_common.commandline import _default_text
+from rsm_train.algorithms.registry import ALGORITHMS
 from rsm_train.cli import main
-from rsm_train.config import ALGORITHM_CONFIGS, RunConfig
+from rsm_train.config import RunConfig
 from tests.rsm_train.runs import tiny_run
 
 
@@ -78,7 +80,8 @@ def help_by_option(capsys):
 def test_help_has_the_text_and_every_default_of_every_algorithm(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")  # wide enough to break no line at a hyphen
     shown = help_by_option(capsys)
-    for label, config in {"run": RunConfig, **ALGORITHM_CONFIGS}.items():
+    configs: dict[str, Any] = {name: algorithm.Config for name, algorithm in ALGORITHMS.items()}
+    for label, config in {"run": RunConfig, **configs}.items():
         for item in dataclasses.fields(config):
             entry = shown[f"--{item.name.replace('_', '-')}"]
             assert item.metadata["help"] in entry, f"{label}: {item.name}"

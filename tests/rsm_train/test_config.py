@@ -2,7 +2,8 @@ import pytest
 
 from rsm_common.errors import ConfigError
 from rsm_train.algorithms.dpmd import DPMDConfig
-from rsm_train.config import ALGORITHM_CONFIGS, PRESETS, resolve
+from rsm_train.algorithms.registry import ALGORITHMS
+from rsm_train.config import PRESETS, resolve
 
 
 def test_preset_beats_defaults_and_the_command_line_beats_the_preset():
@@ -23,12 +24,12 @@ def test_how_much_a_killed_run_can_lose():
 
 
 @pytest.mark.parametrize(
-    ("preset", "algo"), [(name, algo) for name, preset in PRESETS.items() for algo in preset.algorithms]
+    ("preset", "algo"), [(preset, algo) for algo in ALGORITHMS for preset in ALGORITHMS[algo].presets]
 )
 def test_every_preset_resolves_for_its_algorithms(preset, algo):
     run, algorithm = resolve({"env": "Hopper-v5", "preset": preset, "algo": algo})
-    assert (run.preset, type(algorithm)) == (preset, ALGORITHM_CONFIGS[algo])
-    wanted = {**PRESETS[preset].settings, **PRESETS[preset].per_algorithm.get(algo, {})}
+    assert (run.preset, type(algorithm)) == (preset, ALGORITHMS[algo].Config)
+    wanted = {**PRESETS[preset].settings, **ALGORITHMS[algo].presets[preset]}
     assert wanted.items() <= (vars(run) | vars(algorithm)).items()
 
 
@@ -53,7 +54,12 @@ def test_a_preset_of_another_algorithm_is_refused():
         ({"env": "Hopper-v5", "preset": "quick", "target_entropy": 1.0}, "entropy with target_entropy"),
         ({"env": "Hopper-v5", "policy_lr_decay_start": 5}, "policy_lr_final with policy_lr_decay_start"),
         ({"env": "Hopper-v5", "preset": "reference", "proposal_noise": 0.1}, "policy with proposal_noise"),
-        ({"env": "Hopper-v5", "widht": 3}, "widht"),
+        ({"env": "Hopper-v5", "widht": 3}, "algorithm dpmd has, got --widht"),
+        ({"env": "Hopper-v5", "algo": "sac", "particles": 3}, "algorithm sac has, got --particles"),
+        ({"env": "Hopper-v5", "algo": "ppo"}, "algorithm of dpmd, sdac, sac, or module:Class"),
+        ({"env": "Hopper-v5", "algo": "no_such_module:X"}, "can be imported, got ModuleNotFoundError"),
+        ({"env": "Hopper-v5", "algo": "math:pi"}, "a class with Config, presets and update, got 3.14"),
+        ({"env": "Hopper-v5", "algo": "math:tau2"}, "a name that module math defines, got 'tau2'"),
     ],
 )
 def test_contradictions_are_refused_in_one_sentence(given, message):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rsm_train.algorithms.dpmd import DPMD
-from rsm_train.config import make_algorithm, resolve
+from rsm_train.config import find_algorithm, resolve
 from rsm_train.model.graphs import WARM_UP_CALLS, Captured
 from tests.rsm_train.algorithms.test_dpmd import SMALL, random_batch
 
@@ -88,9 +88,9 @@ def test_an_update_reads_no_python_number_that_changes_and_no_memory_that_moves(
         **({} if algo == "sac" else {"diffusion_steps": 2, "particles": 2, "policy_lr_final": 1e-4}),
         **({} if algo == "sac" else {"policy_lr_decay_start": 0, "policy_lr_decay_updates": 300}),
     }
-    _, config = resolve(settings)
+    config: Any = resolve(settings)[1]
     generator = torch.Generator().manual_seed(0)
-    algorithm = make_algorithm(config, 3, 2, generator=generator, device="cpu")
+    algorithm = find_algorithm(algo)(config, 3, 2, generator=generator, device="cpu")
     batch, noise = random_batch(), algorithm.draw_noise(16, generator)
 
     def numbers():
@@ -142,8 +142,7 @@ def test_captured_updates_are_the_plain_updates():
                         value.copy_(state[name])
                 return replay, outputs
 
-            for one in algorithm._captured.values():
-                one._record = record
+            algorithm._learn_captured.record = record
         generator = torch.Generator().manual_seed(1)
         history = []
         for i in range(12):

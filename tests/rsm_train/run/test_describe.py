@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 
+from rsm_train.algorithms.registry import ALGORITHMS
 from rsm_train.cli import main
-from rsm_train.config import ALGORITHM_CONFIGS, PRESETS, Preset, RunConfig, resolve
+from rsm_train.config import PRESETS, Preset, RunConfig, resolve
 from rsm_train.run.describe import text
 
 
@@ -26,16 +28,18 @@ def test_every_preset_and_every_change_is_listed(capsys):
 
 
 def test_settings_of_one_algorithm_win_and_are_named(monkeypatch, capsys):
-    algo = next(iter(ALGORITHM_CONFIGS))
-    preset = Preset("Odd.", {"width": 5, "batch_size": 7}, {algo: {"width": 6}, "other": {"width": 9}})
-    monkeypatch.setitem(PRESETS, "odd", preset)
+    monkeypatch.setitem(PRESETS, "odd", Preset("Odd.", {"width": 5, "batch_size": 7}))
+    for algo, own in (("dpmd", {"width": 6}), ("sac", {"width": 9})):
+        monkeypatch.setattr(ALGORITHMS[algo], "presets", {**ALGORITHMS[algo].presets, "odd": own})
+    algorithm: Any
     run, algorithm = resolve({"env": "Hopper-v5", "preset": "odd"})
     assert (run.batch_size, algorithm.width) == (7, 6)
-    assert resolve({"env": "Hopper-v5", "preset": "odd", "width": 3})[1].width == 3
+    assert dataclasses.asdict(resolve({"env": "Hopper-v5", "preset": "odd", "width": 3})[1])["width"] == 3
     assert main(["--list-presets"]) == 0
-    odd = capsys.readouterr().out.partition("odd: Odd.")[2]
-    assert re.search(r"^width +256 +-> +6", odd, re.M)
-    assert "9" not in odd
+    odd = capsys.readouterr().out.partition("odd (dpmd, sac): Odd.")[2]
+    assert re.search(r"^width +256 +-> +6 +dpmd", odd, re.M)
+    assert re.search(r"^width +256 +-> +9 +sac", odd, re.M)
+    assert "sdac" not in odd
 
 
 @pytest.mark.parametrize(
