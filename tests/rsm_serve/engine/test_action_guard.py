@@ -41,7 +41,8 @@ from rsm_serve.recording.format import read
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
-from tests.rsm_serve.observe.test_prometheus import Unsound, scrape
+from tests.rsm_serve.http.ask import scrape
+from tests.rsm_serve.observe.test_prometheus import Unsound
 from tests.rsm_serve.test_server import ANY_PORT, wait_until
 
 SPEC = make_spec()  # two action elements in [-3, 1]

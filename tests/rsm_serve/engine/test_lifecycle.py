@@ -47,7 +47,7 @@ from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_spec, write_bundle
 from tests.rsm_serve.commands.test_serve_cli import serving
-from tests.rsm_serve.observe.test_prometheus import get, http_of
+from tests.rsm_serve.http.ask import get, http_of
 from tests.rsm_serve.test_server import ANY_PORT, Gated, wait_until
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of processes")

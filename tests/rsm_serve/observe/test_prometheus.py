@@ -1,16 +1,9 @@
-"""What a real server counts, and what its HTTP port says of it."""
+"""The metrics of a real server."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import logging
 import re
-import socket
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,24 +13,19 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from rsm_common.errors import (
-    AddressError,
     BackendError,
     BundleError,
     DeadlineExpiredError,
     InvalidRequestError,
     QueueFullError,
 )
-from rsm_common.seeds import expand_seed
-from rsm_serve.addresses import is_loopback
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.engine.registry import Registry
-from rsm_serve.http import server as http_server
 from rsm_serve.http.endpoints import Monitor
-from rsm_serve.http.server import HttpServer, Request, Response
 from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.observe.counts import LATENCY_BOUNDS_S, Histogram, ServerCounts
 from rsm_serve.observe.prometheus import Exposition, cumulative
@@ -45,33 +33,11 @@ from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
-from tests.bundles import make_probe, make_spec, write_bundle
+from tests.rsm_serve.http.ask import ANY_PORT, get, http_of, scrape
 from tests.rsm_serve.test_server import Gated, wait_until
 from tests.server_process import samples
 
-ANY_PORT = "127.0.0.1:0"
 ZEROS = np.zeros(4, "<f4").tobytes()
-
-
-def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
-    """(status, body, headers by lower-case name) of a GET request."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(f"http://{url}", headers=named), timeout=30
-        ) as answer:
-            return answer.status, answer.read().decode(), {k.lower(): v for k, v in answer.headers.items()}
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(), {k.lower(): v for k, v in error.headers.items()}
-
-
-def scrape(server: PolicyServer) -> dict[str, float]:
-    return samples(get(f"{http_of(server)}/metrics")[1])
-
-
-def http_of(server: PolicyServer) -> str:
-    assert server.monitor is not None
-    return server.monitor.address
 
 
 @pytest.fixture
@@ -304,291 +270,3 @@ class TestMetrics:
             with PolicyClient(server.addresses[0], timeout_s=30) as client:
                 client.act(np.zeros(4))
             assert [lane.counts.requests for lane in server.registry.lanes] == [{("Act", "OK", ""): 1}]
-
-
-class TestHealth:
-    def test_of_the_server_and_of_each_policy(self, server):
-        http = http_of(server)
-        assert get(f"{http}/healthz")[:2] == (200, "serving\n")
-        assert get(f"{http}/healthz/tiny")[:2] == (200, "serving\n")
-        assert get(f"{http}/healthz/nope")[0] == 404
-
-    def test_loading_and_draining_are_503(self):
-        async def main() -> None:
-            board = Monitor()
-            await board.open(ANY_PORT)
-            for path in ("/healthz", "/healthz/tiny"):
-                assert (await asyncio.to_thread(get, board.address + path))[:2] == (503, "loading\n")
-            status, body, _ = await asyncio.to_thread(get, f"{board.address}/api/sample?policy=tiny")
-            assert (status, "being loaded" in body) == (503, True)
-            board.draining()
-            assert (await asyncio.to_thread(get, f"{board.address}/healthz"))[:2] == (503, "draining\n")
-            board.close()
-
-        asyncio.run(main())
-
-    def test_a_draining_server_says_so_while_it_answers_what_is_queued(self, bundle_repo):
-        bundle = load_bundle(bundle_repo / "tiny")
-        session = Gated(open_session(bundle))
-        lane = Lane(LocalPolicy(bundle, session), BatchLimits())
-        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
-        with background_server(config, [lane]) as server, ThreadPoolExecutor(1) as pool:
-            with PolicyClient(server.addresses[0], timeout_s=60) as client:
-                session.open.clear()
-                while session.entered.acquire(blocking=False):
-                    pass
-                held = pool.submit(client.act, np.zeros(4))
-                assert session.entered.acquire(timeout=30)
-                assert lane.batcher._loop is not None
-                drained = asyncio.run_coroutine_threadsafe(server.drain(), lane.batcher._loop)
-                wait_until(lambda: get(f"{http_of(server)}/healthz")[:2] == (503, "draining\n"), "draining")
-                session.open.set()
-                assert held.result(30).action.shape == (2,)
-                assert drained.result(30)
-            with pytest.raises(OSError):
-                get(f"{http_of(server)}/healthz")
-
-
-class TestPort:
-    """The HTTP server's limits."""
-
-    def test_in_use_is_one_sentence(self, server, bundle_repo):
-        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=http_of(server))
-        with pytest.raises(AddressError, match="in use; choose another --http"), background_server(config):
-            pass
-        with (
-            pytest.raises(AddressError, match="wanted an address such as"),
-            background_server(
-                ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http="nonsense")
-            ),
-        ):
-            pass
-
-    @pytest.mark.parametrize("host", ["a" * 70, "a..b"])
-    def test_a_host_name_that_is_none_is_one_sentence(self, bundle_repo, host):
-        config = ServerConfig.from_options(
-            repo=bundle_repo, addresses=(ANY_PORT,), http=f"{host}:0", insecure=True
-        )
-        with (
-            pytest.raises(AddressError, match=rf"wanted to listen on {host}:0 for HTTP, got: .*--http"),
-            background_server(config),
-        ):
-            pass
-
-    @pytest.mark.parametrize(
-        ("sent", "status"),
-        [
-            (b"POST /metrics HTTP/1.1\r\n\r\n", 405),
-            (b"GET /metrics\r\n\r\n", 400),
-            (b"GET http://elsewhere/ HTTP/1.1\r\n\r\n", 400),
-            (b"\x16\x03\x01\x02\x00\x01\x00 \r\n\r\n", 400),
-            (b"GET /?" + b"&".join(b"a%d=1" % i for i in range(99)) + b" HTTP/1.1\r\n\r\n", 400),
-            (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n", 431),
-            (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-            (b"GET //metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-        ],
-    )
-    def test_what_is_no_proper_request_is_refused(self, server, sent, status):
-        host, _, port = http_of(server).rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
-            connection.sendall(sent)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 %d " % status)
-
-    def test_a_slow_writer_and_a_slow_reader_block_nobody_and_are_cut_off(self, monkeypatch):
-        async def answer(request: Request) -> Response:
-            return Response(bytes(50_000_000) if request.path == "/large" else b"small")
-
-        async def be_slow(address: str) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-            host, _, port = address.rpartition(":")
-            silent = await asyncio.open_connection(host, int(port))
-            silent[1].write(b"GET / HT")
-            deaf = await asyncio.open_connection(host, int(port), limit=1024)
-            deaf[1].write(b"GET /large HTTP/1.1\r\n\r\n")
-            return [silent, deaf]
-
-        async def main() -> None:
-            server = HttpServer(answer)
-            address = await server.listen(ANY_PORT)
-            monkeypatch.setattr(http_server, "READ_S", 300.0)
-            monkeypatch.setattr(http_server, "WRITE_S", 300.0)
-            first = await be_slow(address)
-            assert (await asyncio.to_thread(get, address))[1] == "small"
-            assert len(server._open) >= 2, "the slow ones are still there"
-            monkeypatch.setattr(http_server, "READ_S", 0.3)
-            monkeypatch.setattr(http_server, "WRITE_S", 0.3)
-            (silent, writer), (deaf, another) = await be_slow(address)
-            assert await asyncio.wait_for(silent.read(), 60) == b""
-            await asyncio.to_thread(wait_until, lambda: len(server._open) == 2, "the second two to be cut off")
-            with pytest.raises((OSError, asyncio.IncompleteReadError)):
-                await asyncio.wait_for(deaf.readexactly(50_000_000), 60)
-            server.close()
-            for open_writer in (writer, another, *(slow[1] for slow in first)):
-                open_writer.close()
-
-        asyncio.run(main())
-
-    def test_connections_are_limited_and_grpc_goes_on(self, server):
-        host, _, port = http_of(server).rpartition(":")
-        idle = [socket.create_connection((host, int(port)), timeout=30) for _ in range(32)]
-        try:
-            time.sleep(0.2)
-            another = socket.create_connection((host, int(port)), timeout=30)
-            with another, contextlib.suppress(ConnectionResetError):
-                assert another.recv(1) == b""
-            with PolicyClient(server.addresses[0], timeout_s=30) as client:
-                assert client.act(np.zeros(4)).action.shape == (2,)
-        finally:
-            for connection in idle:
-                connection.close()
-        wait_until(lambda: _answers(http_of(server)), "room for a connection")
-
-    def test_a_fault_of_ours_is_logged_without_the_query(self, caplog):
-        async def fail(request: Request) -> Response:
-            raise RuntimeError("broken")
-
-        async def main() -> tuple[int, str, dict[str, str]]:
-            server = HttpServer(fail)
-            address = await server.listen(ANY_PORT)
-            answer = await asyncio.to_thread(get, f"{address}/api/sample?obs=123.456")
-            server.close()
-            return answer
-
-        status, body, _ = asyncio.run(main())
-        assert status == 500
-        assert "broken" not in body
-        assert "GET /api/sample failed" in caplog.text
-        assert "123.456" not in caplog.text
-
-    def test_other_sites_get_nothing(self, server):
-        http = http_of(server)
-        for path in ("/", "/api/status", "/api/spec?policy=tiny", "/api/sample?policy=tiny"):
-            assert get(http + path, Host="evil.example")[0] == 403
-        for site in ("cross-site", "same-site"):
-            assert get(f"{http}/api/status", Sec_Fetch_Site=site)[0] == 403
-        assert get(f"{http}/api/status", Sec_Fetch_Site="same-origin")[0] == 200
-        assert get(f"{http}/", Host="localhost:9000")[0] == 200
-        assert get(f"{http}/metrics", Host="rsm.example")[0] == 200, "scrapers use a name"
-
-    def test_a_public_address_shows_neither_page_nor_samples(self, bundle_repo):
-        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http="0.0.0.0:0")
-        with background_server(config) as server:
-            http = http_of(server).replace("0.0.0.0", "127.0.0.1")
-            assert [get(f"{http}{path}")[0] for path in ("/metrics", "/healthz", "/", "/api/status")] == [
-                *(200, 200),
-                *(404, 404),
-            ]
-
-    def test_loopback(self):
-        for host in ("127.0.0.1", "127.3.2.1", "[::1]", "::1", "localhost", "LocalHost"):
-            assert is_loopback(host)
-        for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", "", "127.0.0.1.evil.example"):
-            assert not is_loopback(host)
-
-
-def _answers(http: str) -> bool:
-    try:
-        return get(f"{http}/healthz")[0] == 200
-    except OSError:
-        return False
-
-
-class TestSample:
-    def test_it_is_the_policys_answer_to_as_many_seeds(self, server, bundle_repo):
-        answer = json.loads(get(f"{http_of(server)}/api/sample?policy=tiny:1&obs=1,2,-3,0.5&n=21&seed=7")[1])
-        local = open_policy(bundle_repo / "tiny")
-        expected = local.act(np.tile([1, 2, -3, 0.5], (21, 1)), seed=expand_seed(7, 21))
-        assert np.allclose(answer["action"], expected.action, atol=1e-5)
-        assert np.allclose(answer["q"], np.asarray(expected.q), atol=1e-5)
-        assert (answer["seed"], answer["version"], answer["obs"]) == ("7", "1", [1, 2, -3, 0.5])
-
-    def test_observations_are_zeros_probe_rows_or_numbers(self, server):
-        def obs(text: str) -> list[float]:
-            found: list[float] = json.loads(get(f"{http_of(server)}/api/sample?n=1&obs={text}")[1])["obs"]
-            return found
-
-        assert obs("zeros") == obs("") == [0, 0, 0, 0]
-        assert np.allclose(obs("probe:2"), make_probe(make_spec("tiny")).obs[2], atol=1e-5)
-        assert obs("1e3%20-2.5,%203,4") == [1000, -2.5, 3, 4]
-
-    @pytest.mark.parametrize(
-        ("query", "status", "message"),
-        [
-            ("obs=1,2", 400, r"shape \[4\].*got \[2\]"),
-            ("obs=1,2,3,nan", 400, "finite"),
-            ("obs=1,2,3,four", 400, "wanted numbers"),
-            ("obs=probe:4", 400, "K below 4"),
-            ("obs=probe:-1", 400, "K below 4"),
-            ("n=0", 400, "n as a whole number from 1 to 512"),
-            ("n=513", 400, "from 1 to 512, got '513'"),
-            ("n=x", 400, "got 'x'"),
-            (f"seed={2**64}", 400, "seed as a whole number"),
-            ("policy=nope", 404, "'nope'"),
-            ("policy=tiny:9", 404, "version '9'"),
-        ],
-    )
-    def test_a_mistake_is_one_sentence(self, server, query, status, message):
-        found, body, _ = get(f"{http_of(server)}/api/sample?{query}")
-        assert found == status
-        assert re.search(message, json.loads(body)["error"])
-
-    def test_one_at_a_time_and_robots_wait_for_a_few_rows_only(self, bundle_repo):
-        bundle = load_bundle(bundle_repo / "tiny")
-        session = Gated(open_session(bundle))
-        lane = Lane(LocalPolicy(bundle, session), BatchLimits())
-        config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
-        with background_server(config, [lane]) as server, ThreadPoolExecutor(2) as pool:
-            session.open.clear()
-            session.batches.clear()
-            while session.entered.acquire(blocking=False):
-                pass
-            drawn = pool.submit(get, f"{http_of(server)}/api/sample?n=20")
-            assert session.entered.acquire(timeout=30)
-            status, body, _ = get(f"{http_of(server)}/api/sample?n=20")
-            assert (status, "one sample at a time" in body) == (429, True)
-            session.open.set()
-            assert drawn.result(30)[0] == 200
-            assert session.batches == [8, 8, 4]
-
-    def test_no_observation_is_logged(self, server, caplog):
-        caplog.set_level(logging.DEBUG)
-        get(f"{http_of(server)}/api/sample?n=1&obs=123.456,1,2,3")
-        get(f"{http_of(server)}/api/sample?n=1&obs=123.456,1,2,nan")
-        lane = server.registry.lanes[0]
-
-        def fail(*_: object) -> object:
-            raise RuntimeError("no")
-
-        lane._policy._graph._session.run = fail
-        assert get(f"{http_of(server)}/api/sample?n=1&obs=123.456,1,2,3")[0] == 500
-        with PolicyClient(server.addresses[0], timeout_s=30) as client, pytest.raises(BackendError):
-            client.act([123.456, 1, 2, 3])
-        assert "a batch of 1 rows failed" in caplog.text
-        assert "123.4" not in caplog.text
-
-
-def test_the_status_has_what_the_page_shows(tmp_path):
-    for spec in (make_spec("tiny", "1"), make_spec("tiny", "2"), make_spec("other", "3", has_q=False)):
-        write_bundle(tmp_path, spec)
-    with background_server(
-        ServerConfig.from_options(repo=tmp_path, addresses=(ANY_PORT,), http=ANY_PORT)
-    ) as server:
-        with PolicyClient(server.addresses[0], policy="tiny", timeout_s=30) as client:
-            client.act(np.zeros((3, 4)))
-        status = json.loads(get(f"{http_of(server)}/api/status")[1])
-        spec = json.loads(get(f"{http_of(server)}/api/spec?policy=other:3")[1])
-        sample = json.loads(get(f"{http_of(server)}/api/sample?policy=other&n=2")[1])
-    assert status["state"] == "serving"
-    assert status["addresses"] == list(server.addresses)
-    assert [(policy["name"], policy["version"]) for policy in status["policies"]] == [
-        ("other", "3"),
-        ("tiny", "2"),
-    ]
-    tiny = status["policies"][1]
-    assert tiny["rows"] == 3
-    assert tiny["default"] is True
-    assert tiny["probe_rows"] == 4
-    assert sum(tiny["request_s"]["counts"]) == 1
-    assert len(tiny["request_s"]["counts"]) == len(status["latency_bounds_s"]) + 1
-    assert tiny["batch_rows"]["counts"][status["rows_bounds"].index(3)] == 1
-    assert spec["env_id"] == "Tiny-v0"
-    assert sample["q"] is None

@@ -32,7 +32,7 @@ from rsm_serve.recording.format import MAGIC, Record, encode, numbered_files, re
 from rsm_serve.recording.recorder import MAX_PENDING_BYTES, Recorder
 from rsm_serve.server import background_server
 from tests.rsm_serve.commands.test_serve_cli import serving
-from tests.rsm_serve.observe.test_prometheus import scrape
+from tests.rsm_serve.http.ask import scrape
 from tests.rsm_serve.test_server import ANY_PORT, wait_until
 
 OBS = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
