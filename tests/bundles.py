@@ -16,7 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.bundle.contract import CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, SPEC_FILE, manifest_json
+from rsm_serve.bundle.contract import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PAYLOAD_FILES,
+    SPEC_FILE,
+    manifest_json,
+)
 from rsm_serve.bundle.probe import PROBE_FILE, Probe
 
 
@@ -164,3 +171,10 @@ def write_bundle(
     (version_dir / MANIFEST_FILE).write_bytes(manifest_json(content))
     (version_dir.parent / CONFIG_FILE).write_text("max_batch_size: 64\n")
     return version_dir
+
+
+def rewrite(version_dir: Path, name: str, content: bytes) -> None:
+    """Change a file and make the manifest agree with it."""
+    (version_dir / name).write_bytes(content)
+    files = {payload: (version_dir / payload).read_bytes() for payload in PAYLOAD_FILES}
+    (version_dir / MANIFEST_FILE).write_bytes(manifest_json(files))

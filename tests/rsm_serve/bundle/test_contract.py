@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
-import struct
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rsm_common.errors import BundleError
@@ -28,18 +24,9 @@ from rsm_serve.bundle.contract import (
     list_policies,
     list_versions,
     load_bundle,
-    manifest_json,
 )
-from rsm_serve.bundle.probe import PROBE_FILE, Probe
 from rsm_serve.bundle.repository import survey
-from tests.bundles import make_spec, write_bundle
-
-
-def rewrite(version_dir: Path, name: str, content: bytes) -> None:
-    """Change a file and make the manifest agree with it."""
-    (version_dir / name).write_bytes(content)
-    files = {payload: (version_dir / payload).read_bytes() for payload in PAYLOAD_FILES}
-    (version_dir / MANIFEST_FILE).write_bytes(manifest_json(files))
+from tests.bundles import make_spec, rewrite, write_bundle
 
 
 def test_a_bundle_loads_by_its_version_and_by_its_policy_directory(own_repo):
@@ -115,82 +102,6 @@ def test_another_schema_is_refused_even_with_right_hashes(own_repo):
     rewrite(version_dir, SPEC_FILE, json.dumps(data).encode())
     with pytest.raises(BundleError, match="schema version 1 or 2, got 99"):
         load_bundle(version_dir)
-
-
-class Bomb:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_pickle_inside_the_probe_is_never_opened(own_repo, tmp_path):
-    buffer = io.BytesIO()
-    bomb = np.array([Bomb(tmp_path / "exploded")], dtype=object)
-    np.savez(buffer, obs=bomb, noise=bomb, action=bomb)
-    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
-    with pytest.raises(BundleError, match="plain arrays"):
-        load_bundle(own_repo / "tiny")
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x05\x06" + bytes(18), b"PK\x03\x04garbage"])
-def test_a_probe_that_is_no_archive(own_repo, content):
-    rewrite(own_repo / "tiny" / "1", PROBE_FILE, content)
-    with pytest.raises(BundleError, match=PROBE_FILE):
-        load_bundle(own_repo / "tiny")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "-" * 9500 + "1",
-        "(" * 9000,
-        "[" * 150 + "]" * 150,
-        "{'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 9000 + "4}",
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ", 4)}",
-        "{'descr': '<f4\\x00', 'fortran_order': False, 'shape': (1, 4)}",
-        "{'descr': [('a', '<f4', (2**31,))], 'fortran_order': False, 'shape': (1, 4)}",
-        "{'descr': '|V9999999999999', 'fortran_order': False, 'shape': (1, 4)}",
-        "{[]: 1}",
-    ],
-)
-def test_a_probe_whose_header_nobody_can_read(own_repo, header):
-    text = header.encode() + b"\n"
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for key in ("obs", "noise", "action"):
-            archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
-    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
-    with pytest.raises(BundleError, match=rf"{PROBE_FILE}.*\S.*export the policy again"):
-        load_bundle(own_repo / "tiny")
-
-
-def test_a_bare_array_as_probe(own_repo):
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros(3))
-    rewrite(own_repo / "tiny" / "1", PROBE_FILE, buffer.getvalue())
-    with pytest.raises(BundleError, match=PROBE_FILE):
-        load_bundle(own_repo / "tiny")
-
-
-@pytest.mark.parametrize(
-    ("obs", "noise", "action"),
-    [
-        (np.zeros((2, 5)), np.zeros((2, 3, 2, 2)), np.zeros((2, 2))),
-        (np.zeros((2, 4)), np.zeros((1, 3, 2, 2)), np.zeros((2, 2))),
-        (np.zeros((2, 4)), np.zeros((2, 3, 2, 2)), np.zeros((2, 1))),
-        (np.zeros((0, 4)), np.zeros((0, 3, 2, 2)), np.zeros((0, 2))),
-        (np.float32(0), np.zeros((2, 3, 2, 2)), np.zeros((2, 2))),
-    ],
-)
-def test_a_probe_of_another_shape(obs, noise, action):
-    probe = Probe(*(np.asarray(array, np.float32) for array in (obs, noise, action)))
-    with pytest.raises(BundleError, match="wanted (obs|noise|action) as float32"):
-        Probe.from_bytes(probe.to_bytes(), make_spec())
 
 
 @pytest.mark.parametrize(
