@@ -13,6 +13,7 @@ from typing import Any
 from rsm_common.errors import AddressError
 
 UNIX = "unix:"
+MAX_PORT = 65_535
 _UNIX_PATH_BYTES = 107
 """What sockaddr_un holds."""
 
@@ -21,15 +22,33 @@ def split_address(address: str) -> tuple[str, int]:
     """(host, port) of 'host:port' or '[v6 host]:port'.
 
     Raises:
-        AddressError: it is neither.
+        AddressError: it is neither, or the port is above 65535.
     """
-    host, colon, port = address.rpartition(":")
-    bare_v6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
-    if not colon or not host or bare_v6 or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+    if _is_v6(address):
+        raise AddressError(f"wanted brackets around an IPv6 host, such as [::1]:8001, got {address!r:.200}")
+    host, _, port = address.rpartition(":")
+    inner = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
+    if not host or (":" in host and not inner) or (inner and not _is_v6(inner)) or not _is_number(port):
         raise AddressError(
-            f"wanted an address such as 127.0.0.1:8001, [::1]:8001 or unix:/path, got {address!r}"
+            f"wanted an address such as 127.0.0.1:8001, [::1]:8001 or unix:/path, got {address!r:.200}"
         )
-    return host.strip("[]"), int(port)
+    if len(port) > 5 or int(port) > MAX_PORT:
+        raise AddressError(
+            f"wanted a port from 0 to {MAX_PORT} in an address such as 127.0.0.1:8001, got {address!r:.200}"
+        )
+    return inner or host, int(port)
+
+
+def _is_v6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_number(port: str) -> bool:
+    return port.isascii() and port.isdecimal()
 
 
 def with_port(address: str, port: int) -> str:
@@ -38,8 +57,19 @@ def with_port(address: str, port: int) -> str:
 
 
 def unix_path(address: str) -> Path | None:
-    """The path of 'unix:/path', or None for another kind of address."""
-    return Path(address.removeprefix(UNIX)) if address.startswith(UNIX) else None
+    """The path of 'unix:/path', or None for another kind of address.
+
+    Raises:
+        AddressError: the path is empty, or longer than a socket's may be.
+    """
+    if not address.startswith(UNIX):
+        return None
+    path = address.removeprefix(UNIX)
+    if not path or len(os.fsencode(path)) > _UNIX_PATH_BYTES:
+        raise AddressError(
+            f"wanted a socket path of 1 to {_UNIX_PATH_BYTES} bytes, got {address!r:.200}; choose a shorter one"
+        )
+    return Path(path)
 
 
 def is_loopback(host: str) -> bool:
@@ -52,18 +82,18 @@ def is_loopback(host: str) -> bool:
 
 
 def check_unexposed(address: str) -> None:
-    """Make sure that nobody but this machine reaches a server at the address.
+    """Make sure that other machines cannot reach a server at the address.
 
     Raises:
-        AddressError: others do, or nobody can say, or it is no address.
+        AddressError: other machines reach it, the name cannot be looked up, or it is not an address.
     """
     if unix_path(address) is not None:
         return
     host, port = split_address(address)
     if not all(is_loopback(str(info[4][0])) for info in _look_up(address, host, port)):
         raise AddressError(
-            f"wanted TLS, because other machines reach {address}, where every machine could read and act "
-            "otherwise; give --tls-cert and --tls-key, choose 127.0.0.1, or accept that with --insecure"
+            f"wanted TLS, because other machines reach {address} and could read every message; "
+            "give --tls-cert and --tls-key, choose 127.0.0.1, or accept that with --insecure"
         )
 
 
@@ -120,10 +150,6 @@ def _try_bind(family: int, where: tuple[object, ...]) -> OSError | None:
 
 
 def _check_unix(address: str, path: Path) -> None:
-    if not str(path) or len(os.fsencode(path)) > _UNIX_PATH_BYTES:
-        raise AddressError(
-            f"wanted a socket path of 1 to {_UNIX_PATH_BYTES} bytes, got {address!r}; choose a shorter one"
-        )
     if not path.parent.is_dir():
         raise AddressError(f"wanted to listen on {address}, but {path.parent} is no directory; create it first")
     try:

@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"bundle", "local", "observe", "wire"},
     "config": {"addresses", "engine", "security", "sessions"},
     "startup": {"bundle", "config", "engine", "observe"},
-    "client": {"pb", "security", "wire"},
+    "client": {"addresses", "pb", "security", "wire"},
     "rpc": {"addresses", "engine", "observe", "pb", "security", "wire"},
     "http": {"addresses", "engine", "observe"},
     "server": {

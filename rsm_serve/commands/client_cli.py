@@ -24,11 +24,10 @@ from rsm_serve.client.connection import (
     CA_VARIABLE,
     CERT_VARIABLE,
     KEY_VARIABLE,
-    TLS_SCHEME,
     TOKEN_VARIABLE,
-    Target,
     Tls,
 )
+from rsm_serve.client.target import TLS_SCHEME, Target
 from rsm_serve.commands import replay as replaying
 from rsm_serve.recording import format as recording
 from rsm_serve.security.tokens import read_tokens

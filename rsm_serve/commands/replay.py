@@ -25,7 +25,7 @@ from rsm_common.policy import ActResult, Policy, Timing
 from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.contract import SPEC_FILE, list_versions, parse_version
 from rsm_serve.client import PolicyClient
-from rsm_serve.client.connection import Target
+from rsm_serve.client.target import Target
 from rsm_serve.recording.format import Record
 
 WORST = 5

@@ -19,10 +19,22 @@ def test_addresses_are_split(address, expected):
 
 
 @pytest.mark.parametrize(
-    "address", ["", "host", ":80", "host:", "host:x", "host:-1", "host:65536", "::1:80", "h:²"]
+    ("address", "message"),
+    [
+        *(
+            (text, "wanted an address such as")
+            for text in ("", "host", ":80", "host:", "host:x", "host:-1", "h:²")
+        ),
+        ("[host]:80", "wanted an address such as"),
+        ("host:65536", "wanted a port from 0 to 65535 .* got 'host:65536'"),
+        ("host:" + "9" * 5000, "wanted a port from 0 to 65535"),
+        ("::1:80", r"wanted brackets around an IPv6 host, such as \[::1\]:8001, got '::1:80'"),
+        ("2001:db8::7", "wanted brackets around an IPv6 host"),
+        ("unix:", "wanted a socket path of 1 to 107 bytes"),
+    ],
 )
-def test_what_is_no_address(address):
-    with pytest.raises(AddressError, match="wanted an address such as"):
+def test_what_is_no_address(address, message):
+    with pytest.raises(AddressError, match=message):
         check_free(address)
 
 

@@ -20,7 +20,6 @@ from rsm_common.errors import (
     UnsupportedEnvError,
 )
 from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
-from rsm_serve.client.connection import Target
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
@@ -42,32 +41,6 @@ def silent_port():
 def unused_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("h:1",), Target("h:1", "", "")),
-        (("h:1", "p", 2), Target("h:1", "p", "2")),
-        (("grpc://h:1/p",), Target("h:1", "p", "")),
-        (("grpc://h:1/p:3",), Target("h:1", "p", "3")),
-        (("grpc://[::1]:1/p",), Target("[::1]:1", "p", "")),
-        (("grpc://h:1", "p"), Target("h:1", "p", "")),
-        (("grpc://h:1/p", "p"), Target("h:1", "p", "")),
-        (("grpcs://h:1/p:3",), Target("h:1", "p", "3", tls=True)),
-        (("unix:/a/b", "p"), Target("unix:/a/b", "p", "")),
-    ],
-)
-def test_ways_to_name_a_policy(arguments, expected):
-    assert Target.parse(*arguments) == expected
-
-
-@pytest.mark.parametrize(
-    "arguments", [("",), ("h",), ("http://h:1/p",), ("grpc://h:1/p", "q"), ("grpc://h:1/p:1", "p", 2)]
-)
-def test_what_names_no_policy(arguments):
-    with pytest.raises(InvalidRequestError):
-        Target.parse(*arguments)
 
 
 def test_an_interrupted_step_leaves_no_answer_behind(address, monkeypatch):
@@ -130,12 +103,12 @@ def test_the_longest_deadline(address):
 def test_no_server_at_the_address():
     address = unused_port()
     with pytest.raises(NotReadyError, match=f"{address}.*start one with rsm-serve"):
-        PolicyClient(address)
+        PolicyClient(address, connect_timeout_s=0.3)
     with pytest.raises(NotReadyError, match=address):
         check_health(address, timeout_s=30)
 
     async def main():
-        async with AsyncPolicyClient(address):
+        async with AsyncPolicyClient(address, connect_timeout_s=0.3):
             pass
 
     with pytest.raises(NotReadyError, match=f"{address}.*start one with rsm-serve"):

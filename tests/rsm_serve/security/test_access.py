@@ -25,7 +25,8 @@ from rsm_common.errors import (
 )
 from rsm_eval.sources import open_policy
 from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
-from rsm_serve.client.connection import Connection, Target
+from rsm_serve.client.connection import Connection
+from rsm_serve.client.target import Target
 from rsm_serve.commands import client_cli
 from rsm_serve.commands import serve_cli as cli
 from rsm_serve.config import ServerConfig

@@ -360,7 +360,7 @@ class TestExposure:
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known.get(host, host), port))]
 
         monkeypatch.setattr("rsm_serve.addresses.socket.getaddrinfo", look_up)
-        with pytest.raises(AddressError, match="robot.example:0.*every machine"):
+        with pytest.raises(AddressError, match="robot.example:0.*read every message"):
             PolicyServer(ServerConfig(repo=bundle_repo, addresses=("robot.example:0",)))
         PolicyServer(ServerConfig(repo=bundle_repo, addresses=("here.example:0", "localhost:0")))
 
