@@ -145,7 +145,7 @@ class Attempts:
         if isinstance(reason, DeadlineExpiredError) and self._last is not None:
             raise self._last from None  # says more than that the time is over
         self._last = reason
-        if not may_pass(error) or self.left_s <= RETRY_S:
+        if not (isinstance(reason, NotReadyError) and may_pass(error)) or self.left_s <= RETRY_S:
             raise reason from None
         return RETRY_S
 

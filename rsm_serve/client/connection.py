@@ -20,7 +20,7 @@ from rsm_serve.wire.codec import MAX_MESSAGE_BYTES, SERVICE
 TOKEN_VARIABLE = "RSM_TOKEN"
 CA_VARIABLE, CERT_VARIABLE, KEY_VARIABLE = "RSM_TLS_CA", "RSM_TLS_CERT", "RSM_TLS_KEY"
 
-RECONNECT_OPTIONS: tuple[tuple[str, int], ...] = (
+RECONNECT_OPTIONS = (
     # By default gRPC waits longer after each failed attempt, up to two minutes. A robot must not wait longer
     # than a second for a server that is back.
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -42,7 +42,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
     *RECONNECT_OPTIONS,
 )
-_NO_PROXY = (("grpc.enable_http_proxy", 0),)
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Where gRPC looks for a proxy, in this order."""
 _EXCEPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
@@ -159,7 +158,7 @@ class Connection:
         return (
             *CHANNEL_OPTIONS,
             # A proxy reaches its own loopback addresses, not those of this machine.
-            *(_NO_PROXY if self.target.is_local else ()),
+            *((("grpc.enable_http_proxy", 0),) if self.target.is_local else ()),
             *((("grpc.ssl_target_name_override", name),) if name else ()),
         )
 
