@@ -4,7 +4,7 @@
 
 Each kind of client (unary calls and streams, synchronous and asyncio) asks all the time. The server is stopped,
 stays away, and is started again at the same address. Measured is the time from the server's readiness to the
-client's first answer. Each kind is there twice: with the reconnect options of rsm_serve ("capped"), and with those
+client's first answer. Each kind is there twice: with the options of rsm_serve ("capped"), and with those
 of gRPC ("default").
 """
 
