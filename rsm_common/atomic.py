@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from rsm_common.locking import UNSUPPORTED
+
+logger = logging.getLogger(__name__)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -29,13 +35,13 @@ def write_file(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            flush_descriptor(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 @contextlib.contextmanager
@@ -53,8 +59,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         for entry in temporary.rglob("*"):
-            _sync(entry)
-        _sync(temporary)
+            sync_path(entry)
+        sync_path(temporary)
         try:
             temporary.rename(path)
         except OSError as error:
@@ -62,12 +68,38 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush a file or a directory to the disk.
+
+    Raises:
+        OSError: it cannot be opened, or the disk reports an error.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_descriptor(descriptor: int) -> None:
+    """Flush an open file to the disk; a file system without fsync is warned of once.
+
+    Raises:
+        OSError: the disk reports an error.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_fsync(error.strerror or str(error))
+
+
+@functools.cache
+def _warn_fsync(reason: str) -> None:
+    logger.warning(
+        "this file system does not support fsync (%s), so files written last may be lost in a power cut", reason
+    )

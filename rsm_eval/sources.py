@@ -11,9 +11,10 @@ from typing import Literal
 
 from rsm_common.commandline import require_extra
 from rsm_common.errors import UsageError
+from rsm_common.manifest import MANIFEST_FILE
 from rsm_common.policy import Policy
 from rsm_eval.rollout import MAX_BATCH_ROWS
-from rsm_serve.bundle.contract import MANIFEST_FILE, MODEL_SUFFIX, list_policies, list_versions
+from rsm_serve.bundle.contract import MODEL_SUFFIX, list_policies, list_versions
 from rsm_serve.sessions.choice import require_backend
 
 Kind = Literal["torch", "bundle", "server"]

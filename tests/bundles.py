@@ -14,16 +14,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from rsm_common.manifest import MANIFEST_FILE, manifest_json
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_serve.bundle.contract import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    PAYLOAD_FILES,
-    SPEC_FILE,
-    manifest_json,
-)
+from rsm_serve.bundle.contract import CONFIG_FILE, MODEL_FILE, PAYLOAD_FILES, SPEC_FILE
 from rsm_serve.bundle.probe import PROBE_FILE, Probe
 
 

@@ -18,15 +18,9 @@ import pytest
 import torch
 from rsm_export.cli import main as rsm_export
 
+from rsm_common.manifest import MANIFEST_FILE, manifest_json
 from rsm_eval.cli import main as rsm_eval
-from rsm_serve.bundle.contract import (
-    MANIFEST_FILE,
-    MAX_JSON_BYTES,
-    MODEL_FILE,
-    PAYLOAD_FILES,
-    SPEC_FILE,
-    manifest_json,
-)
+from rsm_serve.bundle.contract import MAX_JSON_BYTES, MODEL_FILE, PAYLOAD_FILES, SPEC_FILE
 from rsm_serve.bundle.probe import MAX_PROBE_BYTES, PROBE_FILE
 from rsm_serve.commands.serve_cli import main as rsm_serve
 from rsm_train.foreign import import_weights

@@ -18,7 +18,6 @@ The graph repeats policy.json in its metadata, so that a model.onnx without the 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import re
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rsm_common.errors import BundleError
+from rsm_common.manifest import MANIFEST_FILE, MANIFEST_SCHEMA_VERSION, FileRecord, file_record
 from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.onnx_file import POLICY_KEY, check_self_contained, read_metadata
 from rsm_serve.bundle.probe import PROBE_FILE, Probe
@@ -36,12 +36,10 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
 SPEC_FILE = "policy.json"
-MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
 CURRENT_FILE = "CURRENT"
 MAX_POINTER_BYTES = 64
 PAYLOAD_FILES = (MODEL_FILE, SPEC_FILE, PROBE_FILE)
-MANIFEST_SCHEMA_VERSION = 1
 MODEL_SUFFIX = ".onnx"
 
 MAX_JSON_BYTES = 2**24
@@ -244,18 +242,7 @@ def load_graph(path: Path) -> Bundle:
     return Bundle(path, spec, model, Probe.none(spec))
 
 
-def file_record(content: bytes) -> dict[str, str | int]:
-    """Return the entry of a file in the manifest."""
-    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-
-
-def manifest_json(content: dict[str, bytes]) -> bytes:
-    """Return the content of manifest.json for the given files."""
-    files = {name: file_record(data) for name, data in content.items()}
-    return (json.dumps({"schema_version": MANIFEST_SCHEMA_VERSION, "files": files}, indent=2) + "\n").encode()
-
-
-def read_manifest(version_dir: Path) -> dict[str, dict[str, str | int]]:
+def read_manifest(version_dir: Path) -> dict[str, FileRecord]:
     """Return size and sha256 of the files of a bundle, by name, from its manifest.
 
     Raises:
@@ -316,7 +303,7 @@ def _read_file(path: Path, limit: int) -> bytes:
     return content
 
 
-def _read_verified(path: Path, record: dict[str, str | int]) -> bytes:
+def _read_verified(path: Path, record: FileRecord) -> bytes:
     where, size = f"bundle {path.parent}", record.get("size")
     limit = MAX_JSON_BYTES if path.name == SPEC_FILE else sys.maxsize
     try:

@@ -13,13 +13,8 @@ from pathlib import Path
 
 from rsm_common.errors import BundleError
 from rsm_common.file_stamp import FileStamp, file_stamp
-from rsm_serve.bundle.contract import (
-    MANIFEST_FILE,
-    PAYLOAD_FILES,
-    check_policy_name,
-    list_versions,
-    read_pointer,
-)
+from rsm_common.manifest import MANIFEST_FILE
+from rsm_serve.bundle.contract import PAYLOAD_FILES, check_policy_name, list_versions, read_pointer
 
 Stamp = tuple[FileStamp, ...]
 """Stamps of the files of a version; they change when a file changes."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 from rsm_common.errors import ConfigError
+from rsm_common.locking import lock_file
 from rsm_serve.recording import format as recording
 from rsm_serve.recording.format import MAGIC, SUFFIX
 
@@ -136,7 +136,7 @@ def _locked(directory: Path) -> BinaryIO:
     """
     lock: BinaryIO = open(directory / LOCK, "wb", opener=_private)  # noqa: SIM115 (kept)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock, directory / LOCK)
     except OSError:
         lock.close()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import json
 import os
 import shlex
@@ -15,6 +15,7 @@ from typing import Any
 
 from rsm_common import atomic
 from rsm_common.errors import CheckpointError, ConfigError
+from rsm_common.locking import lock_file
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig, find_algorithm, resolve, run_directory
 from rsm_train.run.checkpoint import (
@@ -60,18 +61,41 @@ def resume_command(run_dir: Path) -> str:
     return f"rsm-train --resume --out {shlex.quote(str(run_dir))}"
 
 
+def write_advice(number: int | None, run_dir: Path) -> str:
+    """The remedy for a run directory that cannot be written to, by the number of the system's error."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room"
+    elif number == errno.EFBIG:
+        remedy = "raise the limit on file sizes (ulimit -f)"
+    elif number in (errno.EACCES, errno.EPERM):
+        remedy = f"make {str(run_dir)!r} and all that is in it writable for this user"
+    elif number == errno.EROFS:
+        remedy = f"make {str(run_dir)!r} writable, or copy it to a file system that is, for --out"
+    else:
+        remedy = "check the disk"
+    return f"{remedy} and go on with: {resume_command(run_dir)}"
+
+
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Be the only process that writes in a run directory; the kernel lets go when the process dies.
+    """Hold the lock of a run directory, so that only one process writes there.
+
+    The kernel releases the lock when the process dies.
 
     Raises:
-        ConfigError: another process is writing there.
+        ConfigError: another process writes there, or the lock file cannot be opened.
     """
-    descriptor = os.open(run_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    path = run_dir / _LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot open {str(path)!r} for writing: {error.strerror}; {write_advice(error.errno, run_dir)}"
+        ) from None
     _locks.add(descriptor)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor, path)
         except BlockingIOError:
             raise ConfigError(
                 f"another process is writing in the run directory {str(run_dir)!r}; wait for it, or choose "
@@ -188,11 +212,7 @@ def trim_metrics(run_dir: Path, step: int) -> None:
 
 def sync_metrics(run_dir: Path) -> None:
     """Have the metrics on the disk before the checkpoint that follows them."""
-    descriptor = os.open(run_dir / METRICS_FILE, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    atomic.sync_path(run_dir / METRICS_FILE)
 
 
 def _step(line: bytes) -> float:

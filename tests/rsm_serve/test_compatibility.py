@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from rsm_common.errors import BundleError
+from rsm_common.manifest import MANIFEST_FILE, manifest_json
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import DEFAULT_TOLERANCE, SCHEMA_VERSION, PolicySpec
-from rsm_serve.bundle.contract import MANIFEST_FILE, PAYLOAD_FILES, SPEC_FILE, load_bundle, manifest_json
+from rsm_serve.bundle.contract import PAYLOAD_FILES, SPEC_FILE, load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy

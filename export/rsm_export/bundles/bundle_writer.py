@@ -9,17 +9,10 @@ from pathlib import Path
 
 from rsm_common import atomic
 from rsm_common.errors import BundleError
+from rsm_common.manifest import MANIFEST_FILE, manifest_json
 from rsm_common.spec import PolicySpec
 from rsm_export.bundles.triton_config import triton_config
-from rsm_serve.bundle.contract import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    SPEC_FILE,
-    check_policy_name,
-    list_versions,
-    manifest_json,
-)
+from rsm_serve.bundle.contract import CONFIG_FILE, MODEL_FILE, SPEC_FILE, check_policy_name, list_versions
 from rsm_serve.bundle.probe import PROBE_FILE, Probe
 
 

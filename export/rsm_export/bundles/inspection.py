@@ -14,15 +14,9 @@ import onnx
 
 from rsm_common.commandline import aligned
 from rsm_common.errors import BundleError
+from rsm_common.manifest import MANIFEST_FILE, file_record
 from rsm_common.spec import PolicySpec
-from rsm_serve.bundle.contract import (
-    MANIFEST_FILE,
-    PAYLOAD_FILES,
-    file_record,
-    find_bundle,
-    load_bundle,
-    read_manifest,
-)
+from rsm_serve.bundle.contract import PAYLOAD_FILES, find_bundle, load_bundle, read_manifest
 from rsm_serve.bundle.onnx_file import POLICY_KEY, read_metadata
 
 _SHOWN_ONE_BY_ONE = 8

@@ -13,7 +13,8 @@ from rsm_export.cli import main
 from rsm_export.graph.metadata import with_spec
 
 from rsm_common.errors import BundleError
-from rsm_serve.bundle.contract import MANIFEST_FILE, PAYLOAD_FILES, file_record, load_bundle
+from rsm_common.manifest import MANIFEST_FILE, file_record
+from rsm_serve.bundle.contract import PAYLOAD_FILES, load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rsm_common.errors import BundleError
+from rsm_common.manifest import MANIFEST_FILE
 from rsm_serve.bundle.contract import (
     CURRENT_FILE,
-    MANIFEST_FILE,
     MODEL_FILE,
     PAYLOAD_FILES,
     SPEC_FILE,

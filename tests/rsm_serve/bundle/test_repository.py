@@ -7,7 +7,8 @@ import os
 import pytest
 
 from rsm_common.errors import BundleError
-from rsm_serve.bundle.contract import CURRENT_FILE, MANIFEST_FILE
+from rsm_common.manifest import MANIFEST_FILE
+from rsm_serve.bundle.contract import CURRENT_FILE
 from rsm_serve.bundle.repository import Found, Wishes, look_at, stamp, survey
 from tests.bundles import make_spec, write_bundle
 
