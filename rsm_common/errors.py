@@ -3,9 +3,10 @@
 RsmError
 ├── UsageError                  wrong command line or call
 │   ├── ConfigError             settings that are out of range or contradict each other
-│   ├── UnsupportedEnvError     an environment that is unknown or not Box-to-Box
+│   ├── UnsupportedEnvError     an environment that is unknown, cannot be created or is not Box-to-Box
 │   ├── MissingExtraError       an optional dependency that is not installed
 │   └── AddressError            an address that cannot be bound
+├── EnvFaultError               an environment that fails, or breaks its own spaces
 ├── TrainingError               a run that cannot go on
 ├── CheckpointError             a training checkpoint that is missing, damaged or foreign
 ├── BundleError                 a policy bundle that is missing, damaged or foreign
@@ -46,7 +47,7 @@ class ConfigError(UsageError):
 
 
 class UnsupportedEnvError(UsageError):
-    """The environment is unknown, or its spaces are not flat boxes."""
+    """The environment is unknown, cannot be created, or its spaces are not flat boxes."""
 
 
 class MissingExtraError(UsageError):
@@ -55,6 +56,10 @@ class MissingExtraError(UsageError):
 
 class AddressError(UsageError):
     """The server cannot listen on the address."""
+
+
+class EnvFaultError(RsmError):
+    """An environment raised an exception, or answered with values that its spaces or Gymnasium rule out."""
 
 
 class TrainingError(RsmError):

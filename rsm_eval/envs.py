@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import inspect
+import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -14,44 +20,79 @@ from numpy.typing import NDArray
 
 from rsm_common.errors import UnsupportedEnvError
 from rsm_common.spec import BoxSpec
+from rsm_eval.checked_env import FLOAT32_MAX, CheckedEnv, describe_exception
 
 BoxEnv: TypeAlias = gym.Env[NDArray[Any], NDArray[Any]]
 """An environment whose observations and actions are flat boxes of real numbers."""
 
 
-def make_env(env_id: str, *, render_mode: str | None = None) -> BoxEnv:
+EnvArgs: TypeAlias = Mapping[str, Any]
+"""Keyword arguments of an environment's constructor: numbers, text, booleans or None."""
+
+
+def make_env(
+    env_id: str, env_args: EnvArgs | None = None, *, name: str | None = None, render_mode: str | None = None
+) -> BoxEnv:
     """Create an environment and check that it is one a diffusion policy can act in.
 
     Args:
         env_id: a registered Gymnasium id such as "HalfCheetah-v5", or "module:EnvId", which imports the
-            module first so that it can register its environments.
+            module first so that it can register its environments. The module may be in the working directory.
+        env_args: keyword arguments of the environment's constructor.
+        name: what errors call the environment; by default "environment ENV_ID".
         render_mode: as in `gymnasium.make`.
 
     Returns:
-        The environment with its registered time limit and no other additions.
+        The environment with its registered time limit, inside a `CheckedEnv`.
 
     Raises:
-        UnsupportedEnvError: the id is unknown, its module or simulator cannot be imported, or an
-            observation or action is not a flat box of real numbers, or an action has no finite bounds.
+        UnsupportedEnvError: the id is unknown, the environment cannot be created, or an observation or action
+            is not a flat box of real numbers, or an action has no finite bounds.
     """
-    _tame_mujoco()
+    _import_mujoco(rendering=render_mode is not None)
+    look_in_working_directory(env_id)
     # An environment that cannot be rendered need not know the word.
     rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         # The passive checker costs as much as a small MuJoCo step and repeats what is checked here.
-        env: BoxEnv = gym.make(env_id, disable_env_checker=True, **rendering)
-    except (gym.error.Error, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UnsupportedEnvError(
-            f"wanted a Gymnasium environment id such as HalfCheetah-v5 or module:EnvId, got {env_id!r}: "
-            f"{reason}; check the spelling and that its package is installed"
-        ) from None
+        env: BoxEnv = gym.make(env_id, disable_env_checker=True, **rendering, **(env_args or {}))
+    except (Exception, SystemExit) as error:
+        raise _not_created(env_id, env_args, error) from error
     try:
         _check_spaces(env_id, env)
     except UnsupportedEnvError:
         env.close()
         raise
-    return env
+    return CheckedEnv(env, name or f"environment {env_id}")
+
+
+def running_statistics(env: BoxEnv) -> list[str]:
+    """Names of the wrappers of an environment that change their transformation while they run.
+
+    Two instances of such an environment differ: what was learnt in one is evaluated in another.
+    """
+    names = []
+    layer: Any = env
+    while isinstance(layer, gym.Wrapper):
+        own = vars(layer)
+        function = own.get("func")
+        stateful = function is not None and not inspect.isroutine(function)
+        if stateful or inspect.ismethod(function) or {"obs_rms", "return_rms"} & set(own):
+            names.append(type(layer).__name__)
+        layer = layer.env
+    return names
+
+
+def statistics_warning(env_id: str, env: BoxEnv) -> str | None:
+    """One sentence about wrappers with running statistics; None if there are none."""
+    names = running_statistics(env)
+    if not names:
+        return None
+    return (
+        f"warning: {env_id} has {' and '.join(names)}, which keeps running statistics of its own, so training, "
+        "evaluation and use are different environments; take it out of the environment, and for observations "
+        "train with --normalize-observation instead"
+    )
 
 
 def action_bounds(env: BoxEnv) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -95,14 +136,15 @@ class EnvPool:
     Periodic evaluation creates its environments once this way. Close it, or use it as a context manager.
     """
 
-    def __init__(self, env_id: str) -> None:
+    def __init__(self, env_id: str, env_args: EnvArgs | None = None) -> None:
         """Create the first environment.
 
         Raises:
             UnsupportedEnvError: see `make_env`.
         """
         self.env_id = env_id
-        self._envs = [make_env(env_id)]
+        self.env_args = env_args
+        self._envs = [make_env(env_id, env_args)]
 
     def take(self, count: int) -> list[BoxEnv]:
         """The first `count` environments, in the state their last user left them in: reset them.
@@ -110,7 +152,7 @@ class EnvPool:
         A pool serves one rollout at a time.
         """
         while len(self._envs) < count:
-            self._envs.append(make_env(self.env_id))
+            self._envs.append(make_env(self.env_id, self.env_args))
         return self._envs[:count]
 
     def close(self) -> None:
@@ -127,16 +169,48 @@ class EnvPool:
         self.close()
 
 
-@functools.cache
-def _tame_mujoco() -> None:
-    """Make MuJoCo tell each warning once on stderr, and not in a MUJOCO_LOG.TXT wherever the process runs.
+def _not_created(env_id: str, env_args: EnvArgs | None, error: BaseException) -> UnsupportedEnvError:
+    """The sentence for an environment that could not be made."""
+    if isinstance(error, gym.error.Error | ModuleNotFoundError):
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        return UnsupportedEnvError(
+            f"wanted a Gymnasium environment id such as HalfCheetah-v5 or module:EnvId, got {env_id!r}: "
+            f"{reason}; check the spelling and that its package is installed"
+        )
+    given = "".join(f" --env-arg {name}={value}" for name, value in (env_args or {}).items())
+    advice = "correct the environment"
+    if isinstance(error, TypeError) and "argument" in str(error):
+        advice += ", or the arguments of its constructor with --env-arg NAME=VALUE"
+    elif env_args:
+        advice += " or its arguments"
+    return UnsupportedEnvError(
+        f"wanted to create environment {env_id}{given}, got {describe_exception(error)}; {advice}"
+    )
 
-    MuJoCo 4 warns of a deprecated attribute in several of Gymnasium's models, for every environment made.
+
+def look_in_working_directory(env_id: str) -> None:
+    """Let the module of "module:EnvId" be found where the command runs, after all installed packages."""
+    here = str(Path.cwd())
+    if ":" in env_id and not {here, ""} & set(sys.path):
+        sys.path.append(here)
+
+
+@functools.cache
+def _import_mujoco(*, rendering: bool) -> None:
+    """Import MuJoCo, if it is installed, so that each of its warnings is printed once on stderr.
+
+    By itself MuJoCo writes warnings to MUJOCO_LOG.TXT in the working directory. MuJoCo 4 warns of a deprecated
+    attribute in several of Gymnasium's models, for every environment made.
+
+    MuJoCo loads the OpenGL library that MUJOCO_GL names when it is imported. Without rendering, a library
+    that is missing does not matter: MuJoCo is then imported without one.
     """
     try:
-        import mujoco
-    except ImportError:
-        return
+        mujoco = _mujoco()
+    except (Exception, SystemExit):
+        if rendering or "MUJOCO_GL" not in os.environ:
+            return
+        mujoco = _mujoco_without_gl()
     if hasattr(mujoco, "set_mju_user_warning") and mujoco.get_mju_user_warning() is None:
 
         @functools.lru_cache(maxsize=100)
@@ -146,43 +220,110 @@ def _tame_mujoco() -> None:
         mujoco.set_mju_user_warning(tell)
 
 
+def _mujoco() -> Any:
+    """The module; None if it is not installed."""
+    return importlib.import_module("mujoco") if importlib.util.find_spec("mujoco") else None
+
+
+def _mujoco_without_gl() -> Any:
+    """Import MuJoCo as if MUJOCO_GL were "disabled"; None if that fails as well."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("mujoco", "OpenGL")]:
+        del sys.modules[name]  # a half of the import that failed
+    wanted = os.environ["MUJOCO_GL"]
+    os.environ["MUJOCO_GL"] = "disabled"
+    try:
+        return _mujoco()
+    except (Exception, SystemExit):
+        return None  # told where an environment needs it
+    finally:
+        os.environ["MUJOCO_GL"] = wanted
+
+
+_BOUND_ACTIONS = (
+    "give the action space finite bounds, or register the environment inside gymnasium.wrappers."
+    "TransformAction(env, lambda action: action, Box(low, high))"
+)
+
+
 def _check_spaces(env_id: str, env: BoxEnv) -> None:
-    for what, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.shape[0] < 1:
-            raise UnsupportedEnvError(
-                f"wanted an environment with a flat Box {what} space, but {env_id} has {_describe(space)}; "
-                "choose another environment or flatten the space with a Gymnasium wrapper"
-            )
-    action = _box(env.action_space)
-    if action.dtype is None or action.dtype.kind != "f":
+    observation, action = (getattr(env, f"{kind}_space", None) for kind in ("observation", "action"))
+    if not _is_flat_box(observation):
         raise UnsupportedEnvError(
-            f"wanted an environment with real-valued actions, but the actions of {env_id} are {action.dtype}; "
-            "a diffusion policy needs a continuous action space"
+            f"wanted an environment with a flat Box observation space, but {env_id} has "
+            f"{_describe(observation)}; {_flatten_observation(observation)}"
         )
+    if not _is_flat_box(action):
+        raise UnsupportedEnvError(
+            f"wanted an environment with a flat Box action space, but {env_id} has {_describe(action)}; "
+            f"{_flatten_action(action)}"
+        )
+    for what, box in (("observations", _box(observation)), ("actions", _box(action))):
+        if box.dtype is None or box.dtype.kind not in ("fiub" if what == "observations" else "f"):
+            raise UnsupportedEnvError(
+                f"wanted an environment with real-valued {what}, but the {what} of {env_id} are {box.dtype}; "
+                "choose an environment with a Box of dtype float32"
+            )
+    _check_bounds(env_id, _box(action))
+
+
+def _check_bounds(env_id: str, action: spaces.Box) -> None:
+    """Check action bounds as they are used: in float32."""
+    with np.errstate(over="ignore"):
+        low, high = action.low.astype(np.float32), action.high.astype(np.float32)
+        span = high - low
     if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
         raise UnsupportedEnvError(
             f"wanted an environment with finite action bounds, but {env_id} has {_describe(action)}; "
-            "bound the actions with gymnasium.wrappers.RescaleAction or choose another environment"
+            f"{_BOUND_ACTIONS}"
         )
-    if not (action.low < action.high).all():
+    if not np.isfinite(span).all():
+        index = int(np.flatnonzero(~np.isfinite(span))[0])
         raise UnsupportedEnvError(
-            f"wanted an environment whose lower action bounds are below the upper ones, "
+            f"wanted action bounds whose difference is a finite float32 number, but action {index} of {env_id} "
+            f"goes from {action.low[index]:g} to {action.high[index]:g}; {_BOUND_ACTIONS}"
+        )
+    if not (span > 0).all():
+        raise UnsupportedEnvError(
+            f"wanted an environment whose lower action bounds are below the upper ones in float32, "
             f"but {env_id} has {_describe(action)}; correct its action space"
         )
 
 
-def _box(space: spaces.Space[Any]) -> spaces.Box:
+def _is_flat_box(space: Any) -> bool:
+    return isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] >= 1
+
+
+def _flatten_observation(space: Any) -> str:
+    """What to do about an observation space; the advice is one that Gymnasium can carry out."""
+    if isinstance(space, spaces.Space) and space.is_np_flattenable:
+        return "register it inside gymnasium.wrappers.FlattenObservation, or choose another environment"
+    return "choose another environment"
+
+
+def _flatten_action(space: Any) -> str:
+    """The same for an action space."""
+    flat = spaces.flatten_space(space) if isinstance(space, spaces.Space) and space.is_np_flattenable else None
+    if isinstance(flat, spaces.Box) and flat.dtype is not None and flat.dtype.kind == "f" and flat.shape[0] > 0:
+        return (
+            "register it inside gymnasium.wrappers.TransformAction(env, lambda action: "
+            "spaces.unflatten(env.action_space, action), spaces.flatten_space(env.action_space))"
+        )
+    return "a diffusion policy needs continuous actions, choose another environment"
+
+
+def _box(space: Any) -> spaces.Box:
     assert isinstance(space, spaces.Box), "make_env lets only boxes through"
     return space
 
 
 def _box_spec(prefix: str, box: spaces.Box) -> BoxSpec:
     def bounds(values: NDArray[Any]) -> tuple[float | None, ...]:
-        return tuple(float(value) if np.isfinite(value) else None for value in values)
+        # A bound that float32 cannot hold bounds nothing.
+        return tuple(float(value) if abs(value) <= FLOAT32_MAX else None for value in values)
 
     names = tuple(f"{prefix}_{index}" for index in range(box.shape[0]))
     return BoxSpec(names=names, low=bounds(box.low), high=bounds(box.high))
 
 
-def _describe(space: spaces.Space[Any]) -> str:
-    return " ".join(str(space).split())
+def _describe(space: Any) -> str:
+    return "none" if space is None else " ".join(str(space).split())

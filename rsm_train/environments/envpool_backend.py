@@ -11,8 +11,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from rsm_common.errors import MissingExtraError, UnsupportedEnvError
+from rsm_eval.checked_env import describe_exception
 from rsm_eval.envs import action_bounds, make_env, observation_size
-from rsm_train.environments.episodes import RESTORED, episode_seed
+from rsm_train.environments.episodes import RESTORED, EnvSource, episode_seed
 
 
 class EnvPoolVector:
@@ -22,13 +23,15 @@ class EnvPoolVector:
     run begins new ones, with seeds that it has not used before.
     """
 
-    def __init__(self, env_id: str, run_seed: int, opened: Sequence[int | None]) -> None:
+    def __init__(self, source: EnvSource, run_seed: int, opened: Sequence[int | None]) -> None:
         """Create the environments; `opened` is the open episode of each, or None in a new run.
 
         Raises:
             MissingExtraError: envpool is not installed.
-            UnsupportedEnvError: envpool does not have the environment, or another one by its name.
+            UnsupportedEnvError: envpool does not have the environment, or its environment of that name has
+                other spaces than Gymnasium's.
         """
+        env_id = source.env_id
         try:
             envpool = importlib.import_module("envpool")
         except ImportError as error:
@@ -43,11 +46,19 @@ class EnvPoolVector:
             episode_seed(run_seed, index, 0 if one is None else one + 1) % 2**31
             for index, one in enumerate(opened)
         ]
-        self._envs: Any = envpool.make(env_id, env_type="gymnasium", num_envs=len(opened), seed=seeds)
+        try:
+            self._envs: Any = envpool.make(
+                env_id, env_type="gymnasium", num_envs=len(opened), seed=seeds, **source.args
+            )
+        except Exception as error:
+            raise UnsupportedEnvError(
+                f"wanted to create {env_id} of envpool, got {describe_exception(error)}; correct the arguments "
+                "in --env-arg, or use --vector async"
+            ) from None
         self._count = len(opened)
         self.single_observation_space: spaces.Box = self._envs.observation_space
         self.single_action_space: spaces.Box = self._envs.action_space
-        self._check_same(env_id)
+        self._check_same(source)
 
     def reset(self) -> tuple[NDArray[Any], dict[str, Any]]:
         """See `rsm_train.environments.envs.VectorEnv`."""
@@ -69,9 +80,9 @@ class EnvPoolVector:
         """See `rsm_train.environments.envs.VectorEnv`."""
         self._envs.close()
 
-    def _check_same(self, env_id: str) -> None:
+    def _check_same(self, source: EnvSource) -> None:
         """The policy is evaluated, exported and used in Gymnasium's environment of the same name."""
-        env = make_env(env_id)
+        env = make_env(source.env_id, source.args)
         low, high = action_bounds(env)
         space, size = self.single_action_space, observation_size(env)
         env.close()
@@ -82,6 +93,6 @@ class EnvPoolVector:
         )
         if not same:
             raise UnsupportedEnvError(
-                f"wanted {env_id} of envpool to have the spaces of Gymnasium's, got other ones; use "
+                f"wanted {source.env_id} of envpool to have the spaces of Gymnasium's, got other ones; use "
                 "--vector async"
             )

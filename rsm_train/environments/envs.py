@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsm_common.errors import TrainingError
+from rsm_common.errors import EnvFaultError, RsmError, UnsupportedEnvError
+from rsm_eval.checked_env import describe_exception
 from rsm_train.algorithms.common import Batch
 from rsm_train.config import VectorName
-from rsm_train.environments.episodes import RESTORED, OpenEpisode, make_episodes
+from rsm_train.environments.episodes import RESTORED, EnvSource, OpenEpisode, make_episodes
 
 
 class VectorEnv(Protocol):
@@ -63,7 +65,7 @@ class TrainingEnvs:
 
     def __init__(
         self,
-        env_id: str,
+        source: EnvSource | str,
         count: int,
         seed: int,
         *,
@@ -72,10 +74,17 @@ class TrainingEnvs:
     ) -> None:
         """Create and reset the environments, or put them where they were when `state()` was taken.
 
+        Args:
+            source: the environment; text is an id without arguments.
+            count: environments.
+            seed: of the run.
+            vector: how they are stepped.
+            state: what `state()` was, checked by `check_state`.
+
         Raises:
             UnsupportedEnvError: see `rsm_eval.envs.make_env`; or envpool does not have the environment.
             MissingExtraError: envpool is not installed.
-            TrainingError: an environment fails.
+            EnvFaultError: an environment fails in its first reset.
         """
         self.count = count
         self._episode = np.zeros(count, dtype=np.int64)
@@ -93,7 +102,10 @@ class TrainingEnvs:
                 for i in range(count)
             ]
         self._failed = False
-        self._envs = _make_vector(vector, env_id, seed, opened)
+        self._env_id = source if isinstance(source, str) else source.env_id
+        self._envs = _make_vector(
+            vector, EnvSource(source) if isinstance(source, str) else source, seed, opened
+        )
         # Workers ignore SIGTERM, with which multiprocessing would end them.
         weakref.finalize(self, _kill_workers, self._envs)
         space = self._envs.single_action_space
@@ -136,25 +148,26 @@ class TrainingEnvs:
             first of the next episode; and the returns of the episodes that ended.
 
         Raises:
-            TrainingError: an environment fails, or returns NaN or Inf.
+            EnvFaultError: an environment fails, or returns what float32 cannot hold as a finite number.
         """
         # Rounding may carry an action over its bounds, as in ActionScale.to_env.
         env_action = np.clip(self._center + self._half_range * action_BA.numpy(), *self.action_bounds)
         env_action = env_action.astype(self._action_dtype)
         with self._described():
             obs, reward, terminated, truncated, info = self._envs.step(env_action)
-        next_obs = obs.astype(np.float32)
+        next_obs = _to_float32(obs)
         done: NDArray[np.bool_] = terminated | truncated
         for index in np.flatnonzero(done):
-            next_obs[index] = info["final_obs"][index]
+            next_obs[index] = _to_float32(info["final_obs"][index])
+        self._require_finite("observation", next_obs)
+        self._require_finite("reward", stored_reward := _to_float32(reward))
         batch = Batch(
             obs=self.obs,
             action=action_BA,
-            reward=torch.from_numpy(reward.astype(np.float32)),
+            reward=torch.from_numpy(stored_reward),
             next_obs=torch.from_numpy(next_obs),
             terminated=torch.from_numpy(terminated.astype(np.float32)),
         )
-        _require_finite(next_obs, reward)
         self._take(obs)
         self._running_return += reward
         returns = self._running_return[done].tolist()
@@ -171,9 +184,19 @@ class TrainingEnvs:
             self._envs.close()
 
     def _take(self, observation: NDArray[Any]) -> None:
-        _require_finite(observation, np.zeros(1))
+        self._obs = _to_float32(observation)
+        self._require_finite("observation", self._obs)
         self._raw_obs = observation
-        self._obs = observation.astype(np.float32)
+
+    def _require_finite(self, what: str, values: NDArray[np.float32]) -> None:
+        """Check [N] or [N, O] float32, the form in which they are stored."""
+        if not np.isfinite(values).all():
+            index, *element = (int(place) for place in np.argwhere(~np.isfinite(values))[0])
+            where = f" in element {element[0]}" if element else ""
+            raise EnvFaultError(
+                f"environment {index} ({self._env_id}): wanted a finite float32 {what}, got "
+                f"{values[(index, *element)]}{where}; correct the environment"
+            )
 
     def _record(self, env_action: NDArray[Any], done: NDArray[np.bool_]) -> None:
         for index, action in enumerate(env_action):
@@ -193,33 +216,55 @@ class TrainingEnvs:
 
     @contextlib.contextmanager
     def _described(self) -> Iterator[None]:
-        """Turn the death of a worker into a TrainingError; other errors are described where they happen."""
-        level = gym.logger.min_level
-        if hasattr(self._envs, "processes"):
-            gym.logger.min_level = 50  # or a worker's traceback is printed as well
+        """Turn the death of a worker into one sentence; other errors are described where they happen."""
         try:
-            yield
+            with _quiet_workers():
+                yield
         except (EOFError, ConnectionError):
             self._failed = True
-            raise TrainingError(
-                f"{_who_died(self._envs)} died without a word; the last checkpoint is intact, look for a crash "
-                "in native code or a lack of memory and go on with --resume"
+            raise EnvFaultError(
+                f"{_who_died(self._envs)} of {self._env_id} died without an error; look for a crash in native "
+                "code or a lack of memory"
             ) from None
         except BaseException:
             self._failed = True
             raise
-        finally:
-            gym.logger.min_level = level
 
 
-def _make_vector(vector: VectorName, env_id: str, seed: int, opened: Sequence[OpenEpisode | None]) -> VectorEnv:
+@contextlib.contextmanager
+def _quiet_workers() -> Iterator[None]:
+    """Keep Gymnasium from printing a worker's traceback beside the error that it raises here."""
+    level = gym.logger.min_level
+    gym.logger.min_level = 50
+    try:
+        yield
+    finally:
+        gym.logger.min_level = level
+
+
+def _make_vector(
+    vector: VectorName, source: EnvSource, seed: int, opened: Sequence[OpenEpisode | None]
+) -> VectorEnv:
     if vector == "envpool":
         from rsm_train.environments.envpool_backend import EnvPoolVector
 
-        return EnvPoolVector(env_id, seed, [None if one is None else one.episode for one in opened])
-    makers = [partial(make_episodes, env_id, seed, index, one, os.getpid()) for index, one in enumerate(opened)]
+        return EnvPoolVector(source, seed, [None if one is None else one.episode for one in opened])
+    makers = [partial(make_episodes, source, seed, index, one, os.getpid()) for index, one in enumerate(opened)]
     kind: Any = AsyncVectorEnv if vector == "async" else SyncVectorEnv
-    made: VectorEnv = kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    others = set(multiprocessing.active_children())
+    try:
+        with _quiet_workers():
+            made: VectorEnv = kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    except BaseException as error:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+            worker.join()
+        if isinstance(error, RsmError) or not isinstance(error, Exception):
+            raise
+        raise UnsupportedEnvError(
+            f"wanted {len(opened)} environments {source.env_id} with the same spaces, got "
+            f"{describe_exception(error)}; correct the environment"
+        ) from error
     return made
 
 
@@ -231,14 +276,10 @@ def _kill_workers(envs: Any) -> None:
         envs.closed = True
 
 
-def _require_finite(observation: NDArray[Any], reward: NDArray[Any]) -> None:
-    for what, values in (("observation", observation), ("reward", reward)):
-        if not np.isfinite(values).all():
-            index = int(np.argwhere(~np.isfinite(values))[0][0])
-            raise TrainingError(
-                f"wanted finite observations and rewards, got NaN or Inf in the {what} of environment {index}; "
-                "the last checkpoint is intact, correct the environment and go on with --resume"
-            )
+def _to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """A copy; what is too large becomes Inf, which is then refused."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _who_died(envs: Any) -> str:

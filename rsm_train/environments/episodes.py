@@ -6,21 +6,27 @@ its seed and the actions since: stepping them again restores any deterministic e
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
-from rsm_common.errors import TrainingError
-from rsm_eval.envs import BoxEnv, make_env
+from rsm_common.errors import UnsupportedEnvError
+from rsm_eval.envs import BoxEnv, EnvArgs, make_env
+
+
+@dataclass(frozen=True)
+class EnvSource:
+    """What an environment is made from, see `rsm_eval.envs.make_env`."""
+
+    env_id: str
+    args: EnvArgs = field(default_factory=dict)
+
 
 RESTORED = "rsm_restored"
 """In the info of a first reset: whether the open episode could be restored."""
@@ -49,7 +55,7 @@ def episode_seed(run_seed: int, index: int, episode: int) -> int:
 class Episodes(gym.Wrapper[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]):
     """Resets with the seed of the next episode; the first reset continues an open one, if there is one.
 
-    Whatever the environment raises becomes a TrainingError that says which environment, where and why.
+    The environment's info is dropped: nothing reads it, and not every info can be stacked or sent.
     """
 
     def __init__(self, env: BoxEnv, run_seed: int, index: int, opened: OpenEpisode | None = None) -> None:
@@ -63,25 +69,22 @@ class Episodes(gym.Wrapper[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any
         """Begin the next episode."""
         assert seed is None, "the seeds are the wrapper's own"
         opened, self._opened = self._opened, None
-        with self._described("reset"):
-            obs, info = self._begin(options)
-            if opened is None:
-                return obs, info
-            obs, over = self._repeat(obs, opened.actions)
-            restored = not over and np.array_equal(np.asarray(obs, dtype=opened.obs.dtype), opened.obs)
-            if not restored:
-                obs, info = self._begin(options)
-        return obs, {**info, RESTORED: restored}
+        obs = self._begin(options)
+        if opened is None:
+            return obs, {}
+        obs, over = self._repeat(obs, opened.actions)
+        restored = not over and np.array_equal(np.asarray(obs, dtype=opened.obs.dtype), opened.obs)
+        return (obs if restored else self._begin(options)), {RESTORED: restored}
 
     def step(self, action: NDArray[Any]) -> tuple[NDArray[Any], Any, bool, bool, dict[str, Any]]:
         """One step of the environment."""
-        with self._described("step"):
-            return self.env.step(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return obs, reward, terminated, truncated, {}
 
-    def _begin(self, options: dict[str, Any] | None) -> tuple[NDArray[Any], dict[str, Any]]:
+    def _begin(self, options: dict[str, Any] | None) -> NDArray[Any]:
         seed = episode_seed(self._run_seed, self._index, self._episode)
         self._episode += 1
-        return self.env.reset(seed=seed, options=options)
+        return self.env.reset(seed=seed, options=options)[0]
 
     def _repeat(self, obs: NDArray[Any], actions: NDArray[Any]) -> tuple[NDArray[Any], bool]:
         for action in actions:
@@ -90,30 +93,48 @@ class Episodes(gym.Wrapper[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any
                 return obs, True
         return obs, False
 
-    @contextlib.contextmanager
-    def _described(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            words = str(error).strip().split("\n")[0].rstrip(".")
-            reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
-            raise TrainingError(
-                f"environment {self._index} failed in {what}: {reason} "
-                f"({Path(frame.filename).name}, line {frame.lineno}); the last checkpoint is intact, correct "
-                "the environment and go on with --resume"
-            ) from error
+
+class _OtherSpace(spaces.Box):
+    """The space of an environment that could not be created; comparing it with another raises the error."""
+
+    def __init__(self, error: UnsupportedEnvError) -> None:
+        super().__init__(0.0, 1.0, (1,), dtype=np.float32)
+        self._error = error
+
+    def __eq__(self, other: object) -> bool:
+        raise self._error
+
+
+class _NotCreated(gym.Env[NDArray[Any], NDArray[Any]]):
+    """Stands for an environment that a worker could not create.
+
+    An error in a worker's constructor would end the worker without a word. The first command to a worker
+    compares spaces, and its errors reach the trainer.
+    """
+
+    def __init__(self, error: UnsupportedEnvError) -> None:
+        self.observation_space = self.action_space = _OtherSpace(error)
 
 
 def make_episodes(
-    env_id: str, run_seed: int, index: int, opened: OpenEpisode | None, trainer_pid: int
-) -> Episodes:
+    source: EnvSource, run_seed: int, index: int, opened: OpenEpisode | None, trainer_pid: int
+) -> gym.Env[NDArray[Any], NDArray[Any]]:
     """The environment with its wrapper, in the trainer's process or in a worker's.
 
     A worker ignores SIGINT, SIGTERM and SIGHUP, which may reach the whole process group: the trainer takes
     its last step and then ends the workers.
+
+    Raises:
+        UnsupportedEnvError: see `rsm_eval.envs.make_env`; in a worker when it is first asked for something.
     """
-    if os.getpid() != trainer_pid:
+    in_worker = os.getpid() != trainer_pid
+    if in_worker:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-    return Episodes(make_env(env_id), run_seed, index, opened)
+    try:
+        env = make_env(source.env_id, source.args, name=f"environment {index} ({source.env_id})")
+    except UnsupportedEnvError as error:
+        if not in_worker:
+            raise
+        return _NotCreated(UnsupportedEnvError(str(error)))  # without its cause, which may not be picklable
+    return Episodes(env, run_seed, index, opened)

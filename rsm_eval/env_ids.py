@@ -1,0 +1,37 @@
+"""Whether an environment id is known here, for those who write it down without creating the environment."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+
+def unknown_env(env_id: str) -> str | None:
+    """A sentence about an id that Gymnasium does not know; None if it knows the id.
+
+    None too where Gymnasium is not installed, so that the id cannot be checked. Of "module:EnvId" the module
+    is imported, as it registers its environments.
+
+    Args:
+        env_id: such as "HalfCheetah-v5" or "module:EnvId".
+    """
+    try:
+        import gymnasium as gym
+    except ImportError:
+        return None
+    from rsm_eval.envs import look_in_working_directory
+
+    module, _, name = env_id.rpartition(":")
+    if module:
+        look_in_working_directory(env_id)
+        try:
+            importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            return f"the module of environment {env_id!r} cannot be imported ({type(error).__name__}: {error})"
+    try:
+        gym.spec(name)
+    except gym.error.Error:
+        close = difflib.get_close_matches(name, gym.registry, n=3)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        return f"Gymnasium knows no environment {env_id!r}{meant}"
+    return None
