@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import click
@@ -88,6 +90,47 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Names and values of "size=3", "model=walker.xml", "terminate=false".
+
+    A value is read as a JSON number, boolean, null or quoted text; anything else is text as it stands.
+
+    Raises:
+        ConfigError: no "=", an empty name, or a name twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"wanted NAME=VALUE, got {text!r}; write for example size=3")
+        if name in found:
+            raise ConfigError(f"wanted every name once, got {name!r} twice; leave one of them out")
+        found[name] = _json_scalar(value)
+    return found
+
+
+def format_assignments(values: Mapping[str, Any]) -> list[str]:
+    """The texts that `parse_assignments` reads as these values."""
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def _json_scalar(text: str) -> Any:
+    try:
+        value = json.loads(text, parse_constant=lambda name: name)  # NaN and Infinity are no JSON
+    except ValueError:
+        return text
+    return text if isinstance(value, list | dict) else value
+
+
+def _assignments(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...], nothing: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    try:
+        return parse_assignments(texts) or nothing
+    except ConfigError as error:
+        raise click.BadParameter(str(error), context, parameter) from None
+
+
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Aligned plain text: a heading, a rule and lines; the first `left` columns begin at the left."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -165,7 +208,8 @@ def dataclass_options(
     """A decorator that adds one option per field of the configuration dataclasses.
 
     A field `total_steps: int = field(default=..., metadata={"help": ...})` becomes `--total-steps`.
-    A field of type bool becomes `--flag/--no-flag`; a Literal becomes a choice. Fields without a
+    A field of type bool becomes `--flag/--no-flag`; a Literal becomes a choice; a Mapping becomes an option
+    NAME=VALUE that can be repeated, see `parse_assignments`. Fields without a
     "help" entry get no option. A field that several dataclasses share becomes one option, with the help of
     the first. More entries of the metadata:
 
@@ -245,11 +289,22 @@ def _option(shared: Mapping[str, _Setting], defaults: bool) -> Callable[..., Any
     first = next(iter(shared.values()))
     flag = "--" + first.name.replace("_", "-")
     default = first.field.default
+    kind = _option_type(first.hint)
+    if kind is dict:
+        settings: dict[str, Any] = {
+            "cls": GroupedOption,
+            "group": first.group,
+            "help": first.field.metadata["help"],
+        }
+        callback = partial(_assignments, nothing={} if defaults else None)
+        return click.option(
+            flag, first.name, multiple=True, metavar="NAME=VALUE", callback=callback, **settings
+        )
     has_default = default is not dataclasses.MISSING
     text = first.field.metadata["help"]
     if not defaults:
         text += _default_text({label: setting.field.default for label, setting in shared.items()})
-    settings: dict[str, Any] = {
+    settings = {
         "cls": GroupedOption,
         "group": first.group,
         "show_default": defaults and has_default and default is not None,
@@ -259,7 +314,6 @@ def _option(shared: Mapping[str, _Setting], defaults: bool) -> Callable[..., Any
     if defaults and has_default:
         # Not even None otherwise: for click a default, also of None, satisfies `required`.
         settings["default"] = default
-    kind = _option_type(first.hint)
     if kind is bool:
         if not defaults:
             settings["default"] = None  # click's own default is False
@@ -291,4 +345,4 @@ def _option_type(hint: Any) -> Any:
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is typing.Literal:
         return click.Choice([str(value) for value in typing.get_args(hint)])
-    return hint
+    return dict if typing.get_origin(hint) is Mapping else hint

@@ -107,6 +107,8 @@ class PolicySpec:
     fractions of the action range, "other_particle_rate"; None for a policy that was never exported."""
     evaluation: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    env_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the environment's constructor: numbers, text, booleans or None."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -131,6 +133,10 @@ class PolicySpec:
                 raise BundleError(
                     f"every action needs a finite low and high bound, low < high, got {low} and {high}"
                 )
+            if high - low > _FLOAT32_MAX:
+                raise BundleError(
+                    f"every action needs bounds whose difference is a finite float32 number, got {low} and {high}"
+                )
 
     def _check_types(self) -> None:
         if not isinstance(self.has_q, bool):
@@ -141,9 +147,9 @@ class PolicySpec:
             raise BundleError(
                 f"a policy needs a number of seconds > 0, or none, as control_dt_s, got {dt!r:.60}"
             )
-        for key in ("sampling", "accuracy", "evaluation", "provenance"):
+        for key in ("sampling", "accuracy", "evaluation", "provenance", "env_args"):
             value = getattr(self, key)
-            if not isinstance(value, Mapping) and (value is not None or key == "provenance"):
+            if not isinstance(value, Mapping) and (value is not None or key in ("provenance", "env_args")):
                 raise BundleError(f"a policy needs named values as {key}, got {value!r:.60}")
 
     @functools.cached_property
@@ -165,6 +171,8 @@ class PolicySpec:
         """The content of policy.json."""
         data = dataclasses.asdict(self)
         data["noise_shape"] = list(self.noise_shape)
+        if not self.env_args:
+            del data["env_args"]  # older versions of the toolkit refuse fields that they do not know
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -226,25 +234,38 @@ def check_env(spec: PolicySpec, env: object) -> None:
         UnsupportedEnvError: a space is not a flat box, or its size or the action bounds are not the policy's.
     """
     for kind, box in (("observation", spec.observation), ("action", spec.action)):
-        space = getattr(env, f"single_{kind}_space", None) or getattr(env, f"{kind}_space", None)
+        space = _space_of(env, kind)
         shape = getattr(space, "shape", None)
         if shape is None or len(shape) != 1 or not hasattr(space, "low"):
+            found = "none" if space is None else " ".join(str(space).split())
             raise UnsupportedEnvError(
-                f"policy {spec.name!r} wanted an environment with a flat box as {kind} space, got {space}; "
-                f"use {spec.env_id}, or flatten the space with a wrapper"
+                f"policy {spec.name!r} wanted an environment with a flat box as {kind} space, got {found}; "
+                f"use {spec.env_id}"
             )
         if shape[0] != box.size:
             raise UnsupportedEnvError(
                 f"policy {spec.name!r} wanted {box.size} {kind} elements, the environment has {shape[0]}; "
-                f"the policy was made for {spec.env_id}"
+                f"use {_origin(spec)}, which the policy was made for"
             )
-    space = getattr(env, "single_action_space", None) or getattr(env, "action_space", None)
-    low, high = np.asarray(getattr(space, "low", None)), np.asarray(getattr(space, "high", None))
-    slack = 1e-6 * (spec.action_high - spec.action_low)
-    inside = (np.abs(low - spec.action_low) <= slack) & (np.abs(high - spec.action_high) <= slack)
+    space = _space_of(env, "action")
+    low, high = (np.asarray(getattr(space, side), dtype=np.float64) for side in ("low", "high"))
+    wanted_low, wanted_high = spec.action_low.astype(np.float64), spec.action_high.astype(np.float64)
+    slack = 1e-6 * (wanted_high - wanted_low)
+    inside = (np.abs(low - wanted_low) <= slack) & (np.abs(high - wanted_high) <= slack)
     if not inside.all():
+        index = int(np.flatnonzero(~inside)[0])
         raise UnsupportedEnvError(
-            f"policy {spec.name!r} wanted the action bounds {list(spec.action.low)} to "
-            f"{list(spec.action.high)}, the environment has {low.tolist()} to {high.tolist()}; "
-            f"the policy was made for {spec.env_id}"
+            f"policy {spec.name!r} wanted action {index} from {spec.action.low[index]} to "
+            f"{spec.action.high[index]}, the environment has {low[index]} to {high[index]}; "
+            f"use {_origin(spec)}, which the policy was made for"
         )
+
+
+def _space_of(env: object, kind: str) -> object:
+    space = getattr(env, f"single_{kind}_space", None)
+    return getattr(env, f"{kind}_space", None) if space is None else space
+
+
+def _origin(spec: PolicySpec) -> str:
+    """The environment of a policy with its arguments."""
+    return spec.env_id + "".join(f" --env-arg {name}={value}" for name, value in spec.env_args.items())

@@ -22,7 +22,16 @@ VectorName = Literal["sync", "async", "envpool"]
 class RunConfig:
     """Settings of the training loop; what an algorithm needs beyond them is in its own configuration."""
 
-    env: str = field(metadata={"help": "Gymnasium environment id, or module:EnvId."})
+    env: str = field(
+        metadata={"help": "Gymnasium environment id, or module:EnvId (a module installed or here)."}
+    )
+    env_arg: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Argument of the environment's constructor, such as size=3 or model=walker.xml; repeat for "
+            "more. The value is read as a JSON number, boolean or null, else as text."
+        },
+    )
     algo: str = field(
         default="dpmd",
         metadata={"help": f"Learning algorithm: {', '.join(ALGORITHMS)}, or module:Class of your own."},

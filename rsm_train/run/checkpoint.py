@@ -12,7 +12,8 @@
                 networks.safetensors   "<network>.<parameter>", float32; see below
                 policy.json            PolicySpec: environment, action bounds, T, N
                 config.json            resolved configuration, sampler
-                state.json             counters, evaluation
+                state.json             counters
+                evaluation.json        returns of its evaluation, written when that has ended
                 probe.safetensors      "obs" [P, O] float32: observations the policy met
                 training.safetensors   what only --resume needs; see rsm_train.run.loop.Trainer.training_state
 
@@ -81,6 +82,7 @@ CHECKPOINTS_DIR = "checkpoints"
 _NETWORKS_FILE = "networks.safetensors"
 _SPEC_FILE = "policy.json"
 _STATE_FILE = "state.json"
+_EVALUATION_FILE = "evaluation.json"
 _PROBE_FILE = "probe.safetensors"
 _TRAINING_FILE = "training.safetensors"
 _NAME = re.compile(r"step_(\d{9,})")
@@ -115,9 +117,14 @@ class Checkpoint:
         return TorchPolicy(self.spec, weights)
 
 
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run_dir / CHECKPOINTS_DIR / f"step_{step:09d}"
+
+
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below a run directory and return its path."""
-    path = run_dir / CHECKPOINTS_DIR / f"step_{checkpoint.state['step']:09d}"
+    path = checkpoint_path(run_dir, checkpoint.state["step"])
     write_checkpoint(path, checkpoint)
     return path
 
@@ -149,6 +156,18 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         (directory / _SPEC_FILE).write_text(checkpoint.spec.to_json())
         _write_json(directory / CONFIG_FILE, config)
         _write_json(directory / _STATE_FILE, checkpoint.state)
+
+
+def record_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
+    """Add the evaluation of a checkpoint that was written before it was evaluated.
+
+    Args:
+        path: the checkpoint.
+        evaluation: "mean" and "std" of the returns, "episodes", "seed".
+    """
+    atomic.write_file(
+        path / _EVALUATION_FILE, (json.dumps(evaluation, indent=2, allow_nan=False) + "\n").encode()
+    )
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -211,6 +230,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         name: subset(tensors, f"{name}.") for name in dict.fromkeys(key.split(".")[0] for key in tensors)
     }
     state = read_state(directory)
+    spec = dataclasses.replace(spec, evaluation=state.get("evaluation"))
     checkpoint = Checkpoint(directory, spec, sampler, networks, state, probe_obs, config)
     _check_content(checkpoint)
     return checkpoint
@@ -249,7 +269,10 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    return _read_json(path / _STATE_FILE)
+    state = _read_json(path / _STATE_FILE)
+    if (path / _EVALUATION_FILE).is_file():
+        state["evaluation"] = _read_json(path / _EVALUATION_FILE)
+    return state
 
 
 def load_torch_policy(path: str | Path) -> TorchPolicy:

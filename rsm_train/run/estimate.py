@@ -86,7 +86,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
             step_s=step_s,
             update_s=update_s,
             eval_step_s=eval_step_s,
-            eval_limit=_episode_limit(run.env),
+            eval_limit=_episode_limit(run),
             replay_bytes=trainer.replay.nbytes,
             network_bytes=_nbytes(networks),
             learning_bytes=_nbytes([*agent.state().values(), *gradients]),
@@ -240,8 +240,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _episode_limit(env_id: str) -> int:
-    env = make_env(env_id)
+def _episode_limit(run: RunConfig) -> int:
+    env = make_env(run.env, run.env_arg)
     try:
         return time_limit(env) or DEFAULT_MAX_STEPS
     finally:

@@ -21,25 +21,29 @@ from torch import Tensor
 
 from rsm_common import atomic
 from rsm_common.commandline import require_extra
-from rsm_common.errors import ConfigError, TrainingError
+from rsm_common.errors import ConfigError, EnvFaultError, TrainingError, UnsupportedEnvError
 from rsm_common.provenance import provenance
 from rsm_common.seeds import expand_seed
 from rsm_common.spec import PolicySpec
-from rsm_eval.envs import EnvPool, control_dt_s, env_boxes
+from rsm_eval.envs import EnvPool, control_dt_s, env_boxes, statistics_warning
 from rsm_eval.rollout import episode_seeds
 from rsm_train.algorithms.common import Algorithm, AlgorithmConfig, Metrics
 from rsm_train.config import RunConfig, find_algorithm
 from rsm_train.environments.envs import TrainingEnvs, check_state
+from rsm_train.environments.episodes import EnvSource
 from rsm_train.environments.evaluation import Evaluation, evaluate
+from rsm_train.environments.identity import check_same_env
 from rsm_train.model.kernels import Compute, can_compile
 from rsm_train.model.networks import subset
 from rsm_train.run.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
+    checkpoint_path,
     damaged_training,
     list_checkpoints,
     prune_checkpoints,
     read_state,
+    record_evaluation,
     save_checkpoint,
 )
 from rsm_train.run.metrics import RunLog, Tolerant, extra_sinks, mute_closed_streams
@@ -78,7 +82,9 @@ class Trainer:
         """Create everything, the environments as they were at the checkpoint; nothing is written yet.
 
         Raises:
-            UnsupportedEnvError: the environment is unknown or not Box-to-Box.
+            UnsupportedEnvError: the environment cannot be created, is not Box-to-Box, or is not the one of the
+                checkpoint.
+            EnvFaultError: an environment fails in its first reset.
             ConfigError: the device or a compiler is not available, or the replay buffer does not fit.
             CheckpointError: the state of the environments in the checkpoint is damaged.
         """
@@ -99,8 +105,16 @@ class Trainer:
             "" if checkpoint is None else _changes(checkpoint.config.get("effective"), self.effective)
         )
         """What of it is another than at the checkpoint, in words."""
+        self._pool = EnvPool(run.env, run.env_arg)
+        self._evaluation_due = False
+        if checkpoint is not None:
+            check_same_env(checkpoint.spec, self._pool.take(1)[0])
         self.envs = TrainingEnvs(
-            run.env, run.num_envs, run.seed, vector=run.vector, state=_env_state(checkpoint, run.num_envs)
+            EnvSource(run.env, run.env_arg),
+            run.num_envs,
+            run.seed,
+            vector=run.vector,
+            state=_env_state(checkpoint, run.num_envs),
         )
         # Separate streams: what is drawn for acting does not depend on how often the networks are updated,
         # and no stream of one run is a stream of the run with the next seed.
@@ -123,7 +137,6 @@ class Trainer:
         self._saved_step = 0
         self._recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._means = _RunningMeans(self.device)
-        self._pool = EnvPool(run.env)
 
     def train(self, log: RunLog, stop: StopRequest) -> None:
         """Run to the last step, leaving metrics and checkpoints in the run directory.
@@ -132,29 +145,64 @@ class Trainer:
             RunStopped: a signal asked for it; everything is saved.
             TrainingError: the run cannot go on; the last checkpoint is intact.
         """
-        while self.step < self.run.total_steps and stop.signal_name is None:
-            self.collect()
-            self.learn()
-            if self._due(self.run.log_every):
-                log.train(self.step, self._summary())
-            if self._due(self.run.eval_every):
-                self._require_finite()
-                evaluation = self.evaluate()
-                # The line of metrics belongs to its checkpoint; what is printed is true already.
-                log.evaluation(self.step, evaluation)
-                self.save(evaluation.returns, log.wall_s)
-                log.show(self.step, evaluation)
-            elif self._due(self.run.checkpoint_every):
-                self.save(None, log.wall_s)
-            log.advance(self.step)
+        try:
+            if self._evaluation_due:  # the run ended between a checkpoint and its evaluation
+                self._evaluate_and_record(log)
+            while self.step < self.run.total_steps and stop.signal_name is None:
+                self._advance(log)
+        except (EnvFaultError, UnsupportedEnvError) as error:
+            raise TrainingError(f"{error}, then go on with: {resume_command(self.run_dir)}") from error
         if self.step < self.run.total_steps:
-            self.save(None, log.wall_s)
+            self.save(log.wall_s)
             done = (
                 f"stopped and saved at step {self.step:,}; go on with"
                 if self.step
                 else "stopped before the first step; begin again with"
             )
             raise RunStopped(f"{stop.signal_name}: {done}: {resume_command(self.run_dir)}")
+
+    def _advance(self, log: RunLog) -> None:
+        """One step of every environment and all that is due after it."""
+        self.collect()
+        self.learn()
+        if self._due(self.run.log_every):
+            log.train(self.step, self._summary())
+        if self._due(self.run.eval_every):
+            self._evaluation_due = True
+            self.save(log.wall_s)  # first: an evaluation that fails must not take steps with it
+            self._evaluate_and_record(log)
+        elif self._due(self.run.checkpoint_every):
+            self.save(log.wall_s)
+        log.advance(self.step)
+
+    def _evaluate_and_record(self, log: RunLog) -> None:
+        """Evaluate the policy of the checkpoint that was just saved, and add the returns to it."""
+        evaluation = self.evaluate()
+        log.evaluation(self.step, evaluation)
+        with _disk_errors(self.run_dir, f"the evaluation of step {self.step}"):
+            sync_metrics(self.run_dir)
+            record_evaluation(checkpoint_path(self.run_dir, self.step), self._statistics(evaluation.returns))
+        self._evaluation_due = False
+        self._prune()
+        log.show(self.step, evaluation)
+
+    def _statistics(self, returns: list[float]) -> dict[str, Any]:
+        return {
+            "mean": float(np.mean(returns)),
+            "std": float(np.std(returns)),
+            "episodes": len(returns),
+            "seed": _EVALUATION_SEED + self.run.seed,
+        }
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the newest checkpoint is still to be evaluated."""
+        return self._evaluation_due
+
+    @property
+    def env_warning(self) -> str | None:
+        """What the user should know of the environment; None for nothing."""
+        return statistics_warning(self.run.env, self._pool.take(1)[0])
 
     def _due(self, every: int) -> bool:
         """Whether the present step is the first at or after a multiple of `every`, or the last of all."""
@@ -188,12 +236,12 @@ class Trainer:
 
     def evaluate(self, max_steps: int | None = None) -> Evaluation:
         """Returns of the evaluation episodes, the same initial states every time."""
-        policy = self.checkpoint(None).policy()
+        policy = self.checkpoint().policy()
         seeds = episode_seeds(_EVALUATION_SEED + self.run.seed, self.run.eval_episodes)
         one_particle = self.run.eval_one_particle
         return evaluate(policy, self._pool, seeds, one_particle=one_particle, max_steps=max_steps)
 
-    def save(self, returns: list[float] | None, wall_s: float) -> None:
+    def save(self, wall_s: float) -> None:
         """Write a checkpoint that the run can be resumed from, and delete what is no longer needed.
 
         Raises:
@@ -202,8 +250,13 @@ class Trainer:
         if self.step == self._saved_step:
             return
         self._require_finite()
-        checkpoint = self.checkpoint(returns)
-        state = {"added": self.replay.added, "wall_s": wall_s, "log_counts": self._means.counts}
+        checkpoint = self.checkpoint()
+        state = {
+            "added": self.replay.added,
+            "wall_s": wall_s,
+            "log_counts": self._means.counts,
+            "evaluation_due": self._evaluation_due,
+        }
         with _disk_errors(self.run_dir, f"the checkpoint of step {self.step}"):
             sync_metrics(self.run_dir)
             write_segments(self.run_dir / REPLAY_DIR, self.replay)
@@ -245,6 +298,7 @@ class Trainer:
         try:
             self.step = self._saved_step = int(checkpoint.state["step"])
             self.updates = int(checkpoint.state["updates"])
+            self._evaluation_due = evaluation_due(checkpoint.state)
             self.algorithm.agent.restore(checkpoint.networks, subset(training, "algorithm."), self.updates)
             self._means.restore(subset(training, "means."), counters["log_counts"], self.step, self.updates)
             self._acting_generator.set_state(training["generator.acting"])
@@ -290,22 +344,14 @@ class Trainer:
             needed = oldest["training"]["added"] - self.replay.capacity
             remove_segments(self.run_dir / REPLAY_DIR, before=needed)
 
-    def checkpoint(self, returns: list[float] | None) -> Checkpoint:
-        """The present policy as a checkpoint, with the evaluation's returns if there was one."""
-        evaluation = None
-        if returns is not None:
-            evaluation = {
-                "mean": float(np.mean(returns)),
-                "std": float(np.std(returns)),
-                "episodes": len(returns),
-                "seed": _EVALUATION_SEED + self.run.seed,
-            }
+    def checkpoint(self) -> Checkpoint:
+        """The present policy as a checkpoint, not evaluated yet."""
         return Checkpoint(
             path=self.run_dir,
-            spec=dataclasses.replace(self._spec(), evaluation=evaluation),
+            spec=self._spec(),
             sampler=self.algorithm.agent.sampler,
             networks=self.algorithm.agent.networks(),
-            state={"step": self.step, "updates": self.updates, "evaluation": evaluation},
+            state={"step": self.step, "updates": self.updates, "evaluation": None},
             probe_obs=self._probe_obs(),
             config=self.config(),
         )
@@ -336,6 +382,7 @@ class Trainer:
             name=self.run_dir.name,
             algorithm=self.run.algo,
             env_id=self.run.env,
+            env_args=self.run.env_arg,
             observation=observation,
             action=action,
             steps=self.algorithm.agent.sampler.steps,
@@ -388,7 +435,8 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         if continuing:
             stack.enter_context(lock(run_dir))
             checkpoint = newest_checkpoint(run_dir)
-            if checkpoint is not None and checkpoint.state["step"] >= run.total_steps:
+            done = checkpoint is not None and checkpoint.state["step"] >= run.total_steps
+            if checkpoint is not None and done and not evaluation_due(checkpoint.state):
                 _say(f"the run is finished at step {checkpoint.state['step']:,}; raise --total-steps to go on")
                 return run_dir
         else:
@@ -416,11 +464,13 @@ def _prepare(trainer: Trainer) -> None:
     run_dir = trainer.run_dir
     remove_leftovers(run_dir)
     remove_segments(run_dir / REPLAY_DIR, beyond=trainer.replay.added)
-    trim_metrics(run_dir, trainer.step)
+    trim_metrics(run_dir, trainer.step, without_evaluation=trainer.evaluation_due)
     content = json.dumps(trainer.config(), indent=2) + "\n"
     atomic.write_file(run_dir / CONFIG_FILE, content.encode())
     if trainer.step:
         _say(f"resuming at step {trainer.step:,}")
+    if trainer.env_warning is not None:
+        _say(trainer.env_warning)
     if trainer.envs.restarted:
         names = ", ".join(map(str, trainer.envs.restarted))
         _say(
@@ -432,6 +482,11 @@ def _prepare(trainer: Trainer) -> None:
             f"warning: the run goes on with {trainer.changed}, so it is not bit for bit the one without an "
             "interruption"
         )
+
+
+def evaluation_due(state: Mapping[str, Any]) -> bool:
+    """Whether the evaluation of a checkpoint, given by its state, was due and did not end."""
+    return bool(state["training"].get("evaluation_due")) and state.get("evaluation") is None
 
 
 def _env_state(checkpoint: Checkpoint | None, count: int) -> dict[str, Tensor] | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rsm_common.commandline import EXIT_INTERRUPTED, EXIT_USER_ERROR, aligned
+from rsm_common.commandline import EXIT_INTERRUPTED, EXIT_USER_ERROR, aligned, format_assignments
 from rsm_common.errors import ConfigError
 from rsm_eval.envs import make_env
 from rsm_eval.statistics import mean_interval
@@ -92,7 +92,7 @@ def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, re
     run, _ = resolve(settings | {"seed": seeds[0]})
     # What is wrong for every seed is said once, and not by every worker.
     on_cpu = pick_device(run.device).type == "cpu"
-    make_env(run.env).close()
+    make_env(run.env, run.env_arg).close()
     if jobs is None:
         jobs = max(1, _cores() // (run.threads or 1)) if on_cpu else len(seeds)
     jobs = min(jobs, len(seeds))
@@ -268,6 +268,8 @@ def _arguments(settings: Mapping[str, Any]) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, Mapping):
+            arguments.extend(f"--{flag}={text}" for text in format_assignments(value))
         elif value is not None:
             arguments.append(f"--{flag}={value}")
     return arguments

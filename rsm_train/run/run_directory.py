@@ -202,11 +202,20 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     return load_training(checkpoints[-1]) if checkpoints else None
 
 
-def trim_metrics(run_dir: Path, step: int) -> None:
-    """Drop the lines that were written after a step, and the half of a line that a killed process wrote."""
+def trim_metrics(run_dir: Path, step: int, *, without_evaluation: bool = False) -> None:
+    """Drop the lines that were written after a step, and the half of a line that a killed process wrote.
+
+    Args:
+        run_dir: the run directory.
+        step: of the checkpoint.
+        without_evaluation: drop the evaluation of the step itself too, which is to be repeated.
+    """
     path = run_dir / METRICS_FILE
     if path.is_file():
-        kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= step]
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step(line) <= step]
+        if without_evaluation:
+            kept = [line for line in kept if _step(line) < step or json.loads(line).get("kind") != "eval"]
         atomic.write_file(path, b"".join(kept))
 
 
