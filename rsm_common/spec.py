@@ -135,7 +135,7 @@ class PolicySpec:
                 )
             if high - low > _FLOAT32_MAX:
                 raise BundleError(
-                    f"every action needs bounds whose difference is a finite float32 number, got {low} and {high}"
+                    f"every action needs bounds whose difference fits into float32, got {low} and {high}"
                 )
 
     def _check_types(self) -> None:

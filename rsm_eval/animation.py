@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +52,7 @@ def render_animation(
     env_id: str,
     trajectory: Trajectory,
     *,
+    env_args: Mapping[str, Any] | None = None,
     control_dt_s: float | None,
     gl_backends: tuple[str, ...] = GL_BACKENDS,
     max_seconds: float = MAX_SECONDS,
@@ -61,6 +65,7 @@ def render_animation(
     Args:
         env_id: the environment of the trajectory.
         trajectory: what to show.
+        env_args: arguments of its constructor.
         control_dt_s: seconds per step; None if the environment does not say, and one step per frame then.
         gl_backends: values of MUJOCO_GL to try in turn.
         max_seconds: most simulated time to show.
@@ -74,6 +79,7 @@ def render_animation(
         np.savez(
             job,
             env_id=env_id,
+            env_args=json.dumps(dict(env_args or {})),
             seed=np.uint64(trajectory.episode_seed),
             actions=trajectory.actions[:steps],
             observations=trajectory.observations[:steps],

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rsm_eval.learning import LearningCurve
     from rsm_eval.sources import OpenedPolicy
 
-_MODULES = ("gymnasium", "mujoco", "scipy", "matplotlib", "jinja2", "PIL")
+_MODULES = ("gymnasium", "mujoco", "scipy")
+_REPORT_MODULES = ("matplotlib", "jinja2", "PIL")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +61,8 @@ def _run(sources: Sequence[str], config: EvalConfig, typed: str) -> int:
     from rsm_eval.evaluation import evaluate
     from rsm_eval.sources import open_policy
 
+    if config.report is not None:
+        require_extra("rsm-eval --report", "eval", _REPORT_MODULES)
     for path in (config.report, config.json):
         if path is not None:
             check_writable(path)
@@ -111,13 +114,15 @@ def _animation(evaluation: Evaluation) -> Animation | NoAnimation:
 
     trajectory = evaluation.policies[0].rollouts[0].trajectory
     assert trajectory is not None, "evaluate() records the first episode of the first policy"
-    return render_animation(evaluation.env_id, trajectory, control_dt_s=evaluation.control_dt_s)
+    return render_animation(
+        evaluation.env_id, trajectory, env_args=evaluation.env_args, control_dt_s=evaluation.control_dt_s
+    )
 
 
 def format_table(evaluation: Evaluation) -> str:
     """The results as aligned plain text: returns, then latency per stage in milliseconds."""
+    from rsm_eval.formats import format_ms, format_return
     from rsm_eval.latency import STAGES
-    from rsm_eval.report import format_ms, format_return
 
     kind = "deterministic" if evaluation.config.deterministic else "sampled"
     title = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rsm_common.commandline import parse_seeds
 from rsm_common.errors import ConfigError, UsageError
 from rsm_common.provenance import installed_versions, machine_facts
 from rsm_common.spec import PolicySpec
-from rsm_eval.envs import EnvPool, control_dt_s
+from rsm_eval.envs import EnvPool, control_dt_s, statistics_warning
 from rsm_eval.latency import Latency, measure_latency
 from rsm_eval.rollout import RolloutResult, episode_seeds, rollout
 from rsm_eval.sources import OpenedPolicy
@@ -33,7 +33,17 @@ class EvalConfig:
     """Settings of rsm-eval."""
 
     env: str | None = field(
-        default=None, metadata={"help": "Environment id or module:EnvId; default: the policy's own."}
+        default=None,
+        metadata={
+            "help": "Environment id, or module:EnvId (a module installed or here); default: the policy's own."
+        },
+    )
+    env_arg: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Argument of the environment's constructor, such as size=3; repeat for more. Default: "
+            "those that the policy was trained with."
+        },
     )
     episodes: int = field(default=20, metadata={"help": "Episodes per evaluation seed."})
     seeds: str = field(
@@ -96,6 +106,7 @@ class Evaluation:
     """The policies of one call, and what is needed to repeat it."""
 
     env_id: str
+    env_args: Mapping[str, Any]
     control_dt_s: float | None
     config: EvalConfig
     seeds: tuple[int, ...]
@@ -115,6 +126,7 @@ class Evaluation:
             "versions": self.versions,
             "machine": self.machine,
             "env_id": self.env_id,
+            "env_args": dict(self.env_args),
             "control_dt_s": self.control_dt_s,
             "seeds": list(self.seeds),
             "episodes_per_seed": self.config.episodes,
@@ -137,6 +149,21 @@ def choose_env(env_id: str | None, specs: Sequence[PolicySpec]) -> str:
             f"wanted policies of one environment, got {', '.join(named) or 'none'}; name one with --env"
         )
     return named[0]
+
+
+def choose_env_args(env_id: str, given: Mapping[str, Any], specs: Sequence[PolicySpec]) -> dict[str, Any]:
+    """The environment's arguments: those of the policies that are made for it, and those given over them.
+
+    Raises:
+        UsageError: the policies were trained with different arguments and none are given.
+    """
+    own = [dict(spec.env_args) for spec in specs if spec.env_id == env_id]
+    if not given and any(other != own[0] for other in own):
+        raise UsageError(
+            f"wanted policies that were trained with the same arguments of {env_id}, got "
+            f"{' and '.join(map(str, own))}; give the arguments with --env-arg"
+        )
+    return {**(own[0] if own else {}), **given}
 
 
 def policy_labels(policies: Sequence[OpenedPolicy]) -> list[str]:
@@ -171,12 +198,17 @@ def evaluate(
 
     Raises:
         UsageError: the policies have no environment in common.
-        UnsupportedEnvError: the environment is unknown or not the policies'.
+        UnsupportedEnvError: the environment cannot be created or is not the policies'.
+        EnvFaultError: the environment fails, or answers with what its spaces rule out.
         RequestError: a policy failed.
     """
     env_id = choose_env(config.env, [opened.policy.spec for opened in policies])
     seeds = parse_seeds(config.seeds)
-    with EnvPool(env_id) as pool:
+    env_args = choose_env_args(env_id, config.env_arg, [opened.policy.spec for opened in policies])
+    with EnvPool(env_id, env_args) as pool:
+        warning = statistics_warning(env_id, pool.take(1)[0])
+        if warning is not None:
+            progress(warning)
         measured: list[PolicyEvaluation] = []
         for opened, label in zip(policies, policy_labels(policies), strict=True):
             progress(f"{label}: {len(seeds) * config.episodes} episodes of {env_id}")
@@ -184,6 +216,7 @@ def evaluate(
         dt_s = control_dt_s(pool.take(1)[0])
     return Evaluation(
         env_id=env_id,
+        env_args=env_args,
         control_dt_s=dt_s,
         config=config,
         seeds=seeds,

@@ -60,7 +60,7 @@ def measure_latency(
 
     Args:
         policy: anything that acts.
-        env: an environment id, or a pool whose first environment is used and left open.
+        env: an environment id, without arguments, or a pool whose first environment is used and left open.
         calls: number of timed calls.
         warmup_calls: calls before them that are not counted.
         seed: episode seed of the environment and of the actions; later episodes go on from it.

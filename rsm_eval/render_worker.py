@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     with np.load(job_path, allow_pickle=False) as job:
         arrays = {key: job[key] for key in job.files}
     frames = replay(
-        str(arrays["env_id"]),
+        make_env(str(arrays["env_id"]), json.loads(str(arrays["env_args"])), render_mode="rgb_array"),
         int(arrays["seed"]),
         arrays["actions"],
         arrays["observations"],
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def replay(
-    env_id: str,
+    env: BoxEnv,
     seed: int,
     actions: NDArray[np.float32],
     observations: NDArray[np.float32],
@@ -62,12 +63,11 @@ def replay(
     stride: int,
     control_dt_s: float,
 ) -> list[Image.Image]:
-    """Every `stride`-th frame of the episode, with its step, time and return written on it.
+    """Every `stride`-th frame of the episode, with its step, time and return written on it; closes `env`.
 
     Raises:
         RuntimeError: the simulator did not repeat the recorded observations.
     """
-    env = make_env(env_id, render_mode="rgb_array")
     has_sky = _prepare_scene(env)
     frames = []
     obs, _ = env.reset(seed=env_seed(seed))

@@ -13,6 +13,7 @@ from rsm_common.spec import PolicySpec
 from rsm_eval import plots
 from rsm_eval.animation import Animation, NoAnimation
 from rsm_eval.evaluation import Evaluation, PolicyEvaluation
+from rsm_eval.formats import format_ms, format_return
 from rsm_eval.latency import STAGES
 from rsm_eval.learning import LearningCurve
 
@@ -66,18 +67,6 @@ def render_report(
         recorded_episode=recorded.rollouts[0],
         spec_rows=_spec_rows(evaluation.policies),
     )
-
-
-def format_ms(value: float) -> str:
-    """Milliseconds with three significant digits, never an exponent."""
-    if value < 0.0005:
-        return "0"
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def format_return(value: float) -> str:
-    """An episode return with a precision that suits its size."""
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def _data_uri(content: bytes, media_type: str) -> str:

@@ -109,7 +109,7 @@ def rollout(
 
     Args:
         policy: anything that acts.
-        env: an environment id, or a pool whose environments are used and left open.
+        env: an environment id, without arguments, or a pool whose environments are used and left open.
         seeds: one episode seed per episode; resets the environment by `env_seed`, and gives the policy's
             seeds by `action_seeds`.
         deterministic: ask the policy for its deterministic action instead.
@@ -121,7 +121,9 @@ def rollout(
             ways; None asks for `policy.act(obs, seed=seeds)`.
 
     Raises:
-        UnsupportedEnvError: the environment is unknown, not Box-to-Box, or not one the policy is made for.
+        UnsupportedEnvError: the environment cannot be created, is not Box-to-Box, or is not one the policy is
+            made for.
+        EnvFaultError: the environment fails, or answers with what its spaces rule out.
         ConfigError: no seeds, or an argument out of range.
         BackendError: the policy answered with a wrong shape, NaN or Inf.
         RequestError: whatever else `Policy.act` raises.

@@ -122,7 +122,9 @@ def _check_together(config: ExportConfig, closed_loop: SearchConfig, auto: bool)
         if path and not path.parent.is_dir():
             raise ConfigError(f"wanted {flag} in a directory that exists, got {str(path)!r}")
     if not auto and not closed_loop.env and closed_loop != SearchConfig():
-        raise ConfigError("wanted --auto or --env with --tolerance or --episodes, got neither; nothing acts")
+        raise ConfigError(
+            "wanted --auto or --env with --tolerance, --episodes or --env-arg, got neither; nothing acts"
+        )
     if not auto and closed_loop.env and not config.verify:
         raise ConfigError("wanted --env as one of the checks, got --no-verify; leave one of them out")
 

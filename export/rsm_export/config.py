@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rsm_common.errors import ConfigError
 from rsm_serve.sessions.choice import Backend
@@ -90,8 +91,16 @@ class SearchConfig:
     env: str | None = field(
         default=None,
         metadata={
-            "help": "Act in this environment (an id or module:EnvId): --auto searches in it, by default in the "
+            "help": "Act in this environment (an id, or module:EnvId with a module installed or here): --auto "
+            "searches in it, by default in the "
             "policy's own; without --auto the return is one of the checks."
+        },
+    )
+    env_arg: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Argument of that environment's constructor, such as size=3; repeat for more. In the "
+            "policy's own environment the default is what it was trained with."
         },
     )
     episodes: int = field(default=20, metadata={"help": "Episodes that the returns are compared on."})

@@ -60,7 +60,8 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not of a diffusion policy.
         ConfigError: the settings do not fit the checkpoint.
-        UnsupportedEnvError: the environment is unknown or not the policy's.
+        UnsupportedEnvError: the environment cannot be created or is not the policy's.
+        EnvFaultError: the environment fails, or answers with what its spaces rule out.
         BundleError: the name or the repository is not usable, or the graph failed a check.
         ParityError: the graph does not act like the checkpoint; nothing was written.
     """
@@ -73,13 +74,21 @@ def export_checkpoint(
     )
     found = loss = None
     if auto:
-        from rsm_export.auto.search import search  # needs what only rsm-eval needs otherwise
+        # Need what only rsm-eval needs otherwise.
+        from rsm_eval.evaluation import choose_env_args
+        from rsm_export.auto.search import search
 
         env_id = closed_loop.env or checkpoint.spec.env_id
         trained = diffusion_sampler(checkpoint)
         # A candidate that would not be exported must not be chosen.
         found = search(
-            trained, config, closed_loop, env_id, lambda c: _check(checkpoint, c)[0].open(), progress
+            trained,
+            config,
+            closed_loop,
+            env_id,
+            lambda c: _check(checkpoint, c)[0].open(),
+            progress,
+            env_args=choose_env_args(env_id, closed_loop.env_arg, [checkpoint.spec]),
         )
         config, loss = found.chosen.config, found.chosen.confirmed
     try:

@@ -224,7 +224,7 @@ class TrainingEnvs:
             self._failed = True
             raise EnvFaultError(
                 f"{_who_died(self._envs)} of {self._env_id} died without an error; look for a crash in native "
-                "code or a lack of memory"
+                "code or a lack of memory and correct it"
             ) from None
         except BaseException:
             self._failed = True

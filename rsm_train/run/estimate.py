@@ -91,7 +91,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
             network_bytes=_nbytes(networks),
             learning_bytes=_nbytes([*agent.state().values(), *gradients]),
             program_bytes=_program_bytes(),
-            checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(None), trainer.training_state()),
+            checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(), trainer.training_state()),
         )
     finally:
         trainer.close()

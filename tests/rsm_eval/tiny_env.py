@@ -59,23 +59,3 @@ def expected_length(seed: int) -> int:
 
 gym.register("RsmTiny-v0", f"{__name__}:TinyEnv", max_episode_steps=TIME_LIMIT)
 gym.register("RsmNoLimit-v0", f"{__name__}:TinyEnv")
-
-
-class OddSpaces(gym.Env[Any, Any]):
-    """Any spaces; cannot be stepped."""
-
-    def __init__(self, observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
-        self.observation_space, self.action_space = observation, action
-
-
-_BOX = spaces.Box(-1.0, 1.0, (2,))
-for _name, _observation, _action in (
-    ("Discrete", _BOX, spaces.Discrete(2)),
-    ("Image", spaces.Box(0, 255, (8, 8, 3), np.uint8), _BOX),
-    ("Unbounded", _BOX, spaces.Box(-np.inf, np.inf, (2,))),
-    ("Integer", _BOX, spaces.Box(-2, 2, (2,), np.int64)),
-    ("Flat", _BOX, spaces.Box(1.0, 1.0, (2,))),
-):
-    gym.register(
-        f"Rsm{_name}-v0", f"{__name__}:OddSpaces", kwargs={"observation": _observation, "action": _action}
-    )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rsm_common.errors import ParityError
 from rsm_common.policy import Policy
 from rsm_eval.envs import EnvPool
+from rsm_eval.evaluation import choose_env_args
 from rsm_eval.rollout import episode_seeds, rollout
 from rsm_eval.statistics import MeanInterval, mean_interval
 from rsm_export.config import SearchConfig
@@ -114,11 +115,12 @@ def compare_returns(full: Policy, export: Policy, config: SearchConfig) -> Loss:
     """Let the full policy and an export act in the same episodes of `config.env`.
 
     Raises:
-        UnsupportedEnvError: the environment is unknown or not the policy's.
+        UnsupportedEnvError: the environment cannot be created or is not the policy's.
+        EnvFaultError: the environment fails, or answers with what its spaces rule out.
         ParityError: the export returns less than is allowed, with 95 % confidence.
     """
     assert config.env is not None
-    with EnvPool(config.env) as pool:
+    with EnvPool(config.env, choose_env_args(config.env, config.env_arg, [full.spec])) as pool:
         arena = Arena({"full": full, "export": export}, "full", pool, config.tolerance)
         loss = arena.loss("export", CONFIRMING_SEED, config.episodes)
     if loss.hopeless:

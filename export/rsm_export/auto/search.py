@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,8 @@ def search(
     env_id: str,
     open_candidate: Callable[[ExportConfig], Opened],
     progress: Callable[[str], None] = lambda message: None,
+    *,
+    env_args: Mapping[str, Any] | None = None,
 ) -> SearchResult:
     """Find the fastest chain whose return stays within the tolerance; see the module.
 
@@ -112,16 +114,18 @@ def search(
         open_candidate: exports a candidate in memory: policy, its session and the cost of its graph. One that
             it refuses with a BundleError is left out.
         progress: told what is being done.
+        env_args: arguments of the environment's constructor.
 
     Raises:
-        UnsupportedEnvError: the environment is unknown or not the policy's.
+        UnsupportedEnvError: the environment cannot be created or is not the policy's.
+        EnvFaultError: the environment fails, or answers with what its spaces rule out.
         BackendError: a candidate gave an action that is not finite or out of bounds.
         BundleError: the full policy, or every other candidate, is refused.
         ConfigError: none of what `base` leaves open is within the tolerance.
     """
     asked, full = candidates(trained, base), as_trained(trained, base)
     opened: dict[ExportConfig, Opened] = {}
-    with EnvPool(env_id) as pool:  # first, so that an unknown one is told at once
+    with EnvPool(env_id, env_args) as pool:  # first, so that an unknown one is told at once
         try:
             configs = asked if full in asked else [*asked, full]
             _open_all(configs, full, open_candidate, opened, progress)

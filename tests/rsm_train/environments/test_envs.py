@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsm_common.errors import MissingExtraError, TrainingError, UnsupportedEnvError
+from rsm_common.errors import EnvFaultError, MissingExtraError, UnsupportedEnvError
 from rsm_train.environments.envs import TrainingEnvs, _make_vector
 from rsm_train.environments.episodes import episode_seed
 from tests.rsm_train.training_envs import MODULE, CountingEnv, FailingEnv
@@ -176,7 +176,7 @@ def test_one_that_was_not_in_an_episode_is_restored_beside_those_that_forget(mon
 def test_a_failing_environment_is_one_sentence(vector, monkeypatch, capfd):
     monkeypatch.setenv("RSM_FAIL", "raise")
     monkeypatch.setattr(FailingEnv, "steps", 0)
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(EnvFaultError) as caught:
         play(f"{MODULE}:RsmFailing-v0", vector, steps=40, count=2)
     message = str(caught.value)
     assert "failed in step: ValueError: the motor (training_envs.py, line " in message
@@ -194,7 +194,7 @@ def test_a_worker_that_dies_is_one_sentence(monkeypatch):
         for _ in range(count):
             envs.step(torch.zeros(2, 2))
 
-    with pytest.raises(TrainingError, match=r"the worker of environment [01] \(exit status -9\) died"):
+    with pytest.raises(EnvFaultError, match=r"the worker of environment [01] \(exit status -9\) of .* died"):
         step(40)
     envs.close()
     assert not any(worker.is_alive() for worker in workers)
@@ -241,7 +241,8 @@ def test_workers_end_with_environments_that_nobody_closed():
 def test_nan_from_an_environment_is_not_stored(monkeypatch):
     monkeypatch.setenv("RSM_FAIL", "nan")
     monkeypatch.setattr(FailingEnv, "steps", 0)
-    with pytest.raises(TrainingError, match="NaN or Inf in the reward of environment 2"):
+    sentence = r"^environment 2 \(.*Failing-v0\): wanted a reward .* finite float32 .* in step \d .*, got nan; "
+    with pytest.raises(EnvFaultError, match=sentence):
         play(f"{MODULE}:RsmFailing-v0", "sync", steps=40, count=5, seed=1)
     assert FailingEnv.steps >= 33
 
