@@ -23,8 +23,8 @@ from rsm_serve.local import open_policy
 from rsm_serve.recording.format import MAGIC, encode, numbered_files, read
 from rsm_serve.server import PolicyServer, background_server
 from tests.bundles import make_model, make_probe, make_spec, write_bundle
-from tests.rsm_serve.engine.test_action_guard import HIGH, LOW, guarded
-from tests.rsm_serve.recording.test_format import OBS, make_record
+from tests.rsm_serve.engine.test_guarded_answers import HIGH, LOW, guarded
+from tests.rsm_serve.recording.records import OBS, make_record
 from tests.rsm_serve.test_server import ANY_PORT, wait_until
 
 ASKED = 6

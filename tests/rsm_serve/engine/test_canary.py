@@ -6,12 +6,20 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from rsm_common.errors import ConfigError
+from rsm_common.errors import (
+    BundleError,
+    ConfigError,
+)
+from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.canary import Canary, check_shares, choose, lot
 from rsm_serve.engine.lane import Selection
+from rsm_serve.local import open_policy
+from tests.bundles import make_spec, write_bundle
+from tests.rsm_serve.versions import acting_version, add_version, point, run, serve, settled
 
 
 def test_parsing():
@@ -82,3 +90,77 @@ def test_without_client_or_seed_it_is_chance(monkeypatch):
 
 
 LOT_OF_ROBOT = 0.2824347607709931
+
+
+class TestCanaries:
+    def test_the_specification_is_the_current_versions(self, own_repo):
+        """By lot, a client that always meets the current version would send what the canary takes."""
+        write_bundle(own_repo, make_spec("tiny", "2", obs_size=6))
+        name = next(name for name in map(str, range(99)) if lot("tiny", name, None) >= 0.9)
+        with serve(own_repo, canaries=(Canary("tiny", 2, 0.9),)) as server:
+            for _ in range(5):
+                with PolicyClient(server.addresses[0], policy="tiny", client_id=name, timeout_s=30) as client:
+                    assert client.act(np.zeros(4)).version == "1"
+
+    def test_a_canary_comes_back_with_its_policy(self, own_repo):
+        add_version(own_repo, 2)
+        with serve(own_repo, canaries=(Canary("tiny", 2, 1.0),)) as server:
+            assert acting_version(server) == "2"
+            run(server, server.lifecycle.unload("tiny"))
+            run(server, server.lifecycle.load("tiny"))
+            assert acting_version(server) == "2"
+            assert server.registry.current("tiny") == 1
+
+    def test_clients_stick_to_their_version_and_the_answer_names_it(self, own_repo):
+        add_version(own_repo, 2)
+        share = 0.4
+        with serve(own_repo, canaries=(Canary("tiny", 2, share),)) as server:
+            assert settled(server) == [("tiny", "1", "READY", ""), ("tiny", "2", "READY", "")]
+            for number in range(12):
+                name = f"robot-{number}"
+                with (
+                    PolicyClient(server.addresses[0], timeout_s=30, client_id=name) as client,
+                    client.stream() as s,
+                ):
+                    versions = {
+                        act(np.zeros(4), seed=seed).version for act in (client.act, s.act) for seed in (1, 2)
+                    }
+                    versions.add(client.act(np.zeros(4), deterministic=True).version)
+                assert versions == {"2" if lot("tiny", name, None) < share else "1"}
+            assert acting_version(server, client_id="robot-0", version=1) == "1"
+            assert acting_version(server, client_id="robot-0", version=2) == "2"
+
+    def test_requests_without_a_client_are_drawn_one_by_one_and_again_by_their_seed(self, own_repo):
+        add_version(own_repo, 2)
+        with (
+            serve(own_repo, canaries=(Canary("tiny", 2, 0.5),)) as server,
+            PolicyClient(server.addresses[0], timeout_s=30) as client,
+        ):
+            local = {number: open_policy(own_repo / "tiny" / number, "onnxruntime") for number in ("1", "2")}
+            for seed in range(20):
+                first, again = (client.act(np.zeros(4), seed=seed) for _ in range(2))
+                assert first.version == again.version == ("2" if lot("tiny", "", seed) < 0.5 else "1")
+                assert np.allclose(
+                    first.action, local[first.version].act(np.zeros(4), seed=seed).action, atol=1e-6
+                )
+            assert {client.act(np.zeros(4)).version for _ in range(64)} == {"1", "2"}
+            noise = np.zeros(client.spec.noise_shape, np.float32)
+            assert {client.act(np.zeros(4), deterministic=True).version for _ in range(8)} == {"1"}
+            assert {client.act(np.zeros(4), noise=noise).version for _ in range(8)} == {"1"}
+
+    def test_a_canary_becomes_current_by_the_pointer_and_newer_versions_come_beside_it(self, own_repo):
+        add_version(own_repo, 2)
+        with serve(own_repo, canaries=(Canary("tiny", 2, 0.5),)) as server:
+            add_version(own_repo, 3)
+            run(server, server.lifecycle.refresh())
+            assert [entry[1] for entry in settled(server)] == ["2", "3"]
+            assert server.registry.current("tiny") == 3
+            point(own_repo, 2)
+            run(server, server.lifecycle.refresh())
+            assert [entry[1] for entry in settled(server)] == ["2"]
+            assert acting_version(server) == "2"
+
+    def test_a_canary_that_is_not_there_is_a_mistake(self, own_repo):
+        canaries = (Canary("tiny", 2, 0.5),)
+        with pytest.raises(BundleError, match="version 2.*got 1"), serve(own_repo, canaries=canaries):
+            pass

@@ -36,8 +36,8 @@ from rsm_serve.security.access import Access, Role
 from rsm_serve.security.tokens import bearer, read_tokens
 from rsm_serve.security.watched_files import LOOK_S, Watched
 from rsm_serve.server import PolicyServer, background_server
-from tests.rsm_serve.engine.test_lifecycle import add_version, damage, point
 from tests.rsm_serve.test_server import ANY_PORT
+from tests.rsm_serve.versions import add_version, damage, point
 
 ACT, ADMIN, OLD, WRONG = (name * 8 for name in ("act-", "adm-", "old-", "bad-"))
 

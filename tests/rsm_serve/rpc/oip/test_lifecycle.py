@@ -13,7 +13,7 @@ from rsm_common.errors import InvalidRequestError
 from rsm_serve.engine.canary import Canary, lot
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.rpc.oip.requests import decode_caller
-from tests.rsm_serve.engine.test_lifecycle import acting_version, add_version, damage, run, serve, settled
+from tests.rsm_serve.versions import acting_version, add_version, damage, run, serve, settled
 
 ZEROS = np.zeros((1, 4), np.float32)
 
