@@ -92,7 +92,7 @@ class Policy(Protocol):
             deterministic: use the documented constant seed for every row.
 
         Raises:
-            InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
+            InvalidRequestError: wrong type, shape, dtype or count, or NaN or Inf.
         """
         ...
 
@@ -153,14 +153,13 @@ def act_rows(
         draw: False leaves out the seeds where none is given: a server will draw them.
 
     Raises:
-        InvalidRequestError: see `Policy.act`.
+        InvalidRequestError: see `Policy.act`; no other error, whatever type an argument has.
     """
     obs_size = spec.observation.size
-    array = _as_array("observation", obs)
-    if array.dtype != FLOAT32 and array.dtype.kind not in "fiub":
+    array = _as_numbers("observation", obs)
+    if not isinstance(deterministic, bool | np.bool_):
         raise InvalidRequestError(
-            f"wanted a float32 observation for policy {spec.name!r}, got dtype {array.dtype}; "
-            "convert it to float32"
+            f"wanted deterministic as True or False, got {type(deterministic).__name__}; give a bool"
         )
     if array.ndim not in (1, 2) or array.shape[-1] != obs_size or array.size == 0:
         raise InvalidRequestError(
@@ -180,10 +179,9 @@ def act_rows(
         return ActRows(obs_BO, seeds, None, single)
     if seed is not None or deterministic:
         raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
-    noise_array = _as_array("noise", noise)
-    if noise_array.dtype.kind not in "fiub":
-        raise InvalidRequestError(f"wanted float32 noise, got dtype {noise_array.dtype}; convert it to float32")
-    noise_BTNA = np.ascontiguousarray(noise_array, dtype=np.float32)
+    noise_array = _as_numbers("noise", noise)
+    with np.errstate(over="ignore"):  # becomes Inf, which is refused below
+        noise_BTNA = np.ascontiguousarray(noise_array, dtype=np.float32)
     if noise_BTNA.shape == spec.noise_shape and rows == 1:
         noise_BTNA = noise_BTNA[None]
     if noise_BTNA.shape != (rows, *spec.noise_shape):
@@ -195,13 +193,49 @@ def act_rows(
     return ActRows(obs_BO, None, noise_BTNA, single)
 
 
-def _as_array(what: str, values: ArrayLike) -> NDArray[Any]:
+def _as_numbers(what: str, values: ArrayLike) -> NDArray[Any]:
+    """The values as an array of real numbers.
+
+    Raises:
+        InvalidRequestError: they have no such form.
+    """
     try:
-        return np.asarray(values)
-    except (ValueError, TypeError) as error:  # rows of different lengths
+        array = np.asarray(values)
+    # Any array type may be given, and each raises its own errors: torch's tensors a RuntimeError or TypeError.
+    except Exception as error:
         raise InvalidRequestError(
-            f"wanted the {what} as an array of numbers, got none ({error}); make all rows equally long"
+            f"wanted the {what} as an array of numbers, got {_kind(values)} ({_short(error)}); "
+            f"{_advice(values, error)}"
         ) from None
+    if array.dtype != FLOAT32 and array.dtype.kind not in "fiub":
+        raise InvalidRequestError(
+            f"wanted float32 numbers as {what}, got dtype {array.dtype} of {_kind(values)}; "
+            f"{_DTYPE_ADVICE.get(array.dtype.kind, 'convert it to float32')}"
+        )
+    return array
+
+
+_DTYPE_ADVICE = {
+    "U": "give numbers instead of text",
+    "S": "give numbers instead of text",
+    "O": "give a number for every element",
+    "c": "give real numbers",
+}
+"""What to do about an array that is not of real numbers, by the kind of its dtype."""
+
+
+def _kind(values: object) -> str:
+    return "None" if values is None else type(values).__name__
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:200]
+
+
+def _advice(values: object, error: Exception) -> str:
+    if type(values).__module__.partition(".")[0] == "torch" or "ensor" in f"{error}":
+        return "give tensor.detach().cpu().float().numpy()"
+    return "make all rows equally long" if isinstance(error, ValueError) else "give a numpy array"
 
 
 def require_finite(what: str, array: NDArray[np.float32]) -> None:

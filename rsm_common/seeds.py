@@ -75,13 +75,19 @@ def resolve_seeds(
     else:
         try:
             values = [operator.index(s) for s in np.asarray(seed, dtype=object).reshape(-1)]
-        except (TypeError, ValueError):  # a float is refused, not truncated: it would replay another answer
+        # A float is refused, not truncated: it would replay another answer. Any type may be given, and each
+        # raises its own errors.
+        except Exception:
+            shown = repr(seed)[:60] if isinstance(seed, str | float) else type(seed).__name__
             raise InvalidRequestError(
-                f"wanted whole numbers from 0 to 2**64 - 1 as seeds, got {seed!r}; use unsigned 64-bit numbers"
+                f"wanted whole numbers from 0 to 2**64 - 1 as seeds, got {shown}; use unsigned 64-bit integers"
             ) from None
-        if any(not 0 <= s <= _MASK64 for s in values):
+        wrong = next((value for value in values if not 0 <= value <= _MASK64), None)
+        if wrong is not None:
+            # Python refuses to write out integers of more than 4300 digits.
+            shown = str(wrong) if wrong.bit_length() < 256 else f"an integer of {wrong.bit_length()} bits"
             raise InvalidRequestError(
-                f"wanted seeds from 0 to 2**64 - 1, got {values}; use unsigned 64-bit numbers"
+                f"wanted seeds from 0 to 2**64 - 1, got {shown}; use unsigned 64-bit integers"
             )
         given = np.array(values, dtype=np.uint64)
     if np.ndim(seed) == 0:

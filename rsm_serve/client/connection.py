@@ -117,6 +117,8 @@ class Connection:
         Raises:
             InvalidRequestError: TLS for a unix socket, or a malformed token.
         """
+        if tls is not None and not isinstance(tls, Tls):
+            raise InvalidRequestError(f"wanted tls as a Tls, got {type(tls).__name__}; give Tls(ca=...)")
         if tls is None and target.tls:
             tls = Tls.from_environment()
         if tls is not None and target.is_unix:

@@ -103,7 +103,10 @@ def test_wrong_observations_are_refused(obs, message):
         ({"seed": "seven"}, "whole numbers.*got 'seven'"),
         ({"seed": "7"}, "whole numbers"),
         ({"noise": [[[1.0, 2.0], [1.0]]]}, "noise as an array of numbers"),
-        ({"noise": [["a"]]}, "float32 noise, got dtype"),
+        (
+            {"noise": [["a"]]},
+            "wanted float32 numbers as noise, got dtype <U1 of list; give numbers instead of text",
+        ),
     ],
 )
 def test_wrong_randomness_is_refused(arguments, message):
