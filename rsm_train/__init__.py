@@ -1,1 +1,12 @@
 """Online learning of diffusion policies with Reweighted Score Matching."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rsm_common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    __version__: str
+
+__getattr__, __dir__ = lazy_names(__name__, {})

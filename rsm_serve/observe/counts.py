@@ -19,9 +19,9 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Literal
 
+from rsm_common.lazy import toolkit_version
 from rsm_common.policy import Timing
 from rsm_serve.observe.settled import GIVEN_UP, OK, Settled
 
@@ -197,7 +197,7 @@ class ServerCounts:
     """The numbers of a server; changed in its event loop, except by `loading`, which any thread may use."""
 
     def __init__(self) -> None:
-        self.toolkit = metadata.version("rsm-toolkit")
+        self.toolkit = toolkit_version()
         """Version of the toolkit that counts."""
         self._started_s = time.monotonic()
         self._lanes: dict[tuple[str, str], LaneCounts] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import grpc
@@ -11,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
 from rsm_common.errors import AddressError
+from rsm_common.lazy import toolkit_version
 from rsm_serve.addresses import UNIX, check_free, with_port
 from rsm_serve.engine.intake import Intake
 from rsm_serve.engine.lifecycle import RepositoryControl
@@ -71,7 +71,7 @@ class Endpoint:
         control: RepositoryControl | None = None,
         access: Access | None = None,
     ) -> None:
-        version = metadata.version("rsm-toolkit")
+        version = toolkit_version()
         self._policies = PolicyService(intake, version)
         self._inference = InferenceService(intake, version, control)
         self._registry = intake.registry
