@@ -91,7 +91,9 @@ def _client(
 
 
 _client_id = click.option(
-    "--client-id", default="", help="Who asks; a server with --max-action-step must know.  [default: nobody]"
+    "--client-id",
+    default="",
+    help="Name of this client; a server with --max-action-step needs it.  [default: none]",
 )
 
 
@@ -217,7 +219,9 @@ def bench(
     metavar="TARGET",
     help="Who answers now: host:port, unix:/path, grpc://host:port/NAME[:VERSION], or a bundle's directory.",
 )
-@click.option("--policy", default="", help="Whose records to ask.  [default: the target's, or everybody's]")
+@click.option(
+    "--policy", default="", help="Policy whose records to ask.  [default: the target's, or all policies]"
+)
 @click.option(
     "--version", default="", help="Version to ask.  [default: of each record the one that answered it]"
 )

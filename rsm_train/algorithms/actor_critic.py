@@ -131,7 +131,7 @@ class ActorCriticConfig(AlgorithmConfig):
         default=0.1, metadata={"help": "Standard deviation of the noise added when exploring."}
     )
     exploration_units: Literal["temperature", "absolute"] = field(
-        default="temperature", metadata={"help": "What exploration_noise is a multiple of: alpha, or 1."}
+        default="temperature", metadata={"help": "Unit of exploration_noise: alpha, or 1."}
     )
     noisy_backup: bool = field(
         default=False,
