@@ -31,16 +31,17 @@ import numpy as np
 import onnx
 import torch
 from record import write_record
-from rsm_export.graph.chain import fold
 from rsm_export.graph.cost import graph_cost
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import OPSET, build_graph
 from torch import Tensor, nn
 
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.model.critic import init_critics
-from rsm_train.model.diffusion import NoiseSchedule, SamplerSettings, reverse_chain
+from rsm_train.model.diffusion import NoiseSchedule, reverse_chain
 from rsm_train.model.networks import Params, depth, embed_time, init_denoiser
-from rsm_train.policy import PolicyWeights
+from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.policy import action_scale
 
 STEPS = 20
 HIDDEN = [256, 256, 256]
@@ -53,7 +54,7 @@ class Plain(nn.Module):
     """The best-of-N chain written directly, with no work shared between steps or particles."""
 
     def __init__(
-        self, policy: Params, critics: Params, schedule: NoiseSchedule, sampler: SamplerSettings
+        self, policy: Params, critics: Params, schedule: NoiseSchedule, sampler: DiffusionSampler
     ) -> None:
         super().__init__()
         self.schedule, self.sampler = schedule, sampler
@@ -98,12 +99,12 @@ def make_graphs(size: str, particles: int) -> dict[str, onnx.ModelProto]:
         init_denoiser(obs, actions, HIDDEN, generator),
         init_critics(obs, actions, HIDDEN, generator),
     )
-    sampler = SamplerSettings("cosine", STEPS, particles, 1.0)
+    sampler = DiffusionSampler("cosine", STEPS, particles, 1.0)
     names = tuple(f"a{i}" for i in range(actions))
     action_box = BoxSpec(names, (-1.0,) * actions, (1.0,) * actions)
     obs_box = BoxSpec(tuple(f"o{i}" for i in range(obs)), (None,) * obs, (None,) * obs)
     spec = PolicySpec("benchmark", "dpmd", size, obs_box, action_box, STEPS, particles)
-    weights = PolicyWeights.prepare(policy, critics if particles > 1 else {}, sampler, spec)
+    weights = sampler.prepare(policy, critics if particles > 1 else {}, action_scale(spec))
     return {
         "naive": _naive(Plain(policy, critics, weights.schedule, sampler), size),
         "folded": build_graph(fold(weights)),

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from rsm_export.build import make_probe
 from rsm_export.bundles.bundle_writer import write_bundle
-from rsm_export.graph.chain import fold
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import build_graph
 
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_serve.bundle.contract import Bundle
 from rsm_serve.bundle.probe import Probe
 from rsm_train.model.critic import init_critics
-from rsm_train.model.diffusion import SamplerSettings
 from rsm_train.model.networks import init_denoiser
-from rsm_train.policy import PolicyWeights, TorchPolicy
+from rsm_train.model.samplers import DiffusionSampler, DiffusionWeights
+from rsm_train.policy import TorchPolicy, action_scale
 
 OBS_SIZE, ACTION_SIZE, HIDDEN = 17, 6, [256, 256, 256]
 """HalfCheetah's sizes."""
@@ -32,13 +32,13 @@ def make_spec(name: str, steps: int, particles: int, version: int = 1) -> Policy
     )
 
 
-def make_weights(spec: PolicySpec, seed: int = 0) -> PolicyWeights:
+def make_weights(spec: PolicySpec, seed: int = 0) -> DiffusionWeights:
     """Three layers of 256 in the denoiser and in each of two critics."""
     sizes = spec.observation.size, spec.action.size, HIDDEN
     g = torch.Generator().manual_seed(seed)
     denoiser, critics = init_denoiser(*sizes, g), init_critics(*sizes, g)
-    sampler = SamplerSettings("cosine", spec.steps, spec.particles, 1.0)
-    return PolicyWeights.prepare(denoiser, critics if spec.particles > 1 else {}, sampler, spec)
+    sampler = DiffusionSampler("cosine", spec.steps, spec.particles, 1.0)
+    return sampler.prepare(denoiser, critics if spec.particles > 1 else {}, action_scale(spec))
 
 
 def make_bundle(steps: int, particles: int) -> Bundle:
@@ -54,6 +54,6 @@ def publish(repository: Path, spec: PolicySpec, seed: int = 0) -> Path:
     return write_bundle(repository, spec, _graph(weights), make_probe(TorchPolicy(spec, weights), obs))
 
 
-def _graph(weights: PolicyWeights) -> bytes:
+def _graph(weights: DiffusionWeights) -> bytes:
     model: bytes = build_graph(fold(weights)).SerializeToString()
     return model

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rsm_common.errors import InvalidRequestError
-from rsm_common.seeds import draw_noise, resolve_seeds
+from rsm_common.seeds import DETERMINISTIC_SEED, draw_noise, resolve_seeds
 from rsm_common.spec import PolicySpec
 
 FLOAT32 = np.dtype(np.float32)
@@ -112,7 +112,10 @@ class ActRows:
         if self.noise_BTNA is not None:
             return self.noise_BTNA
         assert self.seeds_B is not None
-        return draw_noise(self.seeds_B, spec.noise_shape)
+        noise_BTNA = draw_noise(self.seeds_B, spec.noise_shape)
+        if spec.has_mean_action:
+            noise_BTNA[self.seeds_B == DETERMINISTIC_SEED] = 0
+        return noise_BTNA
 
     def result(
         self,

@@ -158,6 +158,11 @@ class PolicySpec:
         return (self.steps, self.particles, self.action.size)
 
     @property
+    def has_mean_action(self) -> bool:
+        """True if zero noise gives the policy's mean action, which a deterministic request then gets."""
+        return self.sampler == "gaussian"
+
+    @property
     def action_low(self) -> NDArray[np.float32]:
         """Lower action bounds [A], environment units."""
         return np.asarray(self.action.low, dtype=np.float32)

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsm_common.errors import BundleError, CheckpointError
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_train.model.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
+from rsm_train.model.diffusion import ScheduleName, SelectionName, make_schedule
 from rsm_train.model.networks import TIME_EMBEDDING_SIZE, Params
+from rsm_train.model.samplers import DiffusionSampler
 from rsm_train.run.checkpoint import Checkpoint, write_checkpoint
 
 Arrays = Mapping[str, ArrayLike]
@@ -71,7 +72,7 @@ def import_weights(
         CheckpointError: an array or a setting that does not fit, or the directory cannot be written.
     """
     directory = Path(directory)
-    sampler = _sampler(SamplerSettings(schedule, steps, particles, prior_std, selection))
+    sampler = _sampler(DiffusionSampler(schedule, steps, particles, prior_std, selection))
     spec = _spec(name or directory.name, env_id, obs_size, action_low, action_high, sampler, control_dt_s)
     action_size = spec.action.size
     networks = {"policy_average": _policy(policy, obs_size, action_size)}
@@ -92,7 +93,7 @@ def import_weights(
     return directory
 
 
-def _sampler(sampler: SamplerSettings) -> SamplerSettings:
+def _sampler(sampler: DiffusionSampler) -> DiffusionSampler:
     for key, value in (("steps", sampler.steps), ("particles", sampler.particles)):
         if type(value) is not int or value < 1:
             raise CheckpointError(f"wanted a whole number >= 1 as {key}, got {value!r}")
@@ -113,7 +114,7 @@ def _spec(
     obs_size: int,
     action_low: Sequence[float],
     action_high: Sequence[float],
-    sampler: SamplerSettings,
+    sampler: DiffusionSampler,
     control_dt_s: float | None,
 ) -> PolicySpec:
     try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from rsm_common.errors import CheckpointError, ConfigError
+from rsm_common.errors import ConfigError
 from rsm_common.policy import Policy
 from rsm_common.provenance import provenance
 from rsm_common.seeds import draw_noise, expand_seed
@@ -19,8 +18,8 @@ from rsm_common.spec import DEFAULT_TOLERANCE
 from rsm_export.bundles.bundle_writer import write_time
 from rsm_export.checks.accuracy import TOLERANCES, Accuracy
 from rsm_export.config import ExportConfig
-from rsm_export.graph.chain import fold
 from rsm_export.graph.cost import GraphCost, graph_cost
+from rsm_export.graph.fold import fold
 from rsm_export.graph.metadata import embed_spec
 from rsm_export.graph.onnx_graph import build_graph
 from rsm_serve.bundle.contract import Bundle
@@ -28,8 +27,8 @@ from rsm_serve.bundle.probe import Probe
 from rsm_serve.local import LocalPolicy
 from rsm_serve.sessions import Session
 from rsm_serve.sessions.choice import RUNTIMES, open_session
-from rsm_train.model.diffusion import SamplerSettings, timesteps
-from rsm_train.policy import PolicyWeights, TorchPolicy
+from rsm_train.model.samplers import DiffusionSampler, Resampling
+from rsm_train.policy import TorchPolicy
 from rsm_train.run.checkpoint import Checkpoint
 
 PROBE_ROWS = 8
@@ -80,12 +79,10 @@ def build(checkpoint: Checkpoint, config: ExportConfig) -> Built:
         CheckpointError, ConfigError: see `sampled_policy`.
     """
     policy = sampled_policy(checkpoint, config)
-    weights = policy.weights
-    assert isinstance(weights, PolicyWeights)
     made = {**checkpoint.spec.provenance, **provenance(), "exported": write_time()}
     spec = dataclasses.replace(policy.spec, provenance=made)
-    policy = TorchPolicy(spec, weights)
-    model = build_graph(fold(weights), config.precision)
+    policy = TorchPolicy(spec, policy.weights)
+    model = build_graph(fold(policy.weights), config.precision)
     embed_spec(model, spec)
     content = model.SerializeToString(deterministic=True)
     probe = make_probe(policy, observations_of(checkpoint))
@@ -95,72 +92,48 @@ def build(checkpoint: Checkpoint, config: ExportConfig) -> Built:
     return Built(policy, model, bundle, config.backend or default)
 
 
-def diffusion_sampler(checkpoint: Checkpoint) -> SamplerSettings:
-    """How the checkpoint's policy samples.
+def diffusion_sampler(checkpoint: Checkpoint) -> DiffusionSampler:
+    """How the checkpoint's policy samples, for a search among chains.
 
     Raises:
-        CheckpointError: it is not a diffusion policy.
+        ConfigError: it is not a diffusion policy.
     """
-    if not isinstance(checkpoint.sampler, SamplerSettings):
-        raise CheckpointError(
-            f"wanted a diffusion policy (dpmd, sdac) to export, got {checkpoint.spec.algorithm} at "
-            f"{str(checkpoint.path)!r}; evaluate it with rsm-eval"
+    if not isinstance(checkpoint.sampler, DiffusionSampler):
+        raise ConfigError(
+            f"wanted a diffusion policy for --auto, got {checkpoint.spec.algorithm}, which has "
+            "no chain to shorten; leave --auto out"
         )
     return checkpoint.sampler
 
 
 def sampled_policy(checkpoint: Checkpoint, config: ExportConfig) -> TorchPolicy:
-    """The checkpoint's policy, sampled as the exported chain will sample.
+    """The checkpoint's policy, sampled as the exported graph will sample.
 
     Raises:
-        CheckpointError: it is not a diffusion policy.
         ConfigError: the settings do not fit it.
     """
-    trained = diffusion_sampler(checkpoint)
-    sampler = resample(trained, config)
+    trained = checkpoint.sampler
+    try:
+        change = Resampling(config.steps, config.particles, config.prior_std, config.sampler, config.eta)
+        sampler = trained.resampled(change)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if sampler.particles > 1 and not checkpoint.spec.has_q:
         raise ConfigError(f"wanted --particles 1 for a checkpoint without critics, got {sampler.particles}")
-    indices = timesteps(sampler.steps, sampler.chain_steps)
     spec = dataclasses.replace(
         checkpoint.spec,
-        steps=len(indices),
+        steps=sampler.chain_length,
         particles=sampler.particles,
-        sampler=config.sampler or "ddpm",
+        sampler=sampler.name,
         precision=config.precision,
         has_q=sampler.particles > 1,
-        sampling={
-            "schedule": sampler.schedule,
-            "train_steps": sampler.steps,
-            "timesteps": list(indices),
-            "eta": sampler.eta,
-            "prior_std": sampler.prior_std,
-        },
+        sampling=sampler.record(),
         tolerance=max(DEFAULT_TOLERANCE, TOLERANCES[config.precision]),
-        # What was measured in training was measured of another chain.
+        # The evaluation of training holds for the trained sampler alone.
         evaluation=checkpoint.spec.evaluation if sampler == trained else None,
     )
     weights = dataclasses.replace(checkpoint, spec=spec, sampler=sampler).policy().weights
-    assert isinstance(weights, PolicyWeights)
-    return TorchPolicy(spec, weights if spec.has_q else dataclasses.replace(weights, critics={}))
-
-
-def resample(trained: SamplerSettings, config: ExportConfig) -> SamplerSettings:
-    """The sampler of the exported chain.
-
-    Raises:
-        ConfigError: more steps than were trained.
-    """
-    if config.steps is not None and config.steps > trained.steps:
-        raise ConfigError(
-            f"wanted --steps of at most {trained.steps}, as many as were trained, got {config.steps}"
-        )
-    changed: dict[str, Any] = {
-        "chain_steps": None if config.steps == trained.steps and trained.chain_steps is None else config.steps,
-        "particles": config.particles,
-        "prior_std": config.prior_std,
-        "eta": (config.eta or 0.0) if config.sampler == "ddim" else 1.0,
-    }
-    return dataclasses.replace(trained, **{name: value for name, value in changed.items() if value is not None})
+    return TorchPolicy(spec, weights if spec.has_q else weights.without_critics())
 
 
 def make_probe(policy: TorchPolicy, obs_PO: NDArray[np.float32]) -> Probe:

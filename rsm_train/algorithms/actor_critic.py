@@ -37,10 +37,11 @@ from rsm_train.algorithms.common import (
 )
 from rsm_train.algorithms.temperature import TemperatureSchedule, open_loop_temperature
 from rsm_train.model.critic import choose_best, init_critics, select_value
-from rsm_train.model.diffusion import SamplerSettings, ScheduleName, SelectionName, make_schedule
+from rsm_train.model.diffusion import ScheduleName, SelectionName, make_schedule
 from rsm_train.model.inference import Inference
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params, init_denoiser
+from rsm_train.model.samplers import DiffusionSampler
 
 QUICK_DIFFUSION: dict[str, Any] = {
     "diffusion_steps": 5,
@@ -248,10 +249,10 @@ class ActorCritic:
     # --- acting ---------------------------------------------------------------------------------------------
 
     @property
-    def sampler(self) -> SamplerSettings:
+    def sampler(self) -> DiffusionSampler:
         """How the policy samples."""
         c = self.config
-        return SamplerSettings(
+        return DiffusionSampler(
             *(c.schedule, c.diffusion_steps, c.particles, c.prior_std),
             selection=c.critic_selection,
             selection_std=c.critic_std_factor,

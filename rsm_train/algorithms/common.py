@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rsm_train.model.critic import q_values
-from rsm_train.model.diffusion import PolicySettings
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params
+from rsm_train.model.samplers import Sampler
 
 Metrics = dict[str, Tensor]
 """Named 0-d detached tensors; they leave the device once per log interval."""
@@ -64,7 +64,7 @@ class Agent(Protocol):
     """Updates done."""
 
     @property
-    def sampler(self) -> PolicySettings:
+    def sampler(self) -> Sampler:
         """How the policy samples."""
         ...
 

@@ -176,11 +176,15 @@ class DPMD:
 
     def _learn(self, batch: Batch, noise: DPMDNoise, *, policy_due: bool) -> Metrics:
         next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
-        y_B = self.agent.td_target(batch, next_action_BA)  # r + gamma (1 - terminated) Q'(s', a')
+        y_B = self.td_target(batch, next_action_BA)
         metrics = self.agent.update_critic(batch, y_B)
         if policy_due:
             metrics |= self._update_policy(batch, next_action_BA, noise)
         return metrics
+
+    def td_target(self, batch: Batch, next_action_BA: Tensor) -> Tensor:
+        """y = reward_scale r + gamma (1 - terminated) Q'(s', a'), [B]; a variant may have another one."""
+        return self.agent.td_target(batch, next_action_BA)
 
     def _update_policy(self, batch: Batch, next_action_BA: Tensor, noise: DPMDNoise) -> Metrics:
         if self.config.policy_actions == "backup":

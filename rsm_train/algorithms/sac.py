@@ -35,10 +35,10 @@ from rsm_train.algorithms.common import (
     update_critic,
 )
 from rsm_train.model.critic import init_critics, q_values, select_value
-from rsm_train.model.diffusion import GaussianSettings
 from rsm_train.model.graphs import CapturedVariants
 from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.model.networks import Params, gaussian, init_gaussian
+from rsm_train.model.samplers import GaussianSampler
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class SACAgent:
         self._kept = {"alpha.log": self.alpha["log"]}
 
     @property
-    def sampler(self) -> GaussianSettings:
+    def sampler(self) -> GaussianSampler:
         """How the policy samples."""
-        return GaussianSettings()
+        return GaussianSampler()
 
     @property
     def temperature(self) -> float:

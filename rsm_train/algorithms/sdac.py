@@ -112,11 +112,15 @@ class SDAC:
 
     def _learn(self, batch: Batch, noise: SDACNoise, *, policy_due: bool) -> Metrics:
         next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
-        y_B = self.agent.td_target(batch, next_action_BA)  # r + gamma (1 - terminated) Q'(s', a')
+        y_B = self.td_target(batch, next_action_BA)
         metrics = self.agent.update_critic(batch, y_B)
         if policy_due:
             metrics |= self._update_policy(batch.obs, noise)
         return metrics
+
+    def td_target(self, batch: Batch, next_action_BA: Tensor) -> Tensor:
+        """y = reward_scale r + gamma (1 - terminated) Q'(s', a'), [B]; a variant may have another one."""
+        return self.agent.td_target(batch, next_action_BA)
 
     def _update_policy(self, obs_BO: Tensor, noise: SDACNoise) -> Metrics:
         proposal_BA = self.agent.backup_action(obs_BO, noise.action, noise.proposal)

@@ -50,7 +50,14 @@ def evaluate(
     """
     count = len(seeds_E)
     if policy.spec.particles == 1 or not one_particle:
-        result = rollout(policy, pool, seeds_E, max_steps=max_steps, max_batch_rows=count)
+        result = rollout(
+            policy,
+            pool,
+            seeds_E,
+            deterministic=policy.spec.has_mean_action,
+            max_steps=max_steps,
+            max_batch_rows=count,
+        )
         returns = result.returns.tolist()
         return Evaluation(returns, returns if one_particle else None)
     result = rollout(

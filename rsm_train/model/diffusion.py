@@ -60,39 +60,6 @@ class NoiseSchedule:
         return len(self.betas)
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """What, beside the weights, determines how a policy samples."""
-
-    schedule: ScheduleName
-    steps: int  # T, of the schedule and of training
-    particles: int  # N, of which the critics choose the best
-    prior_std: float  # standard deviation of the initial latent
-    selection: SelectionName = "min"  # how the values of the critics become the one that chooses
-    selection_std: float = 0.0  # for "mean_std": mean + selection_std * std
-    chain_steps: int | None = None  # how many of the T steps sampling takes; None: all
-    eta: float = 1.0  # share of DDPM's noise that sampling adds: 1 is DDPM, 0 the deterministic DDIM
-
-    def make_schedule(self) -> NoiseSchedule:
-        """The schedule, with the reverse steps that are taken.
-
-        Raises:
-            ValueError: see `make_schedule`.
-        """
-        return make_schedule(self.schedule, self.steps, chain_steps=self.chain_steps, eta=self.eta)
-
-
-@dataclass(frozen=True)
-class GaussianSettings:
-    """A Gaussian squashed by tanh, the policy of SAC: one step, one particle; the mean acts."""
-
-    steps: int = 1
-    particles: int = 1
-
-
-PolicySettings = SamplerSettings | GaussianSettings
-
-
 def make_schedule(
     name: ScheduleName,
     steps: int,

@@ -61,7 +61,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -71,9 +71,9 @@ from torch import Tensor
 from rsm_common import atomic
 from rsm_common.errors import BundleError, CheckpointError
 from rsm_common.spec import PolicySpec
-from rsm_train.model.diffusion import GaussianSettings, PolicySettings, SamplerSettings, SelectionName
-from rsm_train.model.networks import TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, Params, subset
-from rsm_train.policy import GaussianWeights, PolicyWeights, TorchPolicy
+from rsm_train.model.networks import Params, subset
+from rsm_train.model.samplers import Sampler, read_sampler, sampler_settings
+from rsm_train.policy import TorchPolicy, action_scale
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -87,7 +87,6 @@ _PROBE_FILE = "probe.safetensors"
 _TRAINING_FILE = "training.safetensors"
 _NAME = re.compile(r"step_(\d{9,})")
 _AGAIN = "train again, or choose another checkpoint"
-_SAMPLER_KINDS: dict[type[PolicySettings], str] = {SamplerSettings: "diffusion", GaussianSettings: "gaussian"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Checkpoint:
 
     path: Path
     spec: PolicySpec
-    sampler: PolicySettings
+    sampler: Sampler
     networks: dict[str, Params]
     state: Mapping[str, Any]
     """"step", "updates", "evaluation" (None if it was not evaluated), "training" if it could be resumed."""
@@ -108,12 +107,8 @@ class Checkpoint:
 
     def policy(self) -> TorchPolicy:
         """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
-        weights: PolicyWeights | GaussianWeights
-        policy, critic = self.networks[_acting_network(self.sampler)], self.networks.get("critic", {})
-        if isinstance(self.sampler, GaussianSettings):
-            weights = GaussianWeights.prepare(policy, critic, self.spec)
-        else:
-            weights = PolicyWeights.prepare(policy, critic, self.sampler, self.spec)
+        policy, critics = self.networks[self.sampler.acting], self.networks.get("critic", {})
+        weights = self.sampler.prepare(policy, critics, action_scale(self.spec))
         return TorchPolicy(self.spec, weights)
 
 
@@ -142,10 +137,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     config = dict(checkpoint.config) | {
         "schema_version": SCHEMA_VERSION,
-        "sampler": {
-            "kind": _SAMPLER_KINDS[type(checkpoint.sampler)],
-            **dataclasses.asdict(checkpoint.sampler),
-        },
+        "sampler": sampler_settings(checkpoint.sampler),
     }
     with atomic.new_directory(path) as directory:
         save_file(tensors, directory / _NETWORKS_FILE)
@@ -223,7 +215,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         spec = PolicySpec.from_json((directory / _SPEC_FILE).read_bytes())
         tensors = load_file(directory / _NETWORKS_FILE)
         probe_obs = load_file(directory / _PROBE_FILE)["obs"]
-        sampler = _read_sampler(config["sampler"])
+        sampler = read_sampler(config["sampler"])
+        spec = dataclasses.replace(spec, sampler=sampler.name)  # older checkpoints of SAC say ddpm
     except (OSError, SafetensorError, BundleError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged: {error}; {_AGAIN}") from None
     networks = {
@@ -294,27 +287,13 @@ def _check_schema(directory: Path, found: object) -> None:
         )
 
 
-def _acting_network(sampler: PolicySettings) -> str:
-    """The policy that is evaluated and exported."""
-    return "policy" if isinstance(sampler, GaussianSettings) else "policy_average"
-
-
-def _read_sampler(settings: Mapping[str, Any]) -> PolicySettings:
-    """The settings of a policy's sampler; without a kind they are from before there was a second one.
-
-    Raises:
-        KeyError, TypeError: other settings than the kind has.
-    """
-    kinds = {name: kind for kind, name in _SAMPLER_KINDS.items()}
-    kind = kinds[settings.get("kind", "diffusion")]
-    return kind(**{name: value for name, value in settings.items() if name != "kind"})
-
-
 def _check_content(checkpoint: Checkpoint) -> None:
     """Check that everything a policy is made from is there, fits together and is finite."""
     spec, sampler, where = checkpoint.spec, checkpoint.sampler, f"checkpoint {checkpoint.path}"
-    if isinstance(sampler, SamplerSettings):
-        _check_sampler(where, sampler)
+    try:
+        sampler.check()
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
     if (sampler.steps, sampler.particles) != (spec.steps, spec.particles):
         raise CheckpointError(
             f"{where}: {CONFIG_FILE} and {_SPEC_FILE} disagree on steps and particles; {_AGAIN}"
@@ -326,37 +305,16 @@ def _check_content(checkpoint: Checkpoint) -> None:
             f"{where}: wanted finite observations [P, {obs}] in {_PROBE_FILE}, got shape "
             f"{list(probe.shape)}; {_AGAIN}"
         )
-    name = _acting_network(sampler)
-    policy, critic = (checkpoint.networks.get(key, {}) for key in (name, "critic"))
-    if isinstance(sampler, SamplerSettings):
-        time = [TIME_EMBEDDING_SIZE, TIME_HIDDEN_SIZE, TIME_EMBEDDING_SIZE]
-        _check_mlp(f"{where}: {name}.time", subset(policy, "time."), time[0], time[-1])
-        _check_mlp(f"{where}: {name}", policy, obs + action + time[-1], action, at_least=2)
-    else:
-        _check_mlp(f"{where}: {name}", policy, obs, 2 * action)
+    policy, critic = (checkpoint.networks.get(key, {}) for key in (sampler.acting, "critic"))
+    for mlp in sampler.networks(obs, action):
+        name = f"{where}: {sampler.acting}.{mlp.prefix}".rstrip(".")
+        params = subset(policy, mlp.prefix) if mlp.prefix else policy
+        _check_mlp(name, params, mlp.inputs, mlp.outputs, at_least=mlp.at_least)
     if critic or spec.has_q:
         _check_mlp(f"{where}: critic", critic, obs + action, 1)
     elif sampler.particles > 1:
         raise CheckpointError(
             f"{where}: wanted critics to choose among {sampler.particles} particles; {_AGAIN}"
-        )
-
-
-def _check_sampler(where: str, sampler: SamplerSettings) -> None:
-    try:
-        sampler.make_schedule()
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
-    if not isinstance(sampler.prior_std, (float, int)) or not sampler.prior_std > 0:
-        raise CheckpointError(f"{where}: wanted prior_std > 0, got {sampler.prior_std!r}; {_AGAIN}")
-    selections = get_args(SelectionName)
-    if sampler.selection not in selections:
-        raise CheckpointError(
-            f"{where}: wanted a selection of {', '.join(selections)}, got {sampler.selection!r}; {_AGAIN}"
-        )
-    if not isinstance(sampler.selection_std, (float, int)):
-        raise CheckpointError(
-            f"{where}: wanted a number as selection_std, got {sampler.selection_std!r}; {_AGAIN}"
         )
 
 

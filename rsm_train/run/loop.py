@@ -387,6 +387,7 @@ class Trainer:
             action=action,
             steps=self.algorithm.agent.sampler.steps,
             particles=self.algorithm.agent.sampler.particles,
+            sampler=self.algorithm.agent.sampler.name,
             control_dt_s=control_dt_s(env),
             provenance={"run": self.run_dir.name, "step": self.step, **provenance()},
         )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rsm_export.graph.chain import FoldedChain
+from rsm_export.graph.fold import FoldedPolicy
 
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.model.critic import init_critics
-from rsm_train.model.diffusion import SamplerSettings
-from rsm_train.model.networks import init_denoiser
-from rsm_train.policy import PolicyWeights, TorchPolicy
+from rsm_train.model.networks import init_denoiser, init_gaussian
+from rsm_train.model.samplers import DiffusionSampler, DiffusionWeights, GaussianSampler
+from rsm_train.policy import TorchPolicy, action_scale
 
 
 def random_policy(
@@ -37,7 +40,7 @@ def random_policy(
         for name, value in params.items():
             if name.endswith("bias") or "norms" in name:
                 value += 0.3 * torch.randn(value.shape, generator=generator)
-    settings = SamplerSettings("cosine", steps, particles, sampler.pop("prior_std", 0.7), **sampler)
+    settings = DiffusionSampler("cosine", steps, particles, sampler.pop("prior_std", 0.7), **sampler)
     spec = PolicySpec(
         name="random",
         algorithm="dpmd",
@@ -48,13 +51,44 @@ def random_policy(
         particles=particles,
         has_q=particles > 1,
     )
-    return TorchPolicy(spec, PolicyWeights.prepare(denoiser, values if particles > 1 else {}, settings, spec))
+    return TorchPolicy(spec, settings.prepare(denoiser, values if particles > 1 else {}, action_scale(spec)))
 
 
-def weights_of(policy: TorchPolicy) -> PolicyWeights:
+def weights_of(policy: TorchPolicy) -> DiffusionWeights:
     """The weights of a diffusion policy."""
-    assert isinstance(policy.weights, PolicyWeights)
+    assert isinstance(policy.weights, DiffusionWeights)
     return policy.weights
+
+
+def random_gaussian(
+    *, particles: int = 1, obs_size: int = 5, action_size: int = 3, depth: int = 2, layer_norm: bool = False
+) -> TorchPolicy:
+    """A Gaussian policy whose biases are not zero, with action bounds that are not symmetric."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = [24, 16][:depth]
+    policy = init_gaussian(obs_size, action_size, hidden, generator)
+    critics = init_critics(obs_size, action_size, hidden, generator, members=2, layer_norm=layer_norm)
+    for params in (policy, critics):
+        for name, value in params.items():
+            if name.endswith("bias"):
+                value += 0.3 * torch.randn(value.shape, generator=generator)
+    like = random_policy(obs_size=obs_size, action_size=action_size, steps=1, particles=particles).spec
+    spec = dataclasses.replace(like, algorithm="sac", sampler="gaussian")
+    weights = GaussianSampler(particles=particles).prepare(
+        policy, critics if particles > 1 else {}, action_scale(spec)
+    )
+    return TorchPolicy(spec, weights)
+
+
+def chain_of(folded: FoldedPolicy) -> FoldedChain:
+    """The chain of a folded diffusion policy."""
+    assert isinstance(folded.sampler, FoldedChain)
+    return folded.sampler
+
+
+def with_chain(folded: FoldedPolicy, **changes: Any) -> FoldedPolicy:
+    """The same policy with another chain."""
+    return dataclasses.replace(folded, sampler=dataclasses.replace(chain_of(folded), **changes))
 
 
 def inputs(spec: PolicySpec, rows: int, seed: int = 0) -> dict[str, NDArray[np.float32]]:

@@ -12,7 +12,7 @@ from rsm_export.checks.static_rules import FORBIDDEN_OPS
 from rsm_export.cli import main
 from rsm_export.config import ExportConfig
 from rsm_export.exporter import export_checkpoint
-from rsm_export.graph.chain import fold
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import OPSET
 
 from rsm_common.errors import BundleError, CheckpointError, ConfigError, ParityError
@@ -22,7 +22,9 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
+from rsm_train.model.samplers import DiffusionSampler
 from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy
+from tests.rsm_export.policies import chain_of, with_chain
 from tests.rsm_train.runs import tiny_run
 
 
@@ -119,7 +121,7 @@ def test_config_pbtxt_states_shapes_without_the_batch_axis(made):
 def test_a_graph_that_acts_differently_writes_no_bundle(run_dir, tmp_path, monkeypatch, particles):
     def crooked(weights):
         folded = fold(weights)
-        return dataclasses.replace(folded, noise_scale=-folded.noise_scale)
+        return with_chain(folded, noise_scale=-chain_of(folded).noise_scale)
 
     monkeypatch.setattr(build, "fold", crooked)
     with pytest.raises(ParityError, match="check 'parity' failed: .* not act like .*; no bundle was written"):
@@ -353,6 +355,7 @@ def test_particles_need_critics(run_dir):
     checkpoint = load_checkpoint(run_dir)
     networks = {name: value for name, value in checkpoint.networks.items() if "critic" not in name}
     spec = dataclasses.replace(checkpoint.spec, has_q=False, particles=1)
+    assert isinstance(checkpoint.sampler, DiffusionSampler)
     sampler = dataclasses.replace(checkpoint.sampler, particles=1)
     alone = dataclasses.replace(checkpoint, spec=spec, sampler=sampler, networks=networks)
     assert not sampled_policy(alone, ExportConfig()).spec.has_q

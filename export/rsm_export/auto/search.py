@@ -28,7 +28,7 @@ from rsm_export.auto.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, 
 from rsm_export.build import Opened
 from rsm_export.config import ExportConfig, SamplerName, SearchConfig
 from rsm_export.graph.cost import GraphCost
-from rsm_train.model.diffusion import SamplerSettings
+from rsm_train.model.samplers import DiffusionSampler
 
 _LATENCY_ROUNDS, _LATENCY_CALLS = 12, 20
 
@@ -65,7 +65,7 @@ class SearchResult:
         return {"machine": machine_facts(), "versions": provenance(), **dataclasses.asdict(self)}
 
 
-def candidates(trained: SamplerSettings, base: ExportConfig) -> list[ExportConfig]:
+def candidates(trained: DiffusionSampler, base: ExportConfig) -> list[ExportConfig]:
     """What is searched: steps, samplers and particles, except what `base` fixes.
 
     Steps and particles are the trained number halved again and again. With one step both samplers are one.
@@ -80,7 +80,7 @@ def candidates(trained: SamplerSettings, base: ExportConfig) -> list[ExportConfi
     ]
 
 
-def as_trained(trained: SamplerSettings, base: ExportConfig | None = None) -> ExportConfig:
+def as_trained(trained: DiffusionSampler, base: ExportConfig | None = None) -> ExportConfig:
     """The full policy, in float32; checked and run as `base` says, where that is of float32 too."""
     base = base or ExportConfig()
     backend = base.backend if base.precision == "fp32" else None
@@ -95,7 +95,7 @@ def _halvings(count: int) -> list[int]:
 
 
 def search(
-    trained: SamplerSettings,
+    trained: DiffusionSampler,
     base: ExportConfig,
     config: SearchConfig,
     env_id: str,

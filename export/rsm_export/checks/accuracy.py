@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rsm_common.errors import ParityError
 from rsm_common.spec import PolicySpec
 from rsm_export.config import Precision
-from rsm_train.policy import PolicyWeights, TorchPolicy
+from rsm_train.policy import TorchPolicy
 
 Array = NDArray[np.float32]
 
@@ -132,7 +132,6 @@ def allowed(policy: TorchPolicy, obs_BO: Array, noise_BTNA: Array, precision: Pr
     """
     if precision != "fp32":
         return Tolerance(TOLERANCES[precision], TOLERANCES[precision])
-    assert isinstance(policy.weights, PolicyWeights)
     exact = TorchPolicy(policy.spec, policy.weights.double())
     exact_BNA, exact_BN = exact.particles(obs_BO.astype(np.float64), noise_BTNA.astype(np.float64))
     action_BNA, q_BN = policy.particles(obs_BO, noise_BTNA)

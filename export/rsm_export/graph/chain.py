@@ -22,56 +22,18 @@ Carried as y = r a - s b, the part of x0 that needs no network, and with g = r' 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from rsm_train.model.diffusion import ReverseStep, SelectionName
-from rsm_train.model.networks import depth, subset
-from rsm_train.policy import ActionScale, PolicyWeights
-
-Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer behind an activation, float32."""
-
-    name: str
-    weight: Array
-    """[out, in]"""
-    bias: Array
-    """[out]"""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm of a pre-activation, float32 [H] each."""
-
-    name: str
-    scale: Array
-    bias: Array
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network whose first layer's part of the observation is computed elsewhere."""
-
-    name: str
-    action_weight: Array
-    """[H, A], of the first layer."""
-    obs_weight: Array
-    """[H, O], of the first layer."""
-    obs_bias: Array
-    """[H], what is added to it once per observation: the first layer's bias, where no step has its own."""
-    norms: tuple[Norm | None, ...]
-    """Behind the first layer and each hidden one."""
-    hidden: tuple[Layer, ...]
-    out: Layer
+from rsm_export.graph.network import Array, Network, float32, fold_network
+from rsm_export.graph.writer import GraphWriter, bias_name, sign_of
+from rsm_train.model.diffusion import ReverseStep
+from rsm_train.model.samplers import DiffusionWeights
 
 
 @dataclass(frozen=True)
@@ -91,48 +53,69 @@ class ChainStep:
 
 
 @dataclass(frozen=True)
-class FoldedPolicy:
-    """A best-of-N policy, ready to be written as a graph."""
+class FoldedChain:
+    """A denoising chain, ready to be written as nodes."""
+
+    per_particle: ClassVar[bool] = True
+    """The network runs on every particle."""
 
     noise_scale: Array
     """[T, 1, 1]"""
     noise_shift: Array
     """[T, 1, A]"""
     steps: tuple[ChainStep, ...]
-    denoiser: Network
-    critics: tuple[Network, ...]
-    """Empty where there is nothing to choose."""
-    selection: SelectionName
-    selection_std: float
-    particles: int
-    scale: ActionScale
+    network: Network
+
+    @property
+    def length(self) -> int:
+        """T of the graph."""
+        return len(self.steps)
+
+    def write(self, writer: GraphWriter, obs_part: str, particles: int) -> str:
+        """Write all reverse steps; returns the particles in [-1, 1], [R, A] with R = B N."""
+        return self._denoise(writer, obs_part, self._noise(writer, particles))
+
+    def _noise(self, writer: GraphWriter, particles: int) -> list[str]:
+        """y_0 and the n of every later step, [R, A] each."""
+        steps, action_size = len(self.steps), self.noise_shift.shape[-1]
+        writer.scope = "noise"
+        scaled = writer.op("Mul", "noise", writer.constant("noise.scale", self.noise_scale))
+        shifted = writer.op("Add", scaled, writer.constant("noise.shift", self.noise_shift))
+        flat = writer.op("Reshape", shifted, writer.shape(0, steps * particles * action_size))
+        parts = writer.split(flat, [particles * action_size] * steps)
+        if particles == 1:
+            return parts
+        return [writer.op("Reshape", part, writer.shape(-1, action_size)) for part in parts]
+
+    def _denoise(self, writer: GraphWriter, obs_part: str, noise: list[str]) -> str:
+        """All reverse steps: the particles in [-1, 1], [R, A]."""
+        network = self.network
+        weight = writer.constant(f"{network.name}.layers.0.action_weight", network.action_weight)
+        out = writer.constant(f"{network.out.name}.weight", network.out.weight)
+        y = noise[0]
+        for k, step in enumerate(self.steps):
+            writer.scope = f"step.{k}"
+            sign = sign_of(network.norms[0])
+            bias = writer.constant(f"{network.name}.steps.{k}.{bias_name(sign)}", sign * step.bias)
+            action_part = writer.op("Gemm", y, weight, bias, transB=1, alpha=sign * step.action_scale)
+            hidden = writer.hidden(network, writer.op("Add", action_part, obs_part))
+            gain = step.gain
+            clean = writer.op("Gemm", hidden, out, y, transB=1, alpha=2 * gain * step.noise_scale, beta=gain)
+            clean = writer.op("Clip", clean, writer.scalar(-gain), writer.scalar(gain))
+            if k + 1 < len(self.steps):
+                carried = writer.op("Mul", y, writer.scalar(step.carry))
+                y = writer.op("Add", writer.op("Add", clean, carried), noise[k + 1])
+        return clean
 
 
-def fold(weights: PolicyWeights) -> FoldedPolicy:
-    """Fold a policy: without critics of one particle, with them of any number."""
-    assert weights.critics or weights.sampler.particles == 1, "several particles need critics"
-    denoiser, sampler = weights.denoiser, weights.sampler
-    obs_size, action_size = denoiser.obs_weight.shape[1], denoiser.action_weight.shape[1]
+def fold_chain(weights: DiffusionWeights) -> FoldedChain:
+    """Fold a denoising chain."""
+    denoiser, steps = weights.denoiser, weights.schedule.reverse_steps
     bias = torch.zeros_like(denoiser.step_bias[0])
-    network = _network("policy", denoiser.obs_weight, denoiser.action_weight, bias, denoiser.tail)
-    steps = weights.schedule.reverse_steps
-    critics = []
-    for e in range(len(weights.critics["layers.0.weight"]) if weights.critics else 0):
-        params = {name: value[e] for name, value in weights.critics.items()}
-        obs_weight, action_weight = torch.split(params["layers.0.weight"], [obs_size, action_size], dim=1)
-        critics.append(_network(f"critic.{e}", obs_weight, action_weight, params["layers.0.bias"], params))
-    noise_scale, noise_shift = _fold_noise(steps, sampler.prior_std, network.out.bias)
-    return FoldedPolicy(
-        noise_scale=noise_scale,
-        noise_shift=noise_shift,
-        steps=_fold_steps(steps, denoiser.step_bias.double().numpy(), network),
-        denoiser=network,
-        critics=tuple(critics),
-        selection=sampler.selection,
-        selection_std=sampler.selection_std,
-        particles=sampler.particles,
-        scale=weights.scale,
-    )
+    network = fold_network("policy", denoiser.obs_weight, denoiser.action_weight, bias, denoiser.tail)
+    noise_scale, noise_shift = _fold_noise(steps, weights.sampler.prior_std, network.out.bias)
+    folded = _fold_steps(steps, denoiser.step_bias.double().numpy(), network)
+    return FoldedChain(noise_scale, noise_shift, folded, network)
 
 
 def _fold_steps(
@@ -146,7 +129,7 @@ def _fold_steps(
         r_after = 0.0 if after is None else after.inv_sqrt_alpha_bar
         folded.append(
             ChainStep(
-                bias=_float32(step_bias_TH[step.t] + s / r * shift),
+                bias=float32(step_bias_TH[step.t] + s / r * shift),
                 action_scale=1 / r,
                 noise_scale=s,
                 gain=1.0 if after is None else r_after * step.x0_coef,
@@ -165,29 +148,4 @@ def _fold_noise(steps: Sequence[ReverseStep], prior_std: float, bias: Array) -> 
         carry = after.inv_sqrt_alpha_bar * step.action_coef / step.inv_sqrt_alpha_bar
         shifts.append(carry * step.noise_scale - after.noise_scale)
     shift_TA = np.multiply.outer(np.array(shifts), bias.astype(np.float64))
-    return _float32(np.array(scales)[:, None, None]), _float32(shift_TA[:, None, :])
-
-
-def _network(
-    name: str, obs_weight: Tensor, action_weight: Tensor, obs_bias: Tensor, params: Mapping[str, Tensor]
-) -> Network:
-    last = depth(params) - 1
-    layers = [
-        Layer(
-            f"{name}.layers.{i}",
-            _float32(params[f"layers.{i}.weight"]),
-            _float32(params[f"layers.{i}.bias"]),
-        )
-        for i in range(1, last + 1)
-    ]
-    norms = tuple(_norm(f"{name}.norms.{i}", subset(params, f"norms.{i}.")) for i in range(last))
-    first = (_float32(action_weight), _float32(obs_weight), _float32(obs_bias))
-    return Network(name, *first, norms, tuple(layers[:-1]), layers[-1])
-
-
-def _norm(name: str, params: Mapping[str, Tensor]) -> Norm | None:
-    return Norm(name, _float32(params["weight"]), _float32(params["bias"])) if params else None
-
-
-def _float32(values: Tensor | NDArray[np.float64]) -> Array:
-    return np.ascontiguousarray(values, dtype=np.float32)
+    return float32(np.array(scales)[:, None, None]), float32(shift_TA[:, None, :])

@@ -24,12 +24,12 @@ from rsm_export.graph.cost import GraphCost
 from rsm_common.errors import BundleError, ConfigError, ParityError
 from rsm_eval.envs import EnvPool
 from rsm_serve.local import open_policy
-from rsm_train.model.diffusion import SamplerSettings
+from rsm_train.model.samplers import DiffusionSampler
 from rsm_train.run.checkpoint import load_checkpoint
 from tests.rsm_train.runs import tiny_run
 
 ENV = "InvertedPendulum-v5"
-TRAINED = SamplerSettings("cosine", 20, 6, 0.5)
+TRAINED = DiffusionSampler("cosine", 20, 6, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_screening_leaves_out_the_hopeless_and_confirming_decides(monkeypatch, e
     monkeypatch.setattr(search_module, "_measure_latency", lambda opened: {c: float(c.steps) for c in opened})
     session = SimpleNamespace(close=lambda: None)
     item: Any = SimpleNamespace(policy=None, cost=GraphCost(0, 0, 0, 0), session=session)
-    trained = SamplerSettings("cosine", 8, 1, 0.5)
+    trained = DiffusionSampler("cosine", 8, 1, 0.5)
     base, config = ExportConfig(sampler="ddpm"), SearchConfig(episodes=episodes)
     result = search(trained, base, config, "Any-v0", lambda _: item)
     assert [found.config.steps for found in result.candidates] == [1, 2, 4, 8]

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rsm_export.checks.tensorrt_rules import OPSETS, SUPPORTED_TYPES, check_tensorrt
 from rsm_export.config import Precision
-from rsm_export.graph.chain import fold
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import build_graph
 
 from rsm_common.errors import BundleError

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from rsm_export.checks.accuracy import TOLERANCES, Tolerance, allowed, compare
 from rsm_export.checks.static_rules import check_static_rules
 from rsm_export.checks.verification import ROWS, observations, verify
-from rsm_export.graph.chain import fold
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import build_graph
 
 from rsm_common.errors import BundleError, ParityError

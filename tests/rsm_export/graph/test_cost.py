@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from rsm_export.graph.chain import fold
 from rsm_export.graph.cost import graph_cost, operator_counts
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import build_graph
 
 from tests.rsm_export.policies import random_policy, weights_of

@@ -16,12 +16,13 @@ from onnx.reference import ReferenceEvaluator
 from rsm_export.checks.accuracy import allowed, compare
 from rsm_export.checks.static_rules import check_model, check_static_rules
 from rsm_export.config import Precision
-from rsm_export.graph.chain import fold
+from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import OPSET, build_graph
 
 from rsm_serve.sessions import openvino
-from rsm_train.policy import ActionScale, TorchPolicy
-from tests.rsm_export.policies import inputs, random_policy, weights_of
+from rsm_train.model.samplers import ActionScale
+from rsm_train.policy import TorchPolicy
+from tests.rsm_export.policies import chain_of, inputs, random_policy, weights_of, with_chain
 
 POLICIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -221,10 +222,11 @@ def test_what_does_not_depend_on_the_step_or_the_particle_is_computed_once():
 def test_a_wrong_weight_is_told_from_the_policy():
     policy = random_policy()
     folded = fold(weights_of(policy))
+    chain = chain_of(folded)
     feeds = inputs(policy.spec, 20)
     for changed in (
-        dataclasses.replace(folded, noise_shift=folded.noise_shift + 0.01),
-        dataclasses.replace(folded, steps=folded.steps[:1] + folded.steps[:1] + folded.steps[2:]),
+        with_chain(folded, noise_shift=chain.noise_shift + 0.01),
+        with_chain(folded, steps=chain.steps[:1] + chain.steps[:1] + chain.steps[2:]),
         dataclasses.replace(folded, critics=folded.critics[:1]),
     ):
         with pytest.raises(Exception, match="does not (act|value) like the policy"):

@@ -1,11 +1,10 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
-from rsm_export.exporter import export_checkpoint
 
-from rsm_common.errors import CheckpointError
 from rsm_train.algorithms.common import Batch, copy_params
 from rsm_train.algorithms.sac import SAC, SACConfig, sample
 from rsm_train.model.critic import q_values
@@ -113,12 +112,10 @@ def test_restored_sac_continues_bit_for_bit():
     assert first.agent.temperature == second.agent.temperature
 
 
-def test_a_run_of_sac_is_evaluated_by_its_mean_and_refused_by_the_exporter(tmp_path):
-    run = tiny_run(tmp_path / "run", algo="sac", particles=None)
-    policy = load_torch_policy(run)
+def test_a_deterministic_request_gets_the_mean_and_a_seed_a_sample(tmp_path):
+    policy = load_torch_policy(tiny_run(tmp_path / "run", algo="sac", particles=None))
     obs = torch.randn(5, 4).numpy()
-    one, other = policy.act(obs, seed=1), policy.act(obs, seed=2)
-    assert (one.action == other.action).all(), "the mean acts, whatever the noise"
+    zero = np.zeros((5, 1, 1, 1), np.float32)
+    assert (policy.act(obs, deterministic=True).action == policy.act(obs, noise=zero).action).all()
+    assert (policy.act(obs, seed=1).action != policy.act(obs, seed=2).action).all()
     assert (policy.spec.algorithm, policy.spec.noise_shape) == ("sac", (1, 1, 1))
-    with pytest.raises(CheckpointError, match="wanted a diffusion policy"):
-        export_checkpoint(run, tmp_path / "repo")

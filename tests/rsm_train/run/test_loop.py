@@ -11,8 +11,8 @@ from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.config import resolve
 from rsm_train.environments.evaluation import Evaluation
-from rsm_train.model.diffusion import SamplerSettings
-from rsm_train.policy import PolicyWeights, act_best_of_n
+from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.policy import act_best_of_n, action_scale
 from rsm_train.run.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -236,10 +236,10 @@ def test_the_average_and_not_the_live_policy_is_what_acts(run_dir):
     checkpoint = load_checkpoint(list_checkpoints(run_dir)[-1])
     obs, noise = torch.randn(9, 4), torch.randn(9, 5, 4, 1)
     sampler, critic = checkpoint.sampler, checkpoint.networks["critic"]
-    assert isinstance(sampler, SamplerSettings)
+    assert isinstance(sampler, DiffusionSampler)
 
     def actions(network):
-        weights = PolicyWeights.prepare(checkpoint.networks[network], critic, sampler, checkpoint.spec)
+        weights = sampler.prepare(checkpoint.networks[network], critic, action_scale(checkpoint.spec))
         return act_best_of_n(weights, obs, noise)[0].numpy()
 
     got = checkpoint.policy().act(obs.numpy(), noise=noise.numpy()).action
