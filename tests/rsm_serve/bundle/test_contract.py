@@ -130,7 +130,7 @@ def without_privileges() -> Iterator[None]:
     try:
         os.seteuid(65534)
     except PermissionError:
-        pytest.skip("this root may not become somebody else")
+        pytest.skip("this root user may not change its user id")
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ def varint(value):
 
 
 def hidden_by_a_long_tag():
-    """protobuf in C++ keeps 32 bits of a tag; whoever keeps more sees a field of another number."""
+    """protobuf in C++ keeps 32 bits of a tag; a reader that keeps more finds another field number."""
     graph = model(ADD, tensors=[outside()]).graph.SerializeToString()
     without = model(ADD)
     without.ClearField("graph")

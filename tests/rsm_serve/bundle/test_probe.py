@@ -59,7 +59,7 @@ def test_a_probe_that_is_no_archive(own_repo, content):
         "{[]: 1}",
     ],
 )
-def test_a_probe_whose_header_nobody_can_read(own_repo, header):
+def test_a_probe_with_an_unreadable_header(own_repo, header):
     text = header.encode() + b"\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

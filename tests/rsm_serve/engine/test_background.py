@@ -20,7 +20,7 @@ class TestThreads:
         asyncio.run(main())
 
     @pytest.mark.parametrize("loop_ends_first", [False, True])
-    def test_a_result_that_nobody_waits_for_is_let_go(self, loop_ends_first):
+    def test_a_result_is_abandoned_after_its_caller_was_cancelled(self, loop_ends_first):
         gate, let_go = threading.Event(), threading.Event()
 
         def work() -> int:

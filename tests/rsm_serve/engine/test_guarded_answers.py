@@ -66,7 +66,7 @@ class TestAnswers:
 
         asyncio.run(main())
 
-    def test_an_action_that_nobody_got_is_not_the_last_one(self):
+    def test_an_action_whose_caller_has_left_is_not_the_last_one(self):
         async def main() -> None:
             guard = GuardedAnswers(GuardLimits(0.1), clock=lambda: 0.0)
             loop = asyncio.get_running_loop()

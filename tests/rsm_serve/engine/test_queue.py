@@ -150,7 +150,7 @@ def test_every_request_leaves_exactly_once_and_in_order(actions, delay_s):
             # Work-conserving: something leaves whenever something is due.
             assert bool(batch.entries or batch.expired) == (ready_at is not None and ready_at <= now)
             gone = sorted(items(batch.entries) + items(batch.expired))
-            assert gone == waiting[: len(gone)]  # the oldest, and nobody overtakes
+            assert gone == waiting[: len(gone)]  # the oldest, in their order
             assert items(batch.entries) == sorted(items(batch.entries))
             assert batch.rows <= 4
             assert all(e.deadline_s is not None and e.deadline_s <= now for e in batch.expired)
@@ -180,7 +180,7 @@ class TestPriorities:
             queue.put(name, 1, now=0.0, priority=priority)
         assert drained(queue) == ["b", "d", "a", "e", "c"]
 
-    def test_nobody_starves(self):
+    def test_every_priority_gets_its_turn(self):
         """The lowest priority waits for the highest only as long as documented."""
         queue = BatchQueue[str](ONE_BY_ONE)
         queue.put("low", 1, now=0.0, priority=-MAX_PRIORITY)
@@ -223,7 +223,7 @@ class TestLatestWins:
         assert drained(queue) == ["a1"]
         assert queue.put("a2", 1, now=0.0, client_id="a").replaced is None
 
-    def test_without_a_name_or_the_option_nobody_is_replaced(self):
+    def test_without_a_client_id_or_the_option_no_request_is_replaced(self):
         for limits, client_id in ((LATEST, ""), (BatchLimits(4, 8), "a")):
             queue = BatchQueue[str](limits)
             for item in ("1", "2"):

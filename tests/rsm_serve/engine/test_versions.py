@@ -221,7 +221,7 @@ def reload_60_times(repo: Path) -> tuple[int, int, int, float]:
 
 
 def _padding(content: bytes) -> bytes:
-    """An unknown field of the ONNX file (protobuf field 500, bytes): carried along, and read by nobody."""
+    """An unknown field of the ONNX file (protobuf field 500, bytes): kept by readers, and not used."""
     size, digits = len(content), b""
     while size > 0x7F:
         digits += bytes([size & 0x7F | 0x80])
