@@ -260,8 +260,8 @@ def check_env(spec: PolicySpec, env: object) -> None:
     if not inside.all():
         index = int(np.flatnonzero(~inside)[0])
         raise UnsupportedEnvError(
-            f"policy {spec.name!r} wanted action {index} from {spec.action.low[index]} to "
-            f"{spec.action.high[index]}, the environment has {low[index]} to {high[index]}; "
+            f"policy {spec.name!r} wanted the action bounds {spec.action.low[index]} to "
+            f"{spec.action.high[index]} of element {index}, the environment has {low[index]} to {high[index]}; "
             f"use {_origin(spec)}, which the policy was made for"
         )
 

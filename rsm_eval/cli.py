@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_common import atomic
-from rsm_common.commandline import aligned, dataclass_options, require_extra, run_command
+from rsm_common.commandline import (
+    GroupedCommand,
+    GroupedOption,
+    aligned,
+    dataclass_options,
+    require_extra,
+    run_command,
+)
 from rsm_common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +33,14 @@ if TYPE_CHECKING:
 
 _MODULES = ("gymnasium", "mujoco", "scipy")
 _REPORT_MODULES = ("matplotlib", "jinja2", "PIL")
+EXAMPLES = (
+    ("Measure the best checkpoint of a run", "rsm-eval --policy runs/pendulum"),
+    (
+        "Compare a run, its bundle and its server in the same episodes, with a report",
+        "rsm-eval --policy runs/pendulum --policy bundles/pendulum \\\n"
+        "    --policy grpc://localhost:8500/pendulum --seeds 0-4 --report report.html",
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +53,9 @@ def _command(typed: str) -> click.Command:
     require_extra("rsm-eval", "eval", _MODULES)
     from rsm_eval.evaluation import EvalConfig
 
-    @click.command("rsm-eval", context_settings={"max_content_width": 110})
+    @click.command(
+        "rsm-eval", cls=GroupedCommand, examples=EXAMPLES, context_settings={"max_content_width": 110}
+    )
     @click.version_option(package_name="rsm-toolkit")
     @click.option(
         "--policy",
@@ -46,6 +63,8 @@ def _command(typed: str) -> click.Command:
         multiple=True,
         required=True,
         metavar="SOURCE",
+        cls=GroupedOption,
+        group="Policies",
         help="Run directory, checkpoint, bundle directory, model.onnx, grpc[s]://host:port/name or "
         "grpc:unix:path/name; repeat to compare.",
     )

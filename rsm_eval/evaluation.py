@@ -35,38 +35,55 @@ class EvalConfig:
     env: str | None = field(
         default=None,
         metadata={
-            "help": "Environment id, or module:EnvId (a module installed or here); default: the policy's own."
+            "group": "Environment",
+            "help": "Environment id, or module:EnvId (a module installed or here); default: the policy's own.",
         },
     )
     env_arg: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={
+            "group": "Environment",
             "help": "Argument of the environment's constructor, such as size=3; repeat for more. Default: "
-            "those that the policy was trained with."
+            "those that the policy was trained with.",
         },
     )
-    episodes: int = field(default=20, metadata={"help": "Episodes per evaluation seed."})
+    episodes: int = field(default=20, metadata={"group": "Episodes", "help": "Episodes per evaluation seed."})
     seeds: str = field(
         default="0",
         metadata={
+            "group": "Episodes",
             "help": "Evaluation seeds, such as 0-4 or 0,3,7. Seed s stands for the fixed episode seeds "
-            "expand_seed(s, episodes)."
+            "expand_seed(s, episodes).",
         },
     )
     deterministic: bool = field(
-        default=False, metadata={"help": "Ask for deterministic actions instead of sampled ones."}
+        default=False,
+        metadata={"group": "Policies", "help": "Ask for deterministic actions instead of sampled ones."},
     )
     latency_calls: int = field(
-        default=500, metadata={"help": "Timed single-observation calls per policy; 0 leaves latency out."}
+        default=500,
+        metadata={
+            "group": "Latency",
+            "help": "Timed single-observation calls per policy; 0 leaves latency out.",
+        },
     )
     backend: Backend = field(
-        default="auto", metadata={"help": "Inference runtime of bundles; auto takes the best that is present."}
+        default="auto",
+        metadata={
+            "group": "Policies",
+            "help": "Inference runtime of bundles; auto takes the best that is present.",
+        },
     )
     run: Path | None = field(
-        default=None, metadata={"help": "Training run whose learning curve the report shows."}
+        default=None,
+        metadata={"group": "Report", "help": "Training run whose learning curve the report shows."},
     )
-    report: Path | None = field(default=None, metadata={"help": "Write a self-contained HTML report here."})
-    json: Path | None = field(default=None, metadata={"help": "Write everything that was measured here."})
+    report: Path | None = field(
+        default=None, metadata={"group": "Report", "help": "Write a self-contained HTML report here."}
+    )
+    json: Path | None = field(
+        default=None, metadata={"group": "Report", "help": "Write everything that was measured here."}
+    )
 
     def __post_init__(self) -> None:
         if self.episodes < 1:

@@ -80,7 +80,7 @@ def open_policy(source: str, backend: str = "auto") -> OpenedPolicy:
     if path.suffix == MODEL_SUFFIX and path.is_file():
         return _open_bundle(source, backend)
     if not path.is_dir():
-        found = "a file" if path.exists() else "no such directory"
+        found = "a file of another kind" if path.exists() else "not there"
         raise UsageError(f"{_WANTED}, got {source!r}, which is {found}; check the spelling")
     if (path / MANIFEST_FILE).is_file() or list_versions(path):
         return _open_bundle(source, backend)
@@ -133,9 +133,9 @@ def _open_server(source: str) -> OpenedPolicy:
     match = _TCP.fullmatch(source) or _UNIX.fullmatch(source)
     if match is None:
         raise UsageError(
-            "wanted a server as grpc://host:port/name, grpcs:// for TLS, or grpc:unix:path/name, with :version "
-            "at will, "
-            f"got {source!r}; rsm-serve prints its address and the names of its policies when it starts"
+            "wanted a server as grpc://host:port/name, with TLS grpcs://host:port/name, or grpc:unix:path/name "
+            f"(name or name:version), got {source!r}; rsm-serve prints its address and the names of its "
+            "policies when it starts"
         )
     from rsm_serve.client import PolicyClient
 

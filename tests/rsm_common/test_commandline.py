@@ -10,7 +10,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from rsm_common.commandline import GroupedCommand, GroupedOption, dataclass_options, from_options
+from rsm_common.commandline import (
+    GroupedCommand,
+    GroupedOption,
+    dataclass_options,
+    format_assignments,
+    from_options,
+    parse_assignments,
+)
 from rsm_common.errors import ConfigError
 
 
@@ -88,3 +95,28 @@ def test_a_field_without_an_option_goes_by_its_name_and_groups_can_be_given_whol
 def test_unknown_and_missing_options_are_type_errors(options):
     with pytest.raises(TypeError):
         from_options(RobotConfig, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("size=3", 3),
+        ("size=-0.5", -0.5),
+        ("size=true", True),
+        ("size=null", None),
+        ('size="3"', "3"),
+        ("size=walker.xml", "walker.xml"),
+        ("size=a=b", "a=b"),
+        ("size=", ""),
+        ("size=NaN", "NaN"),
+        ("size=[1, 2]", "[1, 2]"),
+    ],
+)
+def test_values_of_assignments_are_json_scalars_or_text(text, value):
+    assert parse_assignments([text]) == {"size": value}
+    assert parse_assignments(format_assignments({"size": value})) == {"size": value}
+
+
+def test_a_name_that_is_assigned_twice_is_refused():
+    with pytest.raises(ConfigError, match="every name once, got 'size' twice"):
+        parse_assignments(["size=3", "size=4"])

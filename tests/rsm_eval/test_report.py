@@ -212,7 +212,7 @@ def test_a_directory_is_no_report(bundle_repo, tmp_path, capsys):
 
 def test_a_missing_extra_is_one_sentence(monkeypatch, capsys):
     def missing(command, extra, modules):
-        assert "matplotlib" in modules
+        assert "gymnasium" in modules
         raise MissingExtraError(f'{command} needs: pip install "rsm-toolkit[{extra}]"')
 
     monkeypatch.setattr(cli, "require_extra", missing)

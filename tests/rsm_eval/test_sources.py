@@ -65,7 +65,7 @@ def test_a_bundle_runs_where_it_was_told_to(bundle_repo, backend):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("no/such/place", "no such directory"),
+        ("no/such/place", "which is not there"),
         ("grpc://host", "host:port/name"),
         ("grpc://127.0.0.1:1/", "host:port/name"),
         ("grpc:/127.0.0.1:1/x", "host:port/name"),
