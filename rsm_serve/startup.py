@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rsm_common.errors import BundleError
-from rsm_serve.bundle.contract import list_policies
+from rsm_common.manifest import MANIFEST_FILE
+from rsm_serve.bundle.contract import list_policies, list_versions
 from rsm_serve.bundle.repository import Found, Wishes, survey
 from rsm_serve.config import ServerConfig
 from rsm_serve.engine.lane import Lane, Selection, load_lane
@@ -17,6 +19,9 @@ from rsm_serve.engine.versions import Loader
 from rsm_serve.observe.counts import ServerCounts
 
 logger = logging.getLogger(__name__)
+
+_RUN_FILE = "config.json"
+"""The file of a training run by which it is known."""
 
 
 def load_repository(config: ServerConfig, load: Loader, counts: ServerCounts) -> tuple[Registry, Wishes]:
@@ -28,6 +33,10 @@ def load_repository(config: ServerConfig, load: Loader, counts: ServerCounts) ->
     """
     wishes = wishes_of(config)
     policies = survey(config.repo).policies if list_policies(config.repo) else {}
+    mistaken = "" if policies else _mistaken_for_repository(config.repo)
+    if mistaken:
+        raise _nothing_to_serve(config.repo, mistaken)
+    _check_canaries(config, policies)
     names = wishes.names() if wishes.follow is not None else wishes.names() | set(policies)
     lanes: list[Lane] = []
     currents: dict[str, int] = {}
@@ -45,7 +54,7 @@ def load_repository(config: ServerConfig, load: Loader, counts: ServerCounts) ->
         if str(wanted) in [lane.spec.version for lane in loaded]:
             currents[name] = int(str(wanted))
     if not lanes and (problem is not None or config.versions.poll is None):
-        raise problem or _nothing_to_serve(config.repo)
+        raise problem or _nothing_to_serve(config.repo, "")
     if not lanes:
         logger.warning("%s has no policy yet; the server is ready when the first has come", config.repo)
     registry = Registry(lanes, counts, config.versions.canaries)
@@ -126,8 +135,40 @@ def make_loader(config: ServerConfig, counts: ServerCounts) -> Loader:
     return load
 
 
-def _nothing_to_serve(repository: Path) -> BundleError:
-    return BundleError(
-        f"wanted a repository with at least one policy, got {str(repository)!r} without any; "
-        "create one with rsm-export RUN --repo DIR"
-    )
+def _nothing_to_serve(repository: Path, mistaken: str) -> BundleError:
+    advice = mistaken or "which has none; create one with rsm-export RUN --repo DIR"
+    return BundleError(f"wanted a repository with at least one policy, got {str(repository)!r}, {advice}")
+
+
+def _mistaken_for_repository(path: Path) -> str:
+    """What the directory is instead of a repository, and what to give; empty if it may become a repository."""
+    here = path.absolute()
+    if list_versions(here):
+        return f"which is one policy; give --repo {here.parent} --policy {here.name}"
+    if (here / MANIFEST_FILE).is_file():
+        policy = here.parent
+        return (
+            f"which is one version of a policy; give --repo {policy.parent} --policy {policy.name}:{here.name}"
+        )
+    if (here / _RUN_FILE).is_file():
+        return f"which is a run of rsm-train; export it with rsm-export {here} --repo DIR"
+    runs = sorted(run.parent for run in here.glob(f"*/{_RUN_FILE}"))
+    if runs:
+        return f"which holds runs of rsm-train; export one, for example with rsm-export {runs[0]} --repo DIR"
+    return ""
+
+
+def _check_canaries(config: ServerConfig, policies: Mapping[str, Found]) -> None:
+    """Make sure that the repository has the version of every canary.
+
+    Raises:
+        BundleError: a version is missing.
+    """
+    for canary in config.versions.canaries:
+        versions = policies.get(canary.name, Found(())).versions
+        if canary.version not in versions:
+            found = f"versions {', '.join(map(str, versions))}" if versions else "no such policy"
+            raise BundleError(
+                f"wanted version {canary.version} of policy {canary.name!r} in {str(config.repo)!r} "
+                f"for --canary, got {found}; export that version first, or give another --canary"
+            )

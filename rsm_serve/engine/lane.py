@@ -119,7 +119,7 @@ def load_lane(
     version = selection.version or versions[-1]
     if version not in versions:
         found = ", ".join(map(str, versions))
-        raise BundleError(f"wanted version {version} of policy {name!r}, got {found}; check --policy")
+        raise BundleError(f"wanted version {version} of policy {name!r}, got {found}; choose one of these")
     bundle = load_bundle(repository / name / str(version))
     if (bundle.spec.name, bundle.spec.version) != (name, str(version)):
         raise BundleError(
