@@ -162,5 +162,8 @@ class TestCanaries:
 
     def test_a_canary_that_is_not_there_is_a_mistake(self, own_repo):
         canaries = (Canary("tiny", 2, 0.5),)
-        with pytest.raises(BundleError, match="version 2.*for --canary, got versions 1"), serve(own_repo, canaries=canaries):
+        with (
+            pytest.raises(BundleError, match="for --canary, got versions 1"),
+            serve(own_repo, canaries=canaries),
+        ):
             pass
