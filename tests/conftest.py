@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rsm_serve.security import watched_files
 from tests.bundles import make_spec, write_bundle
 
 # Two workers share two cores: a second thread of torch would wait for a core at every operation.
@@ -36,6 +37,12 @@ def own_repo(tmp_path: Path) -> Path:
     """A repository with the policy "tiny", version 1, for the test to change."""
     write_bundle(tmp_path / "repository", make_spec("tiny"))
     return tmp_path / "repository"
+
+
+@pytest.fixture
+def files_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that are made afterwards look at their certificates and tokens at every use."""
+    monkeypatch.setattr(watched_files, "LOOK_S", 0.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

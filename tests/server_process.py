@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 READY = re.compile(r"rsm-serve ready: address=(\S+) policies=(\S+) http=(\S+)\n")
 STOP_S = 60
+HANG_S = 120.0
+"""A test that waits gives up after this time. It only guards against hanging; no verdict depends on it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def running_server(repository: Path, log_file: Path, *arguments: str) -> Iterato
             process.kill()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> None:
     """Wait for something that happens elsewhere."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import json
 import os
 import signal
 import sys
 import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rsm_common.errors import ConfigError
+from tests.server_process import wait_until
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
@@ -23,6 +26,8 @@ from returns import Run, arguments, next_run, parse_settings, plan, slice_end  #
 from returns_report import Variant  # noqa: E402
 
 sys.path.remove(BENCHMARKS)
+BUDGET_S = 1000.0
+"""Of a run that the test ends."""
 ANT_DPMD = Variant("Ant-v4", "dpmd", "reference", 0.2)
 ANT_SAC = Variant("Ant-v4", "sac", "paper", 1.0)
 
@@ -276,6 +281,7 @@ if options["algo"] == "sdac":
     sys.exit("out of luck")
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+(directory / "listens").touch()
 while not stop and options["algo"] == "dpmd":
     time.sleep(0.01)
 with (directory / "metrics.jsonl").open("a") as file:
@@ -288,9 +294,18 @@ def test_the_budget_stops_runs_and_a_failure_stops_nothing_else(tmp_path, monkey
     monkeypatch.setattr(returns, "TRAINER", (sys.executable, "-c", STUB))
     runs = [Run(Variant("Ant-v4", algo, "paper", 0.2), 0) for algo in ("sac", "sdac", "dpmd")]
     trainer = returns.Trainer(runs, tmp_path, dict.fromkeys(runs, 0), {})
-    started = time.monotonic()
-    trainer.train(200, 100, jobs=2, budget_s=0.8)
-    assert 0.8 <= time.monotonic() - started < 4
+    begun = tmp_path / runs[2].name / "listens"
+
+    def used_up(workers: Sequence[Any], timeout: float) -> Any:
+        """End the budget when SAC and SDAC have ended and DPMD has begun."""
+        if timeout == BUDGET_S:
+            wait_until(lambda: trainer._steps[runs[0]] == 200 and runs[1] in trainer.failed, "SAC and SDAC")
+            wait_until(begun.exists, "DPMD")
+            timeout = 0
+        return concurrent.futures.wait(workers, timeout)
+
+    monkeypatch.setattr(returns, "wait", used_up)
+    trainer.train(200, 100, jobs=2, budget_s=BUDGET_S)
     assert [returns_report.steps_of(tmp_path / run.name) for run in runs] == [200, 0, 61]
     assert trainer.failed == {runs[1]}
     assert "out of luck" in capsys.readouterr().err
@@ -300,7 +315,13 @@ def test_a_signal_stops_the_runs_and_not_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(returns, "TRAINER", (sys.executable, "-c", STUB))
     run = Run(ANT_DPMD, 0)
     trainer = returns.Trainer([run], tmp_path, {run: 0}, {})
-    threading.Timer(0.4, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    trainer.train(200, 100, jobs=1, budget_s=10)
+    listens = tmp_path / run.name / "listens"
+
+    def stop() -> None:
+        wait_until(listens.exists, "the run")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    trainer.train(200, 100, jobs=1, budget_s=BUDGET_S)
     assert returns_report.steps_of(tmp_path / run.name) == 61
     assert not trainer.failed

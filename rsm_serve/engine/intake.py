@@ -63,6 +63,7 @@ class Intake:
         keep_metadata: whether a listener reads the metadata of calls.
         max_streams: streams that may be open; None: any number.
         max_rate: requests a second of one client; None: any number.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Intake:
         keep_metadata: bool = False,
         max_streams: int | None = None,
         max_rate: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.registry = registry
         self.counts = counts or ServerCounts()
@@ -82,6 +84,7 @@ class Intake:
         self.guard = guard
         self.keep_metadata = keep_metadata
         self.limiter = None if max_rate is None else RateLimiter(max_rate)
+        self.clock = clock
         self._max_streams = max_streams
 
     def streams(self, change: int) -> None:
@@ -134,9 +137,9 @@ class Arrival:
         version: str,
         stream: object | None,
     ) -> None:
-        self._started_s = time.perf_counter()
-        self._arrived_unix_ns = time.time_ns()
         self._intake = intake
+        self._started_s = intake.clock()
+        self._arrived_unix_ns = time.time_ns()
         self._service, self._method = service, method
         self._call = call
         self._policy, self._version = policy, version
@@ -154,7 +157,7 @@ class Arrival:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and self._sampled is None:
-            self._tell(*status(error), time.perf_counter() - self._started_s)
+            self._tell(*status(error), self._intake.clock() - self._started_s)
 
     def find(self, caller: Caller) -> Lane:
         """Return the lane that the request goes to.
@@ -204,7 +207,7 @@ class Arrival:
         return future
 
     def _settled(self, done: Future) -> None:
-        seconds = time.perf_counter() - self._started_s
+        seconds = self._intake.clock() - self._started_s
         code, reason = outcome(done, seconds, self._timeout_s)
         given = done.result() if code == OK else None
         self._tell(code, reason, seconds, given if done is self._sampled else _result(self._sampled), given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+import threading
 
 import grpc
 import numpy as np
@@ -14,6 +14,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.local import open_policy
+from rsm_serve.observe import tracing
 from rsm_serve.observe.tracing import Tracer
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
@@ -33,12 +34,16 @@ def test_off_by_default_and_a_missing_extra_is_named(bundle_repo, capsys, monkey
 def test_a_collector_that_is_gone_does_not_hold_up_the_exit(bundle_repo, monkeypatch):
     pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel, which the lock leaves out")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracing, "CLOSE_S", 0.1)
+    gone = threading.Event()
     config = ServerConfig.from_options(repo=bundle_repo, addresses=("127.0.0.1:0",), otel=True)
     with background_server(config) as server, grpc.insecure_channel(server.addresses[0]) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         assert len(stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30).action) == 8
-        started = time.monotonic()
-    assert time.monotonic() - started < 8
+        assert server._tracer is not None
+        monkeypatch.setattr(server._tracer._provider, "shutdown", gone.wait)
+    assert not gone.is_set(), "the server ends while the last spans are still being sent"
+    gone.set()
 
 
 def test_a_request_is_a_span_with_queue_and_compute_under_the_callers(bundle_repo):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rsm_serve.security.watched_files import LOOK_S, Watched
 from rsm_serve.server import PolicyServer, background_server
 from tests.rsm_serve.test_server import ANY_PORT
 from tests.rsm_serve.versions import add_version, damage, point
+from tests.server_process import HANG_S, wait_until
 
 ACT, ADMIN, OLD, WRONG = (name * 8 for name in ("act-", "adm-", "old-", "bad-"))
 
@@ -193,7 +194,7 @@ class TestActing:
 
 
 def never() -> Any:
-    time.sleep(60)
+    threading.Event().wait(HANG_S)
     yield pb.ActRequest()
 
 
@@ -248,21 +249,33 @@ class TestLoading:
             client.unload_model("tiny", headers=headers(ADMIN))
             client.close()
 
-    def test_a_load_whose_caller_gives_up_is_finished(self, own_repo, files):
-        add_version(own_repo, 2)
+    def test_a_load_whose_caller_gives_up_is_finished(self, own_repo, files, monkeypatch):
+        begun, may_end = threading.Event(), threading.Event()
         with background_server(configured(own_repo, **files)) as server:
+            add_version(own_repo, 2)
+            load = server.lifecycle.versions.load
+
+            def held(name: str, version: int) -> Any:
+                begun.set()
+                assert may_end.wait(HANG_S)
+                return load(name, version)
+
+            monkeypatch.setattr(server.lifecycle.versions, "load", held)
             with grpc.insecure_channel(server.addresses[0]) as channel:
-                load = oip_pb2_grpc.GRPCInferenceServiceStub(channel).RepositoryModelLoad
+                stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
                 request = oip_pb2.RepositoryModelLoadRequest(model_name="tiny")
-                with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
-                    load(request, timeout=0.004, metadata=bearer(ADMIN))
+                call = stub.RepositoryModelLoad.future(request, timeout=HANG_S, metadata=bearer(ADMIN))
+                assert begun.wait(HANG_S)
+                call.cancel()
+                with pytest.raises(grpc.FutureCancelledError):
+                    call.result()
             with PolicyClient(server.addresses[0], token=ACT, timeout_s=30) as client:
-                deadline = time.monotonic() + 30
-                while client.act(np.zeros(4)).version != "2":
-                    assert time.monotonic() < deadline
-                    time.sleep(0.02)
+                assert client.act(np.zeros(4)).version == "1"
+                may_end.set()
+                wait_until(lambda: client.act(np.zeros(4)).version == "2", "version 2")
 
 
+@pytest.mark.usefixtures("files_seen_at_once")
 class TestRotation:
     def test_tokens_come_and_go_without_a_restart(self, bundle_repo, files, caplog):
         path = files["act_token_file"]
@@ -271,7 +284,6 @@ class TestRotation:
             with PolicyClient(address, token=OLD, timeout_s=30) as robot, robot.stream() as control:
                 control.act(np.zeros(4))
                 secret(path, WRONG)
-                time.sleep(1.1 * LOOK_S)
                 with PolicyClient(address, token=WRONG, timeout_s=30) as other:
                     other.act(np.zeros(4))
                 with pytest.raises(UnauthenticatedError, match="does not know"):
@@ -281,7 +293,6 @@ class TestRotation:
             with caplog.at_level(logging.WARNING, "rsm_serve"):
                 for spoil in (path.unlink, lambda: secret(path, "short"), lambda: secret(path, "#")):
                     spoil()
-                    time.sleep(1.1 * LOOK_S)
                     with PolicyClient(address, token=WRONG, timeout_s=30) as other:
                         other.act(np.zeros(4))
             assert [
@@ -297,7 +308,6 @@ class TestRotation:
             def requests() -> Any:
                 yield request
                 secret(files["act_token_file"], WRONG)
-                time.sleep(1.1 * LOOK_S)
                 yield request
 
             request = oip_pb2.ModelInferRequest(model_name="tiny")
