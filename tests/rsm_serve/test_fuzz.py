@@ -30,7 +30,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from rsm_common.errors import MAX_SENTENCE, RequestError
+from rsm_common.errors import MAX_SENTENCE, InvalidRequestError, RequestError, wire_status
 from rsm_common.seeds import DETERMINISTIC_SEED, draw_noise, expand_seed
 from rsm_common.spec import PolicySpec
 from rsm_serve.client import PolicyClient
@@ -597,7 +597,7 @@ def test_absurd_claims_in_a_stream_do_not_end_it(channel, method):
     assert right > 300
 
 
-def test_a_sentence_that_repeats_what_was_sent_is_cut(channel):
+def test_a_sentence_repeats_one_wrong_seed_and_not_all(channel):
     request = oip_pb2.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="obs", datatype="FP32", shape=[64, 4])
     request.raw_input_contents.append(bytes(64 * 16))
@@ -605,8 +605,14 @@ def test_a_sentence_that_repeats_what_was_sent_is_cut(channel):
     outcome = INFER.finish(INFER.start(channel, [request.SerializeToString()], TIMEOUT_S))
     assert outcome.code == "INVALID_ARGUMENT"
     assert outcome.details.startswith("wanted seeds from 0 to")
-    assert len(outcome.details) == MAX_SENTENCE
-    assert outcome.details.endswith("…")
+    assert outcome.details.count("9" * 20) == 1
+
+
+def test_a_sentence_that_repeats_what_was_sent_is_cut():
+    code, sentence = wire_status(InvalidRequestError("wanted a seed, got " + 1000 * "9"))
+    assert code == "INVALID_ARGUMENT"
+    assert len(sentence) == MAX_SENTENCE
+    assert sentence.endswith("…")
 
 
 @pytest.mark.parametrize("method", [ACT_STREAM, INFER_STREAM], ids=lambda method: method.descriptor.name)

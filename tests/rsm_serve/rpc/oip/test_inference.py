@@ -217,7 +217,7 @@ class TestContents:
             ),
             ({"parameters": {"seed": ("double_param", 1.0)}}, "'seed' as int64_param or .*, got double_param"),
             ({"parameters": {"seed": ("bool_param", True)}}, "'seed' as int64_param or .*, got bool_param"),
-            ({"parameters": {"seed": ("int64_param", -1)}}, r"seeds from 0 to 2\*\*64 - 1, got \[-1\]"),
+            ({"parameters": {"seed": ("int64_param", -1)}}, r"seeds from 0 to 2\*\*64 - 1, got -1;"),
             ({"parameters": {"seed": ("string_param", "1,2,3")}}, "wanted 2 seeds .*, got 3"),
             ({"parameters": {"seed": ("string_param", "1,2,3,4")}}, "or 2 with commas .*, got '1,2,3,4'"),
             ({"parameters": {"seed": ("string_param", "9" * 5_000)}}, "'seed' as a whole number"),
