@@ -22,6 +22,11 @@ FLOAT32 = np.dtype(np.float32)
 Seed = int | NDArray[np.uint64] | list[int] | None
 
 
+STAGES = ("queue", "batch", "compute", "network", "total")
+"""Stages of the time of an answer, in order. `network` is the part of `total` that the others do not explain:
+the transport of a server, or the cost of the call itself for a policy in this process."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Where the time of one answer went, in microseconds."""

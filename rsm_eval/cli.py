@@ -140,8 +140,8 @@ def _animation(evaluation: Evaluation) -> Animation | NoAnimation:
 
 def format_table(evaluation: Evaluation) -> str:
     """The results as aligned plain text: returns, then latency per stage in milliseconds."""
+    from rsm_common.policy import STAGES
     from rsm_eval.formats import format_ms, format_return
-    from rsm_eval.latency import STAGES
 
     kind = "deterministic" if evaluation.config.deterministic else "sampled"
     title = (

@@ -10,14 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsm_common.errors import ConfigError
-from rsm_common.policy import Policy
+from rsm_common.policy import STAGES, Policy
 from rsm_common.spec import check_env
 from rsm_eval.envs import EnvPool, env_seed
 from rsm_eval.rollout import action_seeds
-
-STAGES = ("queue", "batch", "compute", "network", "total")
-"""The order in which an answer passes them; `network` is what of `total` the others do not explain:
-transport for a server, the cost of the call itself for a policy in this process."""
 
 PERCENTILES = (50, 90, 99)
 WARMUP_CALLS = 50

@@ -9,12 +9,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from rsm_common.policy import STAGES
 from rsm_common.spec import PolicySpec
 from rsm_eval import plots
 from rsm_eval.animation import Animation, NoAnimation
 from rsm_eval.evaluation import Evaluation, PolicyEvaluation
 from rsm_eval.formats import format_ms, format_return
-from rsm_eval.latency import STAGES
 from rsm_eval.learning import LearningCurve
 
 _WIDE_IN, _NARROW_IN = 7.6, 3.7

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rsm_common.commandline import EXIT_OK, run_command
 from rsm_common.errors import UsageError
-from rsm_common.policy import ActResult, Adjustment, Timing
+from rsm_common.policy import STAGES, ActResult, Adjustment, Timing
 from rsm_common.spec import PolicySpec
 from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.client.connection import (
@@ -35,7 +35,6 @@ from rsm_serve.security.tokens import read_tokens
 EXIT_NOT_SERVING = 1
 EXIT_DIFFERENT = 1
 DEFAULT_ADDRESS = "127.0.0.1:8001"
-STAGES = ("queue", "batch", "compute", "network", "total")
 
 
 def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rsm_common.errors import ConfigError
-from rsm_common.policy import Timing
-from rsm_eval.latency import STAGES, Latency, measure_latency
+from rsm_common.policy import STAGES, Timing
+from rsm_eval.latency import Latency, measure_latency
 from tests.rsm_eval.policies import FunctionPolicy
 from tests.rsm_eval.tiny_env import ENV_ID
 
