@@ -64,6 +64,13 @@ class RunConfig:
         default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
     )
     log_every: int = field(default=1_000, metadata={"help": "Steps between lines in metrics.jsonl."})
+    normalize_observation: bool = field(
+        default=False,
+        metadata={
+            "help": "Normalise observations by the running mean and variance of those that were stored, "
+            "clipped to 10 standard deviations. The statistics belong to the policy and to its exported graph."
+        },
+    )
     precision: Precision = field(
         default="fp32",
         metadata={"help": "Of the products while sampling: fp32, tf32 (on CUDA, everywhere) or bf16."},

@@ -25,6 +25,9 @@ Order of a save: replay files, checkpoint; then the old checkpoints go, then the
 Networks: "policy_average" (the policy that is evaluated and exported), "policy", "critic", "critic_target";
 SAC has no "policy_average", and its "policy" is evaluated.
 
+With --normalize-observation there is "normalizer" as well: mean and inv_std, [O] each. Every network then takes
+clip((s - mean) inv_std, -10, 10) in place of the observation s.
+
 All arrays are float32, and `weight` is [out, in]: a layer computes `weight @ x + bias`. Between two layers
 there is mish(x) = x tanh(log(1 + exp(x))), behind the last one nothing. O observation and A action elements,
 H width.
@@ -79,6 +82,8 @@ SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
+NORMALIZER = "normalizer"
+"""Among the networks: the normalisation of observations."""
 _NETWORKS_FILE = "networks.safetensors"
 _SPEC_FILE = "policy.json"
 _STATE_FILE = "state.json"

@@ -27,16 +27,18 @@ from rsm_common.seeds import expand_seed
 from rsm_common.spec import PolicySpec
 from rsm_eval.envs import EnvPool, control_dt_s, env_boxes, statistics_warning
 from rsm_eval.rollout import episode_seeds
-from rsm_train.algorithms.common import Algorithm, AlgorithmConfig, Metrics
+from rsm_train.algorithms.common import Algorithm, AlgorithmConfig, Batch, Metrics
 from rsm_train.config import RunConfig, find_algorithm
 from rsm_train.environments.envs import TrainingEnvs, check_state
 from rsm_train.environments.episodes import EnvSource
 from rsm_train.environments.evaluation import Evaluation, evaluate
 from rsm_train.environments.identity import check_same_env
 from rsm_train.model.kernels import Compute, can_compile
-from rsm_train.model.networks import subset
+from rsm_train.model.networks import Params, subset
+from rsm_train.model.normalizer import RunningStatistics
 from rsm_train.run.checkpoint import (
     CONFIG_FILE,
+    NORMALIZER,
     Checkpoint,
     checkpoint_path,
     damaged_training,
@@ -132,6 +134,8 @@ class Trainer:
         self.replay = ReplayBuffer(
             run.replay_size, self.envs.obs_size, self.envs.action_size, device=self.device
         )
+        self._statistics = RunningStatistics(self.envs.obs_size) if run.normalize_observation else None
+        self._scale = None if self._statistics is None else self._statistics.scale(self.device)
         self.step = 0
         self.updates = 0
         self._saved_step = 0
@@ -181,12 +185,14 @@ class Trainer:
         log.evaluation(self.step, evaluation)
         with _disk_errors(self.run_dir, f"the evaluation of step {self.step}"):
             sync_metrics(self.run_dir)
-            record_evaluation(checkpoint_path(self.run_dir, self.step), self._statistics(evaluation.returns))
+            record_evaluation(
+                checkpoint_path(self.run_dir, self.step), self._return_statistics(evaluation.returns)
+            )
         self._evaluation_due = False
         self._prune()
         log.show(self.step, evaluation)
 
-    def _statistics(self, returns: list[float]) -> dict[str, Any]:
+    def _return_statistics(self, returns: list[float]) -> dict[str, Any]:
         return {
             "mean": float(np.mean(returns)),
             "std": float(np.std(returns)),
@@ -219,9 +225,13 @@ class Trainer:
             noise_shape = (count, sampler.steps, sampler.particles, size)
             noise = torch.randn(noise_shape, generator=self._acting_generator)
             exploration = torch.randn(count, size, generator=self._acting_generator)
-            action = self.algorithm.agent.act(*(x.to(self.device) for x in (self.envs.obs, noise, exploration)))
+            obs = self._normalized(self.envs.obs.to(self.device))
+            action = self.algorithm.agent.act(obs, noise.to(self.device), exploration.to(self.device))
         batch, returns = self.envs.step(action.cpu())
         self.replay.add(batch)
+        if self._statistics is not None:
+            self._statistics.add(batch.obs)
+            self._scale = self._statistics.scale(self.device)
         self._recent_returns.extend(returns)
         self.step += count
 
@@ -229,10 +239,18 @@ class Trainer:
         """As many updates as are due after the steps taken so far."""
         due = int(max(0, self.step - self.run.warmup_steps) * self.run.updates_per_step)
         while self.updates < due:
-            batch = self.replay.sample(self.run.batch_size, self._learning_generator)
+            batch = self._normalized_batch(self.replay.sample(self.run.batch_size, self._learning_generator))
             noise = self.algorithm.draw_noise(self.run.batch_size, self._learning_generator)
             self._means.add(self.algorithm.update(batch, noise))
             self.updates += 1
+
+    def _normalized(self, obs_BO: Tensor) -> Tensor:
+        """Observations on the run's device as the networks take them: raw, or with the present statistics."""
+        return obs_BO if self._scale is None else self._scale.normalize(obs_BO)
+
+    def _normalized_batch(self, batch: Batch) -> Batch:
+        obs, next_obs = self._normalized(batch.obs), self._normalized(batch.next_obs)
+        return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
 
     def evaluate(self, max_steps: int | None = None) -> Evaluation:
         """Returns of the evaluation episodes, the same initial states every time."""
@@ -274,14 +292,15 @@ class Trainer:
     def training_state(self) -> dict[str, Tensor]:
         """What learning continues from beside the networks and the replay buffer.
 
-        "algorithm.*" is `Agent.state`, "envs.*" `TrainingEnvs.state`, "means.*" the sums of the metrics
-        since the last log line, "generator.*" the states of the random generators, "recent_returns" the last
-        episode returns.
+        "algorithm.*" is `Agent.state`, "envs.*" `TrainingEnvs.state`, "normalizer.*" `RunningStatistics.state`,
+        "means.*" the sums of the metrics since the last log line, "generator.*" the states of the random
+        generators, "recent_returns" the last episode returns.
         """
         return {
             **_prefixed("algorithm", self.algorithm.agent.state()),
             **_prefixed("envs", self.envs.state()),
             **_prefixed("means", self._means.sums),
+            **({} if self._statistics is None else _prefixed("normalizer", self._statistics.state())),
             "generator.acting": self._acting_generator.get_state(),
             "generator.learning": self._learning_generator.get_state(),
             "recent_returns": torch.tensor(list(self._recent_returns), dtype=torch.float64),
@@ -300,6 +319,9 @@ class Trainer:
             self.updates = int(checkpoint.state["updates"])
             self._evaluation_due = evaluation_due(checkpoint.state)
             self.algorithm.agent.restore(checkpoint.networks, subset(training, "algorithm."), self.updates)
+            if self._statistics is not None:
+                self._statistics.restore(subset(training, "normalizer."))
+                self._scale = self._statistics.scale(self.device)
             self._means.restore(subset(training, "means."), counters["log_counts"], self.step, self.updates)
             self._acting_generator.set_state(training["generator.acting"])
             self._restore_learning_generator(training["generator.learning"])
@@ -350,11 +372,18 @@ class Trainer:
             path=self.run_dir,
             spec=self._spec(),
             sampler=self.algorithm.agent.sampler,
-            networks=self.algorithm.agent.networks(),
+            networks=self._networks(),
             state={"step": self.step, "updates": self.updates, "evaluation": None},
             probe_obs=self._probe_obs(),
             config=self.config(),
         )
+
+    def _networks(self) -> dict[str, Params]:
+        """The networks of the agent and, as one more, the normalisation of observations."""
+        networks = self.algorithm.agent.networks()
+        if self._statistics is not None:
+            networks[NORMALIZER] = dict(vars(self._statistics.scale()))
+        return networks
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration, as written beside every checkpoint."""
