@@ -36,6 +36,11 @@ class ObservationScale:
         return ObservationScale(self.mean.to(target), self.inv_std.to(target))
 
 
+def scaled(scale: ObservationScale | None, obs_BO: Tensor) -> Tensor:
+    """Observations as the networks take them; without a scale as they are."""
+    return obs_BO if scale is None else scale.normalize(obs_BO)
+
+
 class RunningStatistics:
     """Count, mean and sum of squared deviations of all observations so far, float64 on the CPU."""
 

@@ -33,6 +33,7 @@ from rsm_train.model.networks import (
     sample_actions,
     split_denoiser,
 )
+from rsm_train.model.normalizer import ObservationScale, scaled
 
 
 class Resampling(NamedTuple):
@@ -84,6 +85,11 @@ class Weights(Protocol):
     @property
     def scale(self) -> ActionScale:
         """From [-1, 1] to environment units."""
+        ...
+
+    @property
+    def obs_scale(self) -> ObservationScale | None:
+        """How observations are normalised; None for a policy that takes them as they are."""
         ...
 
     @property
@@ -164,7 +170,11 @@ class Sampler(Protocol):
         ...
 
     def prepare(
-        self, policy: Mapping[str, Tensor], critics: Mapping[str, Tensor], scale: ActionScale
+        self,
+        policy: Mapping[str, Tensor],
+        critics: Mapping[str, Tensor],
+        scale: ActionScale,
+        obs_scale: ObservationScale | None = None,
     ) -> Weights:
         """Detached copies of the parameters on the CPU; without critics the policy has one particle."""
         ...
@@ -252,13 +262,17 @@ class DiffusionSampler:
         ]
 
     def prepare(
-        self, policy: Mapping[str, Tensor], critics: Mapping[str, Tensor], scale: ActionScale
+        self,
+        policy: Mapping[str, Tensor],
+        critics: Mapping[str, Tensor],
+        scale: ActionScale,
+        obs_scale: ObservationScale | None = None,
     ) -> DiffusionWeights:
         """See `Sampler.prepare`; all that does not depend on the observation is folded."""
         schedule = self.make_schedule()
         with torch.no_grad():
             denoiser = split_denoiser(frozen(policy), schedule.steps)
-        return DiffusionWeights(denoiser, frozen(critics), schedule, self, scale)
+        return DiffusionWeights(denoiser, frozen(critics), schedule, self, scale, obs_scale)
 
     def resampled(self, change: Resampling) -> DiffusionSampler:
         """See `Sampler.resampled`."""
@@ -283,10 +297,11 @@ class DiffusionWeights:
     schedule: NoiseSchedule
     sampler: DiffusionSampler
     scale: ActionScale
+    obs_scale: ObservationScale | None = None
 
     def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Weights.particles`."""
-        s = self.sampler
+        s, obs_BO = self.sampler, scaled(self.obs_scale, obs_BO)
         action_BNA = sample_actions(self.denoiser, self.schedule, obs_BO, noise_BTNA, prior_std=s.prior_std)
         return action_BNA, _values(self.critics, obs_BO, action_BNA, s.selection, s.selection_std)
 
@@ -303,6 +318,7 @@ class DiffusionWeights:
             denoiser=SplitDenoiser(*parts, _double(d.tail)),
             critics=_double(self.critics),
             scale=_double_scale(self.scale),
+            obs_scale=None if self.obs_scale is None else self.obs_scale.to(torch.float64),
         )
 
 
@@ -346,10 +362,14 @@ class GaussianSampler:
         return [Mlp("", obs_size, 2 * action_size, at_least=2)]
 
     def prepare(
-        self, policy: Mapping[str, Tensor], critics: Mapping[str, Tensor], scale: ActionScale
+        self,
+        policy: Mapping[str, Tensor],
+        critics: Mapping[str, Tensor],
+        scale: ActionScale,
+        obs_scale: ObservationScale | None = None,
     ) -> GaussianWeights:
         """See `Sampler.prepare`."""
-        return GaussianWeights(frozen(policy), frozen(critics), self, scale)
+        return GaussianWeights(frozen(policy), frozen(critics), self, scale, obs_scale)
 
     def resampled(self, change: Resampling) -> GaussianSampler:
         """See `Sampler.resampled`."""
@@ -375,9 +395,11 @@ class GaussianWeights:
     critics: Params
     sampler: GaussianSampler
     scale: ActionScale
+    obs_scale: ObservationScale | None = None
 
     def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Weights.particles`; T is 1."""
+        obs_BO = scaled(self.obs_scale, obs_BO)
         mean_BA, log_std_BA = gaussian(self.policy, obs_BO)
         action_BNA = torch.tanh(mean_BA.unsqueeze(1) + log_std_BA.exp().unsqueeze(1) * noise_BTNA[:, 0])
         return action_BNA, _values(self.critics, obs_BO, action_BNA, "min", 0.0)
@@ -388,8 +410,12 @@ class GaussianWeights:
 
     def double(self) -> GaussianWeights:
         """See `Weights.double`."""
-        return GaussianWeights(
-            _double(self.policy), _double(self.critics), self.sampler, _double_scale(self.scale)
+        return dataclasses.replace(
+            self,
+            policy=_double(self.policy),
+            critics=_double(self.critics),
+            scale=_double_scale(self.scale),
+            obs_scale=None if self.obs_scale is None else self.obs_scale.to(torch.float64),
         )
 
 

@@ -75,6 +75,7 @@ from rsm_common import atomic
 from rsm_common.errors import BundleError, CheckpointError
 from rsm_common.spec import PolicySpec
 from rsm_train.model.networks import Params, subset
+from rsm_train.model.normalizer import ObservationScale
 from rsm_train.model.samplers import Sampler, read_sampler, sampler_settings
 from rsm_train.policy import TorchPolicy, action_scale
 
@@ -113,7 +114,9 @@ class Checkpoint:
     def policy(self) -> TorchPolicy:
         """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
         policy, critics = self.networks[self.sampler.acting], self.networks.get("critic", {})
-        weights = self.sampler.prepare(policy, critics, action_scale(self.spec))
+        normalizer = self.networks.get(NORMALIZER)
+        obs_scale = None if normalizer is None else ObservationScale(**normalizer).to(torch.device("cpu"))
+        weights = self.sampler.prepare(policy, critics, action_scale(self.spec), obs_scale)
         return TorchPolicy(self.spec, weights)
 
 
@@ -310,6 +313,8 @@ def _check_content(checkpoint: Checkpoint) -> None:
             f"{where}: wanted finite observations [P, {obs}] in {_PROBE_FILE}, got shape "
             f"{list(probe.shape)}; {_AGAIN}"
         )
+    if NORMALIZER in checkpoint.networks:
+        _check_normalizer(f"{where}: {NORMALIZER}", checkpoint.networks[NORMALIZER], obs)
     policy, critic = (checkpoint.networks.get(key, {}) for key in (sampler.acting, "critic"))
     for mlp in sampler.networks(obs, action):
         name = f"{where}: {sampler.acting}.{mlp.prefix}".rstrip(".")
@@ -321,6 +326,18 @@ def _check_content(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{where}: wanted critics to choose among {sampler.particles} particles; {_AGAIN}"
         )
+
+
+def _check_normalizer(where: str, scale: Mapping[str, Tensor], obs_size: int) -> None:
+    """Check that the normalisation of observations is complete, finite and of their size."""
+    if set(scale) != {"mean", "inv_std"}:
+        raise CheckpointError(f"{where}: wanted mean and inv_std, got {', '.join(sorted(scale))}; {_AGAIN}")
+    for name, value in scale.items():
+        if value.shape != (obs_size,) or value.dtype != torch.float32 or not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{where}.{name}: wanted finite float32 numbers of shape {[obs_size]}, got {value.dtype} of "
+                f"shape {list(value.shape)}; {_AGAIN}"
+            )
 
 
 def _check_mlp(

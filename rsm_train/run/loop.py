@@ -35,7 +35,7 @@ from rsm_train.environments.evaluation import Evaluation, evaluate
 from rsm_train.environments.identity import check_same_env
 from rsm_train.model.kernels import Compute, can_compile
 from rsm_train.model.networks import Params, subset
-from rsm_train.model.normalizer import RunningStatistics
+from rsm_train.model.normalizer import RunningStatistics, scaled
 from rsm_train.run.checkpoint import (
     CONFIG_FILE,
     NORMALIZER,
@@ -246,7 +246,7 @@ class Trainer:
 
     def _normalized(self, obs_BO: Tensor) -> Tensor:
         """Observations on the run's device as the networks take them: raw, or with the present statistics."""
-        return obs_BO if self._scale is None else self._scale.normalize(obs_BO)
+        return scaled(self._scale, obs_BO)
 
     def _normalized_batch(self, batch: Batch) -> Batch:
         obs, next_obs = self._normalized(batch.obs), self._normalized(batch.next_obs)

@@ -11,6 +11,7 @@ from rsm_export.graph.gaussian import fold_gaussian
 from rsm_export.graph.network import Network, fold_critics
 from rsm_export.graph.writer import GraphWriter
 from rsm_train.model.diffusion import SelectionName
+from rsm_train.model.normalizer import ObservationScale
 from rsm_train.model.samplers import ActionScale, DiffusionSampler, GaussianSampler, Weights
 
 
@@ -55,6 +56,8 @@ class FoldedPolicy:
     selection_std: float
     particles: int
     scale: ActionScale
+    obs_scale: ObservationScale | None = None
+    """None without normalised observations."""
 
 
 def fold(weights: Weights) -> FoldedPolicy:
@@ -70,4 +73,5 @@ def fold(weights: Weights) -> FoldedPolicy:
         selection_std=settings.selection_std,
         particles=settings.particles,
         scale=weights.scale,
+        obs_scale=weights.obs_scale,
     )

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rsm_export.config import Precision
 from rsm_export.graph.fold import FoldedPolicy
 from rsm_export.graph.writer import GraphWriter, sign_of
+from rsm_train.model.normalizer import LIMIT, ObservationScale
 
 OPSET = 19  # the first whose DequantizeLinear the ONNX reference evaluator knows
 IR_VERSION = 10
@@ -60,7 +61,11 @@ def _observe(writer: GraphWriter, policy: FoldedPolicy) -> list[str]:
     signs = [sign_of(network.norms[0]) for network in networks]
     weight = np.concatenate([s * n.obs_weight for s, n in zip(signs, networks, strict=True)])
     bias = np.concatenate([s * n.obs_bias for s, n in zip(signs, networks, strict=True)])
-    names = ["obs", writer.constant("observe.weight", weight), writer.constant("observe.bias", bias)]
+    names = [
+        _normalize(writer, policy.obs_scale),
+        writer.constant("observe.weight", weight),
+        writer.constant("observe.bias", bias),
+    ]
     joint = writer.op("Gemm", *names, transB=1)
     widths = [len(network.obs_weight) for network in networks]
     parts = writer.split(joint, widths)
@@ -69,6 +74,15 @@ def _observe(writer: GraphWriter, policy: FoldedPolicy) -> list[str]:
         writer.per_particle(part, policy.particles, width) if wanted else part
         for part, width, wanted in zip(parts, widths, expanded, strict=True)
     ]
+
+
+def _normalize(writer: GraphWriter, scale: ObservationScale | None) -> str:
+    """The observation as the networks take it. The clip keeps it from being folded into the first layers."""
+    if scale is None:
+        return "obs"
+    centered = writer.op("Sub", "obs", writer.constant("normalizer.mean", scale.mean.numpy()))
+    scaled = writer.op("Mul", centered, writer.constant("normalizer.inv_std", scale.inv_std.numpy()))
+    return writer.op("Clip", scaled, writer.scalar(-LIMIT), writer.scalar(LIMIT))
 
 
 def _choose(writer: GraphWriter, policy: FoldedPolicy, obs_parts: list[str], action_RA: str) -> str:
