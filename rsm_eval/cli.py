@@ -88,7 +88,7 @@ def _run(sources: Sequence[str], config: EvalConfig, typed: str) -> int:
     started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_policy(source, config.backend)) for source in sources]
-        # Read before the minutes of rollouts: a wrong --run should be heard of at once.
+        # Read before the minutes of rollouts, so that a wrong --run is refused at once.
         curve = _learning_curve(config, opened)
         evaluation = evaluate(
             opened,

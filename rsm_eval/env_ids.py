@@ -1,4 +1,4 @@
-"""Whether an environment id is known here, for those who write it down without creating the environment."""
+"""A check of environment ids that does not create the environment."""
 
 from __future__ import annotations
 

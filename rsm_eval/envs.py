@@ -112,7 +112,7 @@ def env_boxes(env: BoxEnv) -> tuple[BoxSpec, BoxSpec]:
 
 
 def env_seed(episode_seed: int) -> int:
-    """What an environment is reset with for an episode seed of 64 bits: its lower 32.
+    """The seed that an environment is reset with: the lower 32 bits of an episode seed.
 
     Environments with a numpy RandomState take no more.
     """
@@ -294,7 +294,7 @@ def _is_flat_box(space: Any) -> bool:
 
 
 def _flatten_observation(space: Any) -> str:
-    """What to do about an observation space; the advice is one that Gymnasium can carry out."""
+    """Advice about an observation space that Gymnasium can carry out."""
     if isinstance(space, spaces.Space) and space.is_np_flattenable:
         return "register it inside gymnasium.wrappers.FlattenObservation, or choose another environment"
     return "choose another environment"

@@ -98,7 +98,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PolicyEvaluation:
-    """What was measured of one policy."""
+    """The measurements of one policy."""
 
     label: str
     """Short and unique within the evaluation."""
@@ -110,7 +110,7 @@ class PolicyEvaluation:
     summary: Summary
     latency: Latency | None = field(repr=False)
     runtime: str | None = None
-    """What ran a bundle."""
+    """The runtime of a bundle; None for other policies."""
 
     @property
     def returns(self) -> NDArray[np.float64]:

@@ -64,7 +64,7 @@ def measure_latency(
 
     Raises:
         UnsupportedEnvError, ConfigError: see `rsm_eval.rollout.rollout`.
-        RequestError: whatever `Policy.act` raises.
+        RequestError: see `Policy.act`.
     """
     if calls < 1 or warmup_calls < 0:
         raise ConfigError(f"wanted at least 1 latency call, got {calls} after {warmup_calls} for warm-up")

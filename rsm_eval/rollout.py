@@ -49,7 +49,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """What happened in each of E episodes, in the order of their seeds."""
+    """The course of each of E episodes, in the order of their seeds."""
 
     episode_seeds: NDArray[np.uint64]
     """[E]"""
@@ -126,7 +126,7 @@ def rollout(
         EnvFaultError: the environment fails, or answers with what its spaces rule out.
         ConfigError: no seeds, or an argument out of range.
         BackendError: the policy answered with a wrong shape, NaN or Inf.
-        RequestError: whatever else `Policy.act` raises.
+        RequestError: see `Policy.act`.
     """
     seeds_E = np.array([int(seed) for seed in seeds], dtype=np.uint64)
     _check_arguments(len(seeds_E), max_steps, max_batch_rows, record)

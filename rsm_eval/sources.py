@@ -1,4 +1,4 @@
-"""Where a policy comes from: a training run, a checkpoint, a bundle or a running server."""
+"""The sources of a policy: a training run, a checkpoint, a bundle or a running server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OpenedPolicy:
     max_batch_rows: int = MAX_BATCH_ROWS
     """Most observations that one call may carry."""
     runtime: str | None = None
-    """What runs a bundle: "onnxruntime 1.31.1, CPU"."""
+    """The runtime of a bundle: "onnxruntime 1.31.1, CPU"."""
     close: Callable[[], None] = lambda: None
     """Releases what the policy holds."""
 

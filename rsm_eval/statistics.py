@@ -54,7 +54,7 @@ class MeanInterval:
 def mean_interval(values: ArrayLike) -> MeanInterval | None:
     """Of independent values such as one per training seed, of which there are too few to resample.
 
-    None for fewer than two values, of which nobody knows how they vary.
+    None for fewer than two values, whose spread is unknown.
     """
     sample = np.asarray(values, dtype=np.float64).reshape(-1)
     if sample.size < 2:

@@ -26,7 +26,7 @@ from rsm_train.environments.episodes import RESTORED, EnvSource, OpenEpisode, ma
 
 
 class VectorEnv(Protocol):
-    """What is used of a vector environment; where an episode ends, its next one begins in the same step."""
+    """The used part of a vector environment. The next episode begins in the step that ends the one before."""
 
     single_observation_space: spaces.Box
     single_action_space: spaces.Box
@@ -130,7 +130,7 @@ class TrainingEnvs:
         return torch.from_numpy(self._obs)
 
     def state(self) -> dict[str, Tensor]:
-        """What the environments are restored from."""
+        """The tensors that the environments are restored from."""
         empty = np.empty((0, self.action_size), dtype=self._action_dtype)
         actions = (np.stack(taken) if taken else empty for taken in self._actions)
         return {

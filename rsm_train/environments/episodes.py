@@ -22,7 +22,7 @@ from rsm_eval.envs import BoxEnv, EnvArgs, make_env
 
 @dataclass(frozen=True)
 class EnvSource:
-    """What an environment is made from, see `rsm_eval.envs.make_env`."""
+    """An environment id with its arguments, see `rsm_eval.envs.make_env`."""
 
     env_id: str
     args: EnvArgs = field(default_factory=dict)

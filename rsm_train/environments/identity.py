@@ -1,4 +1,4 @@
-"""Whether a resumed run meets the environment that it has learnt in."""
+"""A check that a resumed run meets the environment that it has learnt in."""
 
 from __future__ import annotations
 

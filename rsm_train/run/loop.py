@@ -202,12 +202,12 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the newest checkpoint is still to be evaluated."""
+        """True if the newest checkpoint is still to be evaluated."""
         return self._evaluation_due
 
     @property
     def env_warning(self) -> str | None:
-        """What the user should know of the environment; None for nothing."""
+        """A warning about the environment; None if there is none."""
         return statistics_warning(self.run.env, self._pool.take(1)[0])
 
     def _due(self, every: int) -> bool:
@@ -515,12 +515,12 @@ def _prepare(trainer: Trainer) -> None:
 
 
 def evaluation_due(state: Mapping[str, Any]) -> bool:
-    """Whether the evaluation of a checkpoint, given by its state, was due and did not end."""
+    """True if the evaluation of a checkpoint, given by its state, was due and did not end."""
     return bool(state["training"].get("evaluation_due")) and state.get("evaluation") is None
 
 
 def _env_state(checkpoint: Checkpoint | None, count: int) -> dict[str, Tensor] | None:
-    """What the environments of a checkpoint are restored from.
+    """The tensors that the environments of a checkpoint are restored from.
 
     Raises:
         CheckpointError: some of it is missing or has another length.
@@ -536,7 +536,7 @@ def _env_state(checkpoint: Checkpoint | None, count: int) -> dict[str, Tensor] |
 
 
 def _changes(before: Any, now: Mapping[str, Any]) -> str:
-    """ "threads 1 instead of 2, ..."; empty if nothing changed, or nobody noted what was before."""
+    """ "threads 1 instead of 2, ..."; empty if nothing changed or the values before are unknown."""
     if not isinstance(before, Mapping):
         return ""
     differing = [name for name in now if name in before and before[name] != now[name]]

@@ -1,4 +1,4 @@
-"""Policy sources: a bundle, a real server, and whatever a user may mistype."""
+"""Policy sources: a bundle, a real server, and names that were mistyped."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Loss:
         return self.difference.high < -self.allowed
 
     def describe(self) -> str:
-        """What was allowed and what was found."""
+        """The allowed loss and the measured one."""
         return (
             f"a loss of at most {self.allowed:,.1f} of the full policy's {self.full_mean:,.1f}, got "
             f"{self.interval} (95 %) over {self.episodes} episodes"

@@ -228,7 +228,7 @@ def test_workers_end_with_a_process_that_did_not_close_them():
             os.kill(pid, 0)
 
 
-def test_workers_end_with_environments_that_nobody_closed():
+def test_workers_end_with_environments_that_were_not_closed():
     envs = TrainingEnvs(f"{MODULE}:RsmLong-v0", 2, 5, vector="async")
     workers = list(getattr(envs._envs, "processes"))  # noqa: B009
     assert all(worker.is_alive() for worker in workers)
