@@ -22,7 +22,7 @@ A test per documented limit:
 | --workers | test_scheduling.py, TestTurns |
 | lines of the log | test_logs.py; test_cli.py, test_a_flood_of_malformed_messages_... |
 
-Nothing here is compared with a number of seconds: times are ratios within one run, everything else is counts.
+Nothing here depends on the speed of the machine: a batch ends when the test says so, and the rest is counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,30 +63,37 @@ from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_spec, write_bundle
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, Gated, Rig, raw_stub, wait_until
-from tests.server_process import running_server
+from tests.server_process import HANG_S, running_server
 
 MIB = 2**20
 BATCH_ROWS, QUEUE_ROWS = 4, 32
+BATCH_S = 0.02
 
 
-class Paced(Gated):
-    """A session that takes its time without taking a core."""
+class Clock:
+    """The time of a lane's queue, which passes only while a batch is computed."""
 
-    batch_s = 0.0
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Stepped(Gated):
+    """A session that computes one batch whenever the test says so, in `BATCH_S` of its own time."""
 
     def __init__(self, session: Any) -> None:
         super().__init__(session)
-        self.ended_s: list[float] = []
+        self.clock = Clock()
+        self.steps = threading.Semaphore(0)
+        self.stepping = False
 
     def run(self, obs_BO, noise_BTNA):
-        time.sleep(self.batch_s)
         answer = super().run(obs_BO, noise_BTNA)
-        self.ended_s.append(time.monotonic())
+        if self.stepping:
+            assert self.steps.acquire(timeout=HANG_S)
+        self.clock.now_s += BATCH_S
         return answer
-
-    def longest_s(self, batches: int) -> float:
-        """The longest that so many batches in a row took, pauses of the machine included."""
-        return max(last - first for first, last in zip(self.ended_s, self.ended_s[batches:], strict=False))
 
 
 class Overloaded(Rig):
@@ -95,9 +102,17 @@ class Overloaded(Rig):
     peak = 0
 
     @property
-    def paced(self) -> Paced:
-        assert isinstance(self.session, Paced)
+    def stepped(self) -> Stepped:
+        assert isinstance(self.session, Stepped)
         return self.session
+
+    def step_only(self) -> None:
+        """From now on a batch ends when `step` says so, and the queue's time stands still in between."""
+        self.lane.batcher._clock = self.stepped.clock
+        self.stepped.stepping = True
+
+    def step(self, batches: int = 1) -> None:
+        self.stepped.steps.release(batches)
 
     def watch(self) -> None:
         queue = self.lane.batcher._queue
@@ -114,7 +129,7 @@ class Overloaded(Rig):
 @contextlib.contextmanager
 def rig_of(repository: Any, limits: BatchLimits) -> Iterator[Overloaded]:
     bundle = load_bundle(repository / "tiny")
-    session = Paced(open_session(bundle, "onnxruntime"))
+    session = Stepped(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), limits)
     with background_server(
         ServerConfig.from_options(repo=repository, addresses=ANY_PORT, drain_seconds=30), [lane]
@@ -126,6 +141,7 @@ def rig_of(repository: Any, limits: BatchLimits) -> Iterator[Overloaded]:
             yield rig
         finally:
             rig.open()
+            rig.step(1000)
             rig.pool.shutdown()
 
 
@@ -155,48 +171,50 @@ class Load:
 
     answers: list[ActResult] = field(default_factory=list)
     failures: list[RequestError] = field(default_factory=list)
-    seconds: float = 0.0
 
     @property
-    def full_queue_s(self) -> float:
-        """How long a full queue takes at the throughput of this run."""
-        return QUEUE_ROWS * self.seconds / len(self.answers)
+    def settled(self) -> int:
+        return len(self.answers) + len(self.failures)
+
+    async def ask(self, client: AsyncPolicyClient) -> None:
+        try:
+            self.answers.append(await client.act(np.zeros(4)))
+        except RequestError as error:
+            self.failures.append(error)
 
     def queue_s(self) -> list[float]:
         return [1e-6 * answer.timing.queue_us for answer in self.answers]
 
 
-async def open_loop(clients: Sequence[AsyncPolicyClient], rate: float, seconds: float) -> list[Load]:
-    """Requests of one row at a rate that does not wait for answers; a `Load` per client."""
-    loads = [Load() for _ in clients]
-
-    async def ask(client: AsyncPolicyClient, load: Load) -> None:
-        try:
-            load.answers.append(await client.act(np.zeros(4)))
-        except RequestError as error:
-            load.failures.append(error)
-
-    loop = asyncio.get_running_loop()
-    started, tasks = loop.time(), list[asyncio.Task[None]]()
-    while (now := loop.time() - started) < seconds:
-        while len(tasks) < now * rate:
-            turn = len(tasks) % len(clients)
-            tasks.append(asyncio.create_task(ask(clients[turn], loads[turn])))
-        await asyncio.sleep(0.005)
-    await asyncio.gather(*tasks)
-    for load in loads:
-        load.seconds = loop.time() - started
-    return loads
+async def wait_for(count: Callable[[], int], wanted: int, what: str) -> None:
+    """Wait, in the event loop of the clients, until a count is reached."""
+    end = time.monotonic() + HANG_S
+    while count() != wanted:
+        assert time.monotonic() < end, f"waited in vain for {what}: wanted {wanted}, got {count()}"
+        await asyncio.sleep(0.001)
 
 
 def test_ten_times_the_capacity(rig):
-    rig.paced.batch_s = 0.02
-    capacity = BATCH_ROWS / rig.paced.batch_s
+    """While a batch is computed, ten batches come."""
+    rig.step_only()
+    rounds, burst = 20, 10 * BATCH_ROWS
 
     async def main() -> Load:
-        async with AsyncPolicyClient(rig.address, timeout_s=60) as client:
+        load, tasks = Load(), list[asyncio.Task[None]]()
+        async with AsyncPolicyClient(rig.address, timeout_s=HANG_S) as client:
+            rig.step()
             await client.act(np.zeros(4))  # from now on the server can tell when to try again
-            (load,) = await open_loop([client], 10 * capacity, 3)
+            for number in range(1, rounds + 1):
+                tasks += [asyncio.create_task(load.ask(client)) for _ in range(burst)]
+                # One batch is being computed, the queue is full, and all others have their answer.
+                await wait_for(lambda: len(rig.session.batches), 1 + number, "a batch")
+                asked = len(tasks) - QUEUE_ROWS - rig.session.batches[-1]
+                await wait_for(lambda: load.settled, asked, "refusals")
+                assert rig.lane.batcher.queued_rows == QUEUE_ROWS
+                rig.step()
+                await wait_for(lambda: len(rig.session.batches), 2 + number, "the next batch")
+            rig.step(1 + QUEUE_ROWS)
+            await asyncio.gather(*tasks)
             after = await client.act(np.zeros(4))
             assert after.timing.batch_rows == 1, "nothing else waits any more"
             assert 1e-6 * after.timing.queue_us < 0.5 * statistics.median(load.queue_s())
@@ -204,36 +222,54 @@ def test_ten_times_the_capacity(rig):
 
     load = asyncio.run(main())
     assert {type(error) for error in load.failures} == {QueueFullError}
-    assert len(load.failures) > 3 * len(load.answers), "the machine cannot even make that load"
+    assert load.settled == rounds * burst
+    assert len(load.failures) > 3 * len(load.answers)
     assert rig.peak == QUEUE_ROWS
     assert rig.lane.batcher.queued_rows == 0
     # Nobody who was let in waits longer than for the batch that is computed and a full queue before it.
-    assert max(load.queue_s()) < rig.paced.longest_s(1 + QUEUE_ROWS // BATCH_ROWS)
-    # The hints say how long that is.
+    assert max(load.queue_s()) < (1 + QUEUE_ROWS // BATCH_ROWS) * BATCH_S + 1e-6
+    # The hints say how long a full queue takes.
     hints = [error.retry_after_s for error in load.failures if isinstance(error, QueueFullError)]
     assert all(hint is not None and hint > 0 for hint in hints)
-    assert load.full_queue_s / 4 < statistics.median(filter(None, hints)) < 4 * load.full_queue_s
+    full_queue_s = QUEUE_ROWS / BATCH_ROWS * BATCH_S
+    assert statistics.median(filter(None, hints)) == pytest.approx(full_queue_s, rel=0.2)
     # Full batches: shedding load costs no throughput.
     assert sum(rig.session.batches) == 2 + len(load.answers)
     assert statistics.median(rig.session.batches) == BATCH_ROWS
 
 
 def test_priorities_hold_in_a_full_queue(rig):
-    rig.paced.batch_s = 0.02
+    """One urgent request a batch, and more of the others than the queue holds."""
+    first = Load()
+    urgent, usual = Load(), Load()
+    rounds = 30
 
-    async def main() -> list[Load]:
+    async def main() -> None:
+        tasks = list[asyncio.Task[None]]()
         async with (
-            AsyncPolicyClient(rig.address, timeout_s=60, priority=10) as urgent,
-            AsyncPolicyClient(rig.address, timeout_s=60) as usual,
+            AsyncPolicyClient(rig.address, timeout_s=HANG_S, priority=10) as hurried,
+            AsyncPolicyClient(rig.address, timeout_s=HANG_S) as patient,
         ):
-            # Of every eight requests one is urgent: alone they are a fraction of the capacity.
-            return await open_loop([urgent, *[usual] * 7], 4 * BATCH_ROWS / rig.paced.batch_s, 3)
+            tasks.append(asyncio.create_task(first.ask(patient)))
+            await wait_for(lambda: len(rig.session.batches), 1, "the first batch")
+            for number in range(1, rounds + 1):
+                queued = rig.lane.batcher.queued_rows
+                tasks.append(asyncio.create_task(urgent.ask(hurried)))
+                await wait_for(lambda: rig.lane.batcher.queued_rows, queued + 1, "the urgent one")
+                tasks += [asyncio.create_task(usual.ask(patient)) for _ in range(QUEUE_ROWS)]
+                await wait_for(lambda: rig.lane.batcher.queued_rows, QUEUE_ROWS, "a full queue")
+                asked = len(tasks) - QUEUE_ROWS - rig.session.batches[-1]
+                await wait_for(lambda: first.settled + urgent.settled + usual.settled, asked, "refusals")
+                rig.step()
+                await wait_for(lambda: len(rig.session.batches), 1 + number, "the next batch")
+            rig.step(1 + QUEUE_ROWS)
+            await asyncio.gather(*tasks)
 
-    urgent, *usual = asyncio.run(main())
-    waits = [wait for load in usual for wait in load.queue_s()]
-    assert len(urgent.answers) > 10
-    assert sum(len(load.failures) for load in usual) > 50, "the queue was full"
-    assert statistics.median(urgent.queue_s()) < 0.5 * statistics.median(waits)
+    rig.step_only()
+    asyncio.run(main())
+    assert len(urgent.answers) == rounds
+    assert len(usual.failures) > 50, "the queue was full"
+    assert max(urgent.queue_s()) < 0.5 * statistics.median(usual.queue_s())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of processes")
