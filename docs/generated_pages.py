@@ -13,9 +13,10 @@ import importlib.util
 import inspect
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -94,7 +95,7 @@ def rooms(package: str) -> str:
     return _table(("room", "holds", "may import")[: 3 if arrows else 2], rows)
 
 
-def _import_rules() -> ModuleType:
+def _import_rules() -> types.ModuleType:
     """The test that holds the arrows between the rooms."""
     spec = importlib.util.spec_from_file_location("import_rules", ROOT / "tests" / "test_import_rules.py")
     assert spec is not None
@@ -184,19 +185,32 @@ def _has_help(kind: type) -> bool:
     return any("help" in field.metadata for field in dataclasses.fields(kind))
 
 
-def _package_order(config: type) -> tuple[int, str, int]:
-    line = inspect.getsourcelines(config)[1]
-    return PACKAGES.index(config.__module__.split(".")[0]), config.__module__, line
+def _package_order(config: type) -> tuple[int, bool, str, int]:
+    """The settings of a command come before those of its parts."""
+    package, _, module = config.__module__.partition(".")
+    return PACKAGES.index(package), module != "config", module, inspect.getsourcelines(config)[1]
 
 
 def _settings_of(config: type) -> str:
+    hints = typing.get_type_hints(config)
     rows = [
-        (f"`{field.name}`", f"`{_escaped(str(field.type))}`", _default(field), _escaped(field.metadata["help"]))
+        (f"`{field.name}`", _type(hints[field.name]), _default(field), _escaped(field.metadata["help"]))
         for field in dataclasses.fields(config)
         if "help" in field.metadata
     ]
     table = _table(("setting", "type", "default", "meaning"), rows)
     return f"## {config.__name__}\n\n`{config.__module__}`. {_summary(config)}\n\n{table}"
+
+
+def _type(hint: Any) -> str:
+    """A type as a user reads it: the values of a Literal, else its name."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names: list[str] = []
+    for part in parts:
+        values = typing.get_args(part) if typing.get_origin(part) is typing.Literal else ()
+        name = "none" if part is type(None) else getattr(part, "__name__", str(part))
+        names += [str(value) for value in values] or [name]
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -211,7 +225,8 @@ def _subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
     yield kind
     children: list[type[Exception]] = kind.__subclasses__()
     for child in children:
-        yield from _subclasses(child)
+        if child.__module__ == kind.__module__:
+            yield from _subclasses(child)
 
 
 def _error(kind: type[Exception]) -> str:
