@@ -18,27 +18,17 @@ from numpy.typing import NDArray
 
 from rsm_common.errors import BundleError, UnsupportedEnvError
 
-SCHEMA_VERSION = 2
-
-
-"""Version of the policy.json layout. 2 added `sampling`, `accuracy` and `tolerance`."""
-
-
-READABLE_SCHEMA_VERSIONS = (1, 2)
-
+SCHEMA_VERSION = 3
+"""Version of the policy.json layout. 2 added `sampling`, `accuracy` and `tolerance`; 3 added `env_args` and the
+sampler "gaussian". A file has the lowest version that holds its content, so that older toolkits can read it."""
+READABLE_SCHEMA_VERSIONS = (1, 2, 3)
 
 DEFAULT_TOLERANCE = 1e-4
-
-
 """Of a float32 graph: leaves room for another CPU's order of summation, far below what an action means to an
 environment."""
 
-
 MAX_NOISE_SIZE = 2**24
-
-
-"""Most numbers of one row's noise, T N A (64 MiB): what is asked for in a file must not exhaust the memory."""
-
+"""Most numbers of one row's noise, T N A (64 MiB). A file must not be able to exhaust the memory."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -109,7 +99,6 @@ class PolicySpec:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     env_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the environment's constructor: numbers, text, booleans or None."""
-    schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         for key in ("name", "algorithm", "env_id", "sampler", "precision", "version"):
@@ -158,6 +147,11 @@ class PolicySpec:
         return (self.steps, self.particles, self.action.size)
 
     @property
+    def schema_version(self) -> int:
+        """The version of policy.json that is written; see `SCHEMA_VERSION`."""
+        return SCHEMA_VERSION if self.env_args or self.has_mean_action else 2
+
+    @property
     def has_mean_action(self) -> bool:
         """True if zero noise gives the policy's mean action, which a deterministic request then gets."""
         return self.sampler == "gaussian"
@@ -176,8 +170,9 @@ class PolicySpec:
         """The content of policy.json."""
         data = dataclasses.asdict(self)
         data["noise_shape"] = list(self.noise_shape)
+        data["schema_version"] = self.schema_version
         if not self.env_args:
-            del data["env_args"]  # older versions of the toolkit refuse fields that they do not know
+            del data["env_args"]  # an older toolkit refuses fields that it does not know
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -196,10 +191,11 @@ class PolicySpec:
         if type(found) is not int or found not in READABLE_SCHEMA_VERSIONS:
             newer = type(found) is int and found > SCHEMA_VERSION
             raise BundleError(
-                f"wanted policy.json of schema version {' or '.join(map(str, READABLE_SCHEMA_VERSIONS))}, "
+                f"wanted policy.json of schema version {', '.join(map(str, READABLE_SCHEMA_VERSIONS[:-1]))} "
+                f"or {READABLE_SCHEMA_VERSIONS[-1]}, "
                 f"got {found!r:.60}; " + ("install a newer rsm-toolkit" if newer else "export the policy again")
             )
-        data["schema_version"] = SCHEMA_VERSION  # what version 1 lacks has a default
+        del data["schema_version"]  # every field that an older version lacks has a default
         noise_shape = data.pop("noise_shape", None)
         try:
             for box in ("observation", "action"):

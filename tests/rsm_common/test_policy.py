@@ -22,9 +22,18 @@ def test_a_specification_survives_json():
 
 
 @pytest.mark.parametrize(
+    ("change", "version"), [({}, 2), ({"sampler": "gaussian"}, 3), ({"env_args": {"frame_skip": 2}}, 3)]
+)
+def test_a_file_has_the_lowest_version_that_holds_it(change, version):
+    spec = dataclasses.replace(SPEC, **change)
+    assert json.loads(spec.to_json())["schema_version"] == version
+    assert PolicySpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 3}, "schema version 1 or 2, got 3; install a newer rsm-toolkit"),
+        ({"schema_version": 4}, "schema version 1, 2 or 3, got 4; install a newer rsm-toolkit"),
         ({"noise_shape": [3, 2, 9]}, "contradicts itself"),
         ({"steps": 0}, "steps >= 1"),
         ({"steps": "3"}, "steps >= 1.*got '3'"),

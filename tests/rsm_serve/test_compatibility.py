@@ -11,7 +11,7 @@ import pytest
 from rsm_common.errors import BundleError
 from rsm_common.manifest import MANIFEST_FILE, manifest_json
 from rsm_common.seeds import draw_noise, expand_seed
-from rsm_common.spec import DEFAULT_TOLERANCE, SCHEMA_VERSION, PolicySpec
+from rsm_common.spec import DEFAULT_TOLERANCE, PolicySpec
 from rsm_serve.bundle.contract import PAYLOAD_FILES, SPEC_FILE, load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
@@ -52,7 +52,7 @@ def test_version_1_is_written_back_as_the_present_one():
     assert (spec.sampling, spec.accuracy, spec.tolerance) == (None, None, DEFAULT_TOLERANCE)
     assert spec.provenance == {"run": "tiny", "step": 160}
     again = json.loads(spec.to_json())
-    assert again["schema_version"] == SCHEMA_VERSION == 2
+    assert again["schema_version"] == 2
     assert PolicySpec.from_json(spec.to_json()) == spec
     before = json.loads((GOLDEN / "tiny" / "1" / SPEC_FILE).read_bytes())
     assert {key: again[key] for key in before} == before | {"schema_version": 2}
@@ -61,9 +61,9 @@ def test_version_1_is_written_back_as_the_present_one():
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (0, "wanted policy.json of schema version 1 or 2, got 0; export the policy again"),
+        (0, "wanted policy.json of schema version 1, 2 or 3, got 0; export the policy again"),
         (-1, "got -1; export"),
-        (99, "wanted policy.json of schema version 1 or 2, got 99; install a newer rsm-toolkit"),
+        (99, "wanted policy.json of schema version 1, 2 or 3, got 99; install a newer rsm-toolkit"),
         ("1", "got '1'; export"),
         (None, "got None; export"),
         (True, "got True; export"),

@@ -100,7 +100,7 @@ def test_another_schema_is_refused_even_with_right_hashes(own_repo):
     version_dir = own_repo / "tiny" / "1"
     data = json.loads((version_dir / SPEC_FILE).read_bytes()) | {"schema_version": 99}
     rewrite(version_dir, SPEC_FILE, json.dumps(data).encode())
-    with pytest.raises(BundleError, match="schema version 1 or 2, got 99"):
+    with pytest.raises(BundleError, match="schema version 1, 2 or 3, got 99"):
         load_bundle(version_dir)
 
 
