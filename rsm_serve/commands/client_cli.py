@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_common.commandline import EXIT_OK, run_command
+from rsm_common.commandline import EXIT_OK, GroupedCommand, GroupedOption, run_command
 from rsm_common.errors import UsageError
-from rsm_common.policy import STAGES, ActResult, Adjustment, Timing
+from rsm_common.policy import ActResult, Adjustment
 from rsm_common.spec import PolicySpec
 from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.client.connection import (
@@ -29,12 +28,30 @@ from rsm_serve.client.connection import (
 )
 from rsm_serve.client.target import TLS_SCHEME, Target
 from rsm_serve.commands import replay as replaying
+from rsm_serve.commands import replay_report, replay_targets
+from rsm_serve.commands.bench import measure, table
 from rsm_serve.recording import format as recording
 from rsm_serve.security.tokens import read_tokens
 
 EXIT_NOT_SERVING = 1
 EXIT_DIFFERENT = 1
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+CONNECTION, REQUEST, SECURITY, OUTPUT = "Connection", "Request", "Security", "Output"
+"""Sections of the help texts."""
+
+
+def _option(group: str, *names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option in a section of the help text."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def _command(*examples: tuple[str, str]) -> Callable[[Callable[..., Any]], click.Command]:
+    """A subcommand of rsm-client.
+
+    Args:
+        examples: (purpose, command line) of each example in its help text.
+    """
+    return command.command(cls=GroupedCommand, examples=examples)
 
 
 def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +78,7 @@ def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
     ):
         path = click.Path(path_type=Path)
-        function = click.option(name, type=path, help=text, expose_value=False, callback=keep)(function)
+        function = _option(SECURITY, name, type=path, help=text, expose_value=False, callback=keep)(function)
     return function
 
 
@@ -89,7 +106,8 @@ def _client(
     )
 
 
-_client_id = click.option(
+_client_id = _option(
+    REQUEST,
     "--client-id",
     default="",
     help="Name of this client; a server with --max-action-step needs it.  [default: none]",
@@ -97,14 +115,21 @@ _client_id = click.option(
 
 
 def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every subcommand shares."""
+    """Add the options that every subcommand shares; Connection is the first section of the help."""
+    function = _credentials(function)
     for option in (
-        click.option(
-            "--timeout", "timeout_s", default=5.0, show_default=True, help="Seconds to connect, and per call."
+        _option(
+            CONNECTION,
+            "--timeout",
+            "timeout_s",
+            default=5.0,
+            show_default=True,
+            help="Seconds to connect, and per call.",
         ),
-        click.option("--version", default=None, help="Version of the policy.  [default: the current]"),
-        click.option("--policy", default=None, help="Name; may be left out if the server has exactly one."),
-        click.option(
+        _option(CONNECTION, "--version", default=None, help="Version of the policy.  [default: the current]"),
+        _option(CONNECTION, "--policy", default=None, help="Name; needed if the server has several."),
+        _option(
+            CONNECTION,
             "--address",
             default=DEFAULT_ADDRESS,
             show_default=True,
@@ -112,18 +137,24 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
     ):
         function = option(function)
-    return _credentials(function)
+    return function
 
 
 @click.group("rsm-client", context_settings={"max_content_width": 110})
 @click.version_option(package_name="rsm-toolkit")
 def command() -> None:
     """Ask a policy server."""
-    # What is wrong with a connection is said in our own sentence alone.
+    # Our errors explain what is wrong with a connection, so gRPC need not log it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-@command.command()
+@_command(
+    ("The current version of the only policy of a server on this machine", "rsm-client info"),
+    (
+        "Version 3 of a policy, over TLS",
+        "rsm-client info --address grpcs://robots.example:8001/pendulum:3",
+    ),
+)
 @_connection
 def info(address: str, policy: str | None, version: str | None, timeout_s: float) -> int:
     """Print the specification of a policy as JSON."""
@@ -138,12 +169,26 @@ def info(address: str, policy: str | None, version: str | None, timeout_s: float
     return EXIT_OK
 
 
-@command.command()
+@_command(
+    (
+        "One action, with a seed that replays it",
+        "rsm-client act --obs 0.1,0,-0.2,0 --seed 7",
+    ),
+    (
+        "The observations in a file",
+        "rsm-client act --address unix:/run/rsm.sock --obs-file obs.npy",
+    ),
+)
 @_connection
-@click.option("--obs", default=None, help="One observation, comma separated.  [default: zeros]")
-@click.option("--obs-file", type=click.Path(path_type=Path), help="A .npy file of shape [O] or [B, O].")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Replays an answer.")
-@click.option("--deterministic", is_flag=True, help="Use the documented constant seed.")
+@_option(REQUEST, "--obs", default=None, help="One observation, comma separated.  [default: zeros]")
+@_option(REQUEST, "--obs-file", type=click.Path(path_type=Path), help="A .npy file of shape [O] or [B, O].")
+@_option(
+    REQUEST,
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    help="The seed of an answer replays it.",
+)
+@_option(REQUEST, "--deterministic", is_flag=True, help="Use the documented constant seed.")
 @_client_id
 def act(
     address: str,
@@ -164,25 +209,44 @@ def act(
     return EXIT_OK
 
 
-@command.command()
-@click.option("--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
-@click.option("--policy", default="", help="Ask for one policy instead of the whole server.")
-@click.option("--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds.")
+@_command(
+    ("Whether the server on this machine is ready", "rsm-client health"),
+    (
+        "Whether one policy is ready",
+        "rsm-client health --address 192.0.2.7:8001 --policy pendulum",
+    ),
+)
+@_option(CONNECTION, "--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
+@_option(CONNECTION, "--policy", default="", help="Ask for one policy instead of the whole server.")
+@_option(CONNECTION, "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to wait.")
 @_credentials
 def health(address: str, policy: str, timeout_s: float) -> int:
-    """Exit with 0 if ready, 1 if not, 2 if none answers."""
+    """Exit with 0 if the server is ready, 1 if it is not, and 2 if no server answers."""
     status = check_health(address, policy, timeout_s=timeout_s, tls=_tls())
     click.echo(status)
     return EXIT_OK if status == "SERVING" else EXIT_NOT_SERVING
 
 
-@command.command()
+@_command(
+    ("1000 calls and 1000 steps of a stream", "rsm-client bench"),
+    (
+        "Steps with 8 observations each, as JSON",
+        "rsm-client bench --mode stream --steps 5000 --rows 8 --json",
+    ),
+)
 @_connection
-@click.option("--mode", type=click.Choice(["act", "stream", "both"]), default="both", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Measured calls.")
-@click.option("--warm-up", type=click.IntRange(0), default=100, show_default=True, help="Calls before.")
-@click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_option(REQUEST, "--mode", type=click.Choice(["act", "stream", "both"]), default="both", show_default=True)
+@_option(REQUEST, "--steps", type=click.IntRange(1), default=1000, show_default=True, help="Measured calls.")
+@_option(
+    REQUEST,
+    "--warm-up",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="Calls before measuring.",
+)
+@_option(REQUEST, "--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
+@_option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
 @_client_id
 def bench(
     address: str,
@@ -202,38 +266,60 @@ def bench(
         obs = np.zeros((rows, client.spec.observation.size), np.float32)
         report["policy"] = f"{client.spec.name}:{client.spec.version}"
         if mode in ("act", "both"):
-            report["act"] = _measure(client.act, obs, steps, warm_up)
+            report["act"] = measure(client.act, obs, steps, warm_up)
         if mode in ("stream", "both"):
             with client.stream() as stream:
-                report["stream"] = _measure(stream.act, obs, steps, warm_up)
-    click.echo(json.dumps(report, indent=2) if as_json else _table(report))
+                report["stream"] = measure(stream.act, obs, steps, warm_up)
+    click.echo(json.dumps(report, indent=2) if as_json else table(report))
     return EXIT_OK
 
 
-@command.command()
+@_command(
+    (
+        "Ask the server again",
+        "rsm-client replay records --against 127.0.0.1:8001",
+    ),
+    (
+        "Ask version 4 of a bundle",
+        "rsm-client replay records --against bundles/pendulum --version 4",
+    ),
+)
 @click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR_OR_FILES...")
-@click.option(
+@_option(
+    CONNECTION,
     "--against",
     required=True,
     metavar="TARGET",
     help="Who answers now: host:port, unix:/path, grpc://host:port/NAME[:VERSION], or a bundle's directory.",
 )
-@click.option(
-    "--policy", default="", help="Policy whose records to ask.  [default: the target's, or all policies]"
+@_option(
+    CONNECTION,
+    "--policy",
+    default="",
+    help="Policy of the records.  [default: the target's, or all]",
 )
-@click.option(
-    "--version", default="", help="Version to ask.  [default: of each record the one that answered it]"
+@_option(
+    CONNECTION,
+    "--version",
+    default="",
+    help="Version to ask.  [default: the recorded version]",
 )
-@click.option("--limit", type=click.IntRange(1), help="At most so many records.  [default: all]")
-@click.option(
+@_option(REQUEST, "--limit", type=click.IntRange(1), help="Number of records to ask at most.  [default: all]")
+@_option(
+    OUTPUT,
     "--tolerance",
     type=click.FloatRange(0, 1),
     help="Largest difference, as a fraction of the action range.  [default: the policy's]",
 )
-@click.option(
-    "--timeout", "timeout_s", default=30.0, show_default=True, help="Seconds to connect, and per call."
+@_option(
+    CONNECTION,
+    "--timeout",
+    "timeout_s",
+    default=30.0,
+    show_default=True,
+    help="Seconds to connect, and per call.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
 @_credentials
 def replay(
     records: tuple[Path, ...],
@@ -245,12 +331,12 @@ def replay(
     timeout_s: float,
     as_json: bool,
 ) -> int:
-    """Ask the requests that rsm-serve --record wrote again, and compare the actions.
+    """Ask the requests again that rsm-serve --record wrote, and compare the actions.
 
-    Exits with 0 if all agree, 1 if some do not.
+    The exit status is 0 if all actions agree, and 1 if some do not.
     """
     reader = recording.read(*records)
-    report = replaying.Report(against, tolerance)
+    report = replay_report.Report(against, tolerance)
     target = _answering(against, version, timeout_s)
     try:
         replaying.replay(reader, target, report, policy=policy, limit=limit)
@@ -259,27 +345,27 @@ def replay(
     report.unreadable = reader.unreadable
     if reader.vanished:
         click.echo(
-            f"rsm-client: {reader.vanished} files made room for newer ones before they were read", err=True
+            f"rsm-client: {reader.vanished} files were deleted by the recorder before they were read", err=True
         )
     if not report.compared and not report.failed_now:
         raise UsageError(_nothing_compared(report))
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else replaying.table(report))
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else replay_report.table(report))
     return EXIT_OK if report.agrees else EXIT_DIFFERENT
 
 
-def _answering(against: str, version: str, timeout_s: float) -> replaying.Against:
+def _answering(against: str, version: str, timeout_s: float) -> replay_targets.Against:
     try:
         here = Path(against).exists()
     except OSError:  # too long a name for a file, or a directory that may not be searched
         here = False
     if here:
-        return replaying.Bundles(Path(against), version)
+        return replay_targets.Bundles(Path(against), version)
     target = Target.parse(against, version=version or None)
     address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
-    return replaying.Server(target, lambda name, number: _client(address, name, number, timeout_s))
+    return replay_targets.Server(target, lambda name, number: _client(address, name, number, timeout_s))
 
 
-def _nothing_compared(report: replaying.Report) -> str:
+def _nothing_compared(report: replay_report.Report) -> str:
     for what, why in report.missing.items():
         return f"wanted answers for {what} to compare, got none: {why}"
     return (
@@ -342,40 +428,6 @@ def _names(adjusted: NDArray[np.int32]) -> Any:
 def _each(array: NDArray[Any], convert: Callable[[Any], Any]) -> Any:
     """The converted numbers, in lists as deep as the array."""
     return np.vectorize(convert, otypes=[object])(array).tolist()
-
-
-def _measure(
-    act: Callable[[NDArray[np.float32]], ActResult], obs: NDArray[np.float32], steps: int, warm_up: int
-) -> dict[str, Any]:
-    """Percentiles in microseconds of every stage, and steps per second."""
-    for _ in range(warm_up):
-        act(obs)
-    started = time.perf_counter()
-    stages = np.array([_stages(act(obs).timing) for _ in range(steps)])
-    seconds = time.perf_counter() - started
-    result: dict[str, Any] = {
-        stage: {f"p{p}_us": round(float(np.percentile(column, p)), 1) for p in (50, 90, 99)}
-        for stage, column in zip(STAGES, stages.T, strict=True)
-    }
-    return {**result, "steps_per_s": round(steps / seconds, 1)}
-
-
-def _stages(timing: Timing) -> tuple[float, ...]:
-    known = timing.queue_us + timing.batch_us + timing.compute_us
-    # Whatever is not queue, batch or compute: transport, encoding and both processes' event loops.
-    return timing.queue_us, timing.batch_us, timing.compute_us, timing.total_us - known, timing.total_us
-
-
-def _table(report: dict[str, Any]) -> str:
-    lines = [f"{report['policy']}, {report['steps']} steps of {report['rows']} row(s), microseconds"]
-    for mode in ("act", "stream"):
-        if mode in report:
-            lines.append(
-                f"{mode:8s} {'p50':>9s} {'p90':>9s} {'p99':>9s}   {report[mode]['steps_per_s']} steps/s"
-            )
-            for stage in STAGES:
-                lines.append(f"  {stage:7s}" + "".join(f"{v:10.1f}" for v in report[mode][stage].values()))
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
