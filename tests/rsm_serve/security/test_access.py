@@ -307,14 +307,17 @@ class TestRotation:
 
             def requests() -> Any:
                 yield request
+                assert heard.wait(HANG_S)
                 secret(files["act_token_file"], WRONG)
                 yield request
 
+            heard = threading.Event()
             request = oip_pb2.ModelInferRequest(model_name="tiny")
             stream = oip_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(
                 requests(), timeout=30, metadata=bearer(ACT)
             )
             assert next(stream).error_message  # no observation, but heard
+            heard.set()
             with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
                 next(stream)
 
