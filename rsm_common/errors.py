@@ -9,6 +9,7 @@ RsmError
 ├── EnvFaultError               an environment that fails, or breaks its own spaces
 ├── TrainingError               a run that cannot go on
 ├── CheckpointError             a training checkpoint that is missing, damaged or foreign
+│   └── DamagedCheckpointError  a file of a checkpoint is missing or not the one that was written
 ├── BundleError                 a policy bundle that is missing, damaged or foreign
 │   └── ParityError             a graph that does not act like the policy it came from
 └── RequestError                one act request failed
@@ -68,6 +69,10 @@ class TrainingError(RsmError):
 
 class CheckpointError(RsmError):
     """A training checkpoint is missing, damaged or of another layout."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a training checkpoint is missing, or it is not the one that was written."""
 
 
 class BundleError(RsmError):

@@ -15,9 +15,11 @@
                 state.json             counters
                 evaluation.json        returns of its evaluation, written when that has ended
                 probe.safetensors      "obs" [P, O] float32: observations the policy met
+                sha256.json            size and sha256 of these files, and of the replay files it needs
                 training.safetensors   what only --resume needs; see rsm_train.run.loop.Trainer.training_state
 
-A checkpoint directory is complete or absent, and so is a replay file. The newest checkpoints (setting
+A checkpoint directory is complete or absent, and so is a replay file. When `--resume` goes on from an older
+checkpoint, it renames the damaged one to damaged_step_.... The newest checkpoints (setting
 keep_checkpoints) can be resumed: their transitions are in replay/. The best one, when older, is a policy only:
 without training.safetensors.
 Order of a save: replay files, checkpoint; then the old checkpoints go, then the replay files that none needs.
@@ -59,40 +61,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rsm_common import atomic
-from rsm_common.errors import BundleError, CheckpointError
+from rsm_common.errors import BundleError, CheckpointError, DamagedCheckpointError
+from rsm_common.manifest import FileRecord
 from rsm_common.spec import PolicySpec
 from rsm_train.model.networks import Params, subset
 from rsm_train.model.normalizer import ObservationScale
 from rsm_train.model.samplers import Sampler, read_sampler, sampler_settings
 from rsm_train.policy import TorchPolicy, action_scale
+from rsm_train.run.checkpoint_files import (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    NETWORKS_FILE,
+    PROBE_FILE,
+    SPEC_FILE,
+    STATE_FILE,
+    TRAINING_FILE,
+    CheckpointFiles,
+    add_file,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    write_files,
+)
 
 SCHEMA_VERSION = 1
-CONFIG_FILE = "config.json"
-METRICS_FILE = "metrics.jsonl"
-CHECKPOINTS_DIR = "checkpoints"
 NORMALIZER = "normalizer"
 """Among the networks: the normalisation of observations."""
-_NETWORKS_FILE = "networks.safetensors"
-_SPEC_FILE = "policy.json"
-_STATE_FILE = "state.json"
-_EVALUATION_FILE = "evaluation.json"
-_PROBE_FILE = "probe.safetensors"
-_TRAINING_FILE = "training.safetensors"
-_NAME = re.compile(r"step_(\d{9,})")
-_AGAIN = "train again, or choose another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Checkpoint:
     config: Mapping[str, Any]
     training: Mapping[str, Tensor] | None = None
     """What resuming the run needs beside the networks; None in what `load_checkpoint` returns."""
+    replay_records: Mapping[str, FileRecord] = field(default_factory=dict)
+    """Size and sha256 of the replay files that resuming needs, by file name; empty if none were recorded."""
 
     def policy(self) -> TorchPolicy:
         """The policy that the checkpoint holds: the averaged weights, best of N by the critics."""
@@ -118,11 +125,6 @@ class Checkpoint:
         obs_scale = None if normalizer is None else ObservationScale(**normalizer).to(torch.device("cpu"))
         weights = self.sampler.prepare(policy, critics, action_scale(self.spec), obs_scale)
         return TorchPolicy(self.spec, weights)
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
-    return run_dir / CHECKPOINTS_DIR / f"step_{step:09d}"
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
@@ -147,15 +149,18 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "schema_version": SCHEMA_VERSION,
         "sampler": sampler_settings(checkpoint.sampler),
     }
+    content = {
+        NETWORKS_FILE: save(tensors),
+        PROBE_FILE: save({"obs": checkpoint.probe_obs.cpu().contiguous()}),
+        SPEC_FILE: checkpoint.spec.to_json().encode(),
+        CONFIG_FILE: _json(config),
+        STATE_FILE: _json(checkpoint.state),
+    }
+    if checkpoint.training is not None:
+        training = {name: value.detach().cpu().clone() for name, value in checkpoint.training.items()}
+        content[TRAINING_FILE] = save(training)
     with atomic.new_directory(path) as directory:
-        save_file(tensors, directory / _NETWORKS_FILE)
-        if checkpoint.training is not None:
-            training = {name: value.detach().cpu().clone() for name, value in checkpoint.training.items()}
-            save_file(training, directory / _TRAINING_FILE)
-        save_file({"obs": checkpoint.probe_obs.cpu().contiguous()}, directory / _PROBE_FILE)
-        (directory / _SPEC_FILE).write_text(checkpoint.spec.to_json())
-        _write_json(directory / CONFIG_FILE, config)
-        _write_json(directory / _STATE_FILE, checkpoint.state)
+        write_files(directory, content, checkpoint.replay_records)
 
 
 def record_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
@@ -165,115 +170,97 @@ def record_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
         path: the checkpoint.
         evaluation: "mean" and "std" of the returns, "episodes", "seed".
     """
-    atomic.write_file(
-        path / _EVALUATION_FILE, (json.dumps(evaluation, indent=2, allow_nan=False) + "\n").encode()
-    )
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    directory = run_dir / CHECKPOINTS_DIR
-    if not directory.is_dir():
-        return []
-    return sorted((entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name)), key=_step)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the best evaluated one of a run (the newest of equals).
-
-    Raises:
-        CheckpointError: neither a checkpoint nor a run with one.
-    """
-    if (path / _NETWORKS_FILE).is_file():
-        return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
-        found = "a directory without checkpoints" if path.is_dir() else "no such directory"
-        raise CheckpointError(
-            f"wanted a run or a checkpoint of rsm-train at {str(path)!r}, got {found}; "
-            "train one with rsm-train --out"
-        )
-    return max(checkpoints, key=lambda entry: (_score(entry), _step(entry)))
-
-
-def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, which becomes a policy only when older."""
-    checkpoints = list_checkpoints(run_dir)
-    best = find_checkpoint(run_dir) if checkpoints else None
-    for path in checkpoints[:-keep]:
-        if path == best:
-            # Its transitions go, and it is refused without this file: see `load_training`.
-            (path / _TRAINING_FILE).unlink(missing_ok=True)
-        else:
-            # Out of sight first: half a checkpoint must not look like one.
-            hidden = path.rename(path.with_name(f".{path.name}.pruned"))
-            shutil.rmtree(hidden)
+    add_file(path, EVALUATION_FILE, (json.dumps(evaluation, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint, or the best one of a run.
 
     Raises:
-        CheckpointError: missing, damaged, or of another layout.
+        CheckpointError: missing, or of another version.
+        DamagedCheckpointError: damaged; the sentence names another checkpoint of the run that is sound.
     """
     directory = find_checkpoint(Path(path))
-    config = _read_json(directory / CONFIG_FILE)
-    _check_schema(directory, config.get("schema_version"))
     try:
-        spec = PolicySpec.from_json((directory / _SPEC_FILE).read_bytes())
-        tensors = load_file(directory / _NETWORKS_FILE)
-        probe_obs = load_file(directory / _PROBE_FILE)["obs"]
+        return _load(CheckpointFiles(directory))
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{error}; {_instead_of(directory)}") from None
+
+
+def _load(files: CheckpointFiles) -> Checkpoint:
+    config = files.read_json(CONFIG_FILE)
+    _check_schema(files.path, config.get("schema_version"))
+    tensors = files.read_tensors(NETWORKS_FILE)
+    state = files.read_state()
+    try:
+        spec = PolicySpec.from_json(files.read(SPEC_FILE))
+        probe_obs = files.read_tensors(PROBE_FILE)["obs"]
         sampler = read_sampler(config["sampler"])
         spec = dataclasses.replace(spec, sampler=sampler.name)  # older checkpoints of SAC say ddpm
-    except (OSError, SafetensorError, BundleError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {directory} is damaged: {error}; {_AGAIN}") from None
+    except (BundleError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {files.path} is damaged: {error}") from None
     networks = {
         name: subset(tensors, f"{name}.") for name in dict.fromkeys(key.split(".")[0] for key in tensors)
     }
-    state = read_state(directory)
     spec = dataclasses.replace(spec, evaluation=state.get("evaluation"))
-    checkpoint = Checkpoint(directory, spec, sampler, networks, state, probe_obs, config)
+    checkpoint = Checkpoint(files.path, spec, sampler, networks, state, probe_obs, config)
     _check_content(checkpoint)
+    files.warn_if_unverified()
     return checkpoint
+
+
+def _instead_of(directory: Path) -> str:
+    """Name the newest sound checkpoint of the same run, or say that there is none."""
+    siblings = list_checkpoints(directory.parent.parent) if directory.parent.name == CHECKPOINTS_DIR else []
+    for other in reversed(siblings):
+        if other.name != directory.name and is_sound(other):
+            return f"name another checkpoint of the run, such as {other}"
+    return "copy it again from where it was written, or train again"
+
+
+def is_sound(path: Path) -> bool:
+    """Return whether the policy of a checkpoint can be loaded."""
+    try:
+        _load(CheckpointFiles(path))
+    except CheckpointError:
+        return False
+    return True
 
 
 def load_training(path: Path) -> Checkpoint:
     """Read a checkpoint together with what resuming needs.
 
     Raises:
-        CheckpointError: see `load_checkpoint`; or it holds a policy only.
+        CheckpointError: of another version; or it holds a policy only.
+        DamagedCheckpointError: a file is missing or damaged.
     """
-    checkpoint = load_checkpoint(path)
-    if not (path / _TRAINING_FILE).is_file() or "training" not in checkpoint.state:
-        raise CheckpointError(
-            f"checkpoint {path} holds a policy but not the state of its training, so the run cannot be "
-            "resumed; export or evaluate it, or train again into another directory"
-        )
+    files = CheckpointFiles(path)
+    checkpoint = _load(files)
+    if not (path / TRAINING_FILE).is_file() or "training" not in checkpoint.state:
+        raise CheckpointError(f"checkpoint {path} holds a policy but not the state of its training")
+    _check_counters(checkpoint)
+    training = files.read_tensors(TRAINING_FILE)
+    return dataclasses.replace(checkpoint, training=training, replay_records=files.replay_records)
+
+
+def _check_counters(checkpoint: Checkpoint) -> None:
+    """Check the counters that resuming needs; the trainer checks the others."""
     try:
-        training = load_file(path / _TRAINING_FILE)
-    except (OSError, SafetensorError) as error:
-        raise damaged_training(path, error) from None
-    return dataclasses.replace(checkpoint, training=training)
+        float(checkpoint.state["training"]["wall_s"])
+        valid = type(checkpoint.state["step"]) is int
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise DamagedCheckpointError(
+            f"checkpoint {checkpoint.path} is damaged: {STATE_FILE} lacks its counters"
+        )
 
 
-def damaged_training(path: Path, error: Exception) -> CheckpointError:
-    """What to say of a checkpoint whose training state cannot be used."""
-    return CheckpointError(
-        f"checkpoint {path}: {_TRAINING_FILE} is damaged or of another version ({error}); delete this "
-        "checkpoint to resume from the one before it"
+def damaged_training(path: Path, error: Exception) -> DamagedCheckpointError:
+    """Make the error for a checkpoint whose training state cannot be used."""
+    return DamagedCheckpointError(
+        f"checkpoint {path}: {TRAINING_FILE} is damaged or of another version ({error})"
     )
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The counters and the evaluation of a checkpoint.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    state = _read_json(path / _STATE_FILE)
-    if (path / _EVALUATION_FILE).is_file():
-        state["evaluation"] = _read_json(path / _EVALUATION_FILE)
-    return state
 
 
 def load_torch_policy(path: str | Path) -> TorchPolicy:
@@ -291,7 +278,7 @@ def _check_schema(directory: Path, found: object) -> None:
         newer = type(found) is int and found > SCHEMA_VERSION
         raise CheckpointError(
             f"checkpoint {directory}: wanted schema version {SCHEMA_VERSION} in {CONFIG_FILE}, got {found!r}; "
-            + ("install a newer rsm-toolkit" if newer else _AGAIN)
+            + ("install a newer rsm-toolkit" if newer else "train again with this version")
         )
 
 
@@ -301,17 +288,14 @@ def _check_content(checkpoint: Checkpoint) -> None:
     try:
         sampler.check()
     except ValueError as error:
-        raise CheckpointError(f"{where}: {CONFIG_FILE}: {error}; {_AGAIN}") from None
+        raise DamagedCheckpointError(f"{where}: {CONFIG_FILE}: {error}") from None
     if (sampler.steps, sampler.particles) != (spec.steps, spec.particles):
-        raise CheckpointError(
-            f"{where}: {CONFIG_FILE} and {_SPEC_FILE} disagree on steps and particles; {_AGAIN}"
-        )
+        raise DamagedCheckpointError(f"{where}: {CONFIG_FILE} and {SPEC_FILE} disagree on steps and particles")
     probe = checkpoint.probe_obs
     obs, action = spec.observation.size, spec.action.size
     if probe.shape[1:] != (obs,) or len(probe) < 1 or not torch.isfinite(probe).all():
-        raise CheckpointError(
-            f"{where}: wanted finite observations [P, {obs}] in {_PROBE_FILE}, got shape "
-            f"{list(probe.shape)}; {_AGAIN}"
+        raise DamagedCheckpointError(
+            f"{where}: wanted finite observations [P, {obs}] in {PROBE_FILE}, got shape {list(probe.shape)}"
         )
     if NORMALIZER in checkpoint.networks:
         _check_normalizer(f"{where}: {NORMALIZER}", checkpoint.networks[NORMALIZER], obs)
@@ -323,20 +307,18 @@ def _check_content(checkpoint: Checkpoint) -> None:
     if critic or spec.has_q:
         _check_mlp(f"{where}: critic", critic, obs + action, 1)
     elif sampler.particles > 1:
-        raise CheckpointError(
-            f"{where}: wanted critics to choose among {sampler.particles} particles; {_AGAIN}"
-        )
+        raise DamagedCheckpointError(f"{where}: wanted critics to choose among {sampler.particles} particles")
 
 
 def _check_normalizer(where: str, scale: Mapping[str, Tensor], obs_size: int) -> None:
     """Check that the normalisation of observations is complete, finite and of their size."""
     if set(scale) != {"mean", "inv_std"}:
-        raise CheckpointError(f"{where}: wanted mean and inv_std, got {', '.join(sorted(scale))}; {_AGAIN}")
+        raise DamagedCheckpointError(f"{where}: wanted mean and inv_std, got {', '.join(sorted(scale))}")
     for name, value in scale.items():
         if value.shape != (obs_size,) or value.dtype != torch.float32 or not torch.isfinite(value).all():
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{where}.{name}: wanted finite float32 numbers of shape {[obs_size]}, got {value.dtype} of "
-                f"shape {list(value.shape)}; {_AGAIN}"
+                f"shape {list(value.shape)}"
             )
 
 
@@ -354,15 +336,15 @@ def _check_mlp(
     for i in range(max(count, at_least)):
         weight, bias = params.get(f"layers.{i}.weight"), params.get(f"layers.{i}.bias")
         if weight is None or bias is None:
-            raise CheckpointError(f"{where}.layers.{i} is missing in {_NETWORKS_FILE}; {_AGAIN}")
+            raise DamagedCheckpointError(f"{where}.layers.{i} is missing in {NETWORKS_FILE}")
         fan_out = outputs if i == count - 1 else weight.shape[-2]
         if weight.shape != (*bias.shape, inputs) or bias.shape[-1:] != (fan_out,):
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{where}.layers.{i}: wanted a weight with {inputs} inputs and {fan_out} outputs and a bias "
-                f"for it, got {list(weight.shape)} and {list(bias.shape)}; {_AGAIN}"
+                f"for it, got {list(weight.shape)} and {list(bias.shape)}"
             )
         if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-            raise CheckpointError(f"{where}.layers.{i} holds NaN or Inf; {_AGAIN}")
+            raise DamagedCheckpointError(f"{where}.layers.{i} holds NaN or Inf")
         _check_norm(f"{where}.norms.{i}", subset(params, f"norms.{i}."), bias)
         inputs = int(fan_out)
 
@@ -371,36 +353,10 @@ def _check_norm(where: str, norm: Mapping[str, Tensor], bias: Tensor) -> None:
     """Check that a layer has no normalisation, or a complete, finite one of its size."""
     for name in ("weight", "bias") if norm else ():
         if name not in norm or norm[name].shape != bias.shape or not torch.isfinite(norm[name]).all():
-            raise CheckpointError(
-                f"{where}.{name}: wanted finite values of shape {list(bias.shape)} in {_NETWORKS_FILE}; "
-                f"{_AGAIN}"
+            raise DamagedCheckpointError(
+                f"{where}.{name}: wanted finite values of shape {list(bias.shape)} in {NETWORKS_FILE}"
             )
 
 
-def _step(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def _score(checkpoint: Path) -> float:
-    """The mean return of a checkpoint's evaluation; the lowest if it has none that can be read."""
-    try:
-        return float(read_state(checkpoint)["evaluation"]["mean"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return float("-inf")
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path.parent}: cannot read {path.name} ({error}); {_AGAIN}"
-        ) from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is not a JSON object; {_AGAIN}")
-    return data
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -10,7 +10,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from torch import Tensor
 
 from rsm_common import atomic
 from rsm_common.commandline import require_extra
-from rsm_common.errors import ConfigError, EnvFaultError, TrainingError, UnsupportedEnvError
+from rsm_common.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    EnvFaultError,
+    TrainingError,
+    UnsupportedEnvError,
+)
+from rsm_common.manifest import FileRecord
 from rsm_common.provenance import provenance
 from rsm_common.seeds import expand_seed
 from rsm_common.spec import PolicySpec
@@ -37,29 +46,35 @@ from rsm_train.model.kernels import Compute, can_compile
 from rsm_train.model.networks import Params, subset
 from rsm_train.model.normalizer import RunningStatistics, scaled
 from rsm_train.run.checkpoint import (
-    CONFIG_FILE,
     NORMALIZER,
     Checkpoint,
-    checkpoint_path,
     damaged_training,
-    list_checkpoints,
-    prune_checkpoints,
-    read_state,
+    is_sound,
+    load_training,
     record_evaluation,
     save_checkpoint,
 )
-from rsm_train.run.metrics import RunLog, Tolerant, extra_sinks, mute_closed_streams
-from rsm_train.run.replay import ReplayBuffer, load_segments, remove_segments, write_segments
-from rsm_train.run.run_directory import (
+from rsm_train.run.checkpoint_files import (
+    CONFIG_FILE,
     REPLAY_DIR,
+    checkpoint_path,
+    list_checkpoints,
+    prune_checkpoints,
+    read_state,
+    set_aside,
+)
+from rsm_train.run.metrics import RunLog, Tolerant, extra_sinks, mute_closed_streams
+from rsm_train.run.replay import ReplayBuffer, load_segments, needed_records, remove_segments, write_segments
+from rsm_train.run.run_directory import (
     lock,
     make,
-    newest_checkpoint,
     remove_leftovers,
     require_new,
+    require_no_lost_checkpoint,
     resume_command,
     sync_metrics,
     trim_metrics,
+    write_advice,
 )
 from rsm_train.run.stopping import RunStopped, StopRequest
 
@@ -68,7 +83,7 @@ RECENT_EPISODES = 20
 _EVALUATION_SEED = 2**32
 """Evaluation episodes of a run with seed s use the seeds of 2**32 + s, not those of `rsm-eval --seeds s`."""
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Trainer:
@@ -139,6 +154,7 @@ class Trainer:
         self.step = 0
         self.updates = 0
         self._saved_step = 0
+        self._replay_records: dict[str, FileRecord] = {}
         self._recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._means = _RunningMeans(self.device)
 
@@ -277,13 +293,14 @@ class Trainer:
         }
         with _disk_errors(self.run_dir, f"the checkpoint of step {self.step}"):
             sync_metrics(self.run_dir)
-            write_segments(self.run_dir / REPLAY_DIR, self.replay)
+            write_segments(self.run_dir / REPLAY_DIR, self.replay, self._replay_records)
             save_checkpoint(
                 self.run_dir,
                 dataclasses.replace(
                     checkpoint,
                     state={**checkpoint.state, "training": state},
                     training=self.training_state(),
+                    replay_records=needed_records(self._replay_records, self.replay.oldest),
                 ),
             )
         self._saved_step = self.step
@@ -329,7 +346,8 @@ class Trainer:
             added = int(counters["added"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise damaged_training(checkpoint.path, error) from None
-        load_segments(self.run_dir / REPLAY_DIR, self.replay, added)
+        self._replay_records = dict(checkpoint.replay_records)
+        load_segments(self.run_dir / REPLAY_DIR, self.replay, added, self._replay_records)
 
     def _restore_learning_generator(self, state: Tensor) -> None:
         if state.shape == self._learning_generator.get_state().shape:
@@ -361,10 +379,14 @@ class Trainer:
         """First the checkpoints that are no longer kept, then the transitions that no kept one needs."""
         keep = self.run.keep_checkpoints
         prune_checkpoints(self.run_dir, keep)
-        oldest = read_state(list_checkpoints(self.run_dir)[-keep:][0])
+        try:
+            oldest = read_state(list_checkpoints(self.run_dir)[-keep:][0])
+        except DamagedCheckpointError:
+            return  # its transitions are kept: a later save deletes them
         if "training" in oldest:
             needed = oldest["training"]["added"] - self.replay.capacity
-            remove_segments(self.run_dir / REPLAY_DIR, before=needed)
+            for name in remove_segments(self.run_dir / REPLAY_DIR, before=needed):
+                self._replay_records.pop(name, None)
 
     def checkpoint(self) -> Checkpoint:
         """The present policy as a checkpoint, not evaluated yet."""
@@ -442,14 +464,14 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         run: settings of the loop.
         algorithm_config: settings of the algorithm.
         run_dir: where everything is written.
-        resume: go on from the newest checkpoint in the directory, or from the start where there is none;
+        resume: go on from the newest sound checkpoint in the directory, or from the start where there is none;
             the settings are those of `rsm_train.run.run_directory.resume_settings`.
 
     Raises:
         ConfigError: the run directory holds another run already or another process writes there, the device
             or a compiler is not available, or the replay buffer does not fit into memory.
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
-        CheckpointError: the newest checkpoint cannot be resumed from.
+        CheckpointError: no checkpoint can be resumed from, or the checkpoints were deleted.
         TrainingError: the run cannot go on; its last checkpoint is intact.
         RunStopped: a signal ended it; its message has the command to resume.
         MissingExtraError: wandb is asked for and not installed.
@@ -460,21 +482,16 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         torch.set_num_threads(run.threads)
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         stack.callback(mute_closed_streams)  # for what the caller says at the end
-        checkpoint = None
         continuing = resume and (run_dir / CONFIG_FILE).is_file()
         if continuing:
             stack.enter_context(lock(run_dir))
-            checkpoint = newest_checkpoint(run_dir)
-            done = checkpoint is not None and checkpoint.state["step"] >= run.total_steps
-            if checkpoint is not None and done and not evaluation_due(checkpoint.state):
-                _say(f"the run is finished at step {checkpoint.state['step']:,}; raise --total-steps to go on")
-                return run_dir
         else:
             require_new(run_dir)
-        trainer = Trainer(run, algorithm_config, run_dir, checkpoint)
+        start = _start(run, algorithm_config, run_dir)
+        if start is None:
+            return run_dir
+        trainer, checkpoint = start.trainer, start.checkpoint
         stack.callback(trainer.close)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
         if not continuing:
             make(run_dir)
             stack.enter_context(lock(run_dir))
@@ -483,10 +500,78 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         # First, as wandb may refuse: the directory is then still empty, and can be used again.
         sinks = extra_sinks(run.wandb, run_dir, trainer.config())
         with _disk_errors(run_dir, "the run", _DISK):
+            _set_aside(start)
             _prepare(trainer)
             with RunLog(run_dir, run.total_steps, sinks, first_step=trainer.step, wall_s=wall_s) as log:
                 trainer.train(log, stop)
     return run_dir
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run starts from."""
+
+    trainer: Trainer
+    checkpoint: Checkpoint | None
+    """None at step 0."""
+    damaged: Sequence[tuple[Path, str]] = ()
+    """Newer checkpoints that cannot be resumed, newest first, and why."""
+
+
+def _start(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> _Start | None:
+    """Make the trainer, at the newest checkpoint that is sound if there is one; None if the run is finished.
+
+    Raises:
+        CheckpointError: there are checkpoints and none can be resumed; or they were deleted.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            checkpoint = load_training(path)
+            if checkpoint.state["step"] >= run.total_steps and not evaluation_due(checkpoint.state):
+                _say(f"the run is finished at step {checkpoint.state['step']:,}; raise --total-steps to go on")
+                return None
+            return _Start(_restored(run, algorithm_config, run_dir, checkpoint), checkpoint, damaged)
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+    if damaged:
+        raise _none_sound(damaged)
+    if (run_dir / CONFIG_FILE).is_file():
+        require_no_lost_checkpoint(run_dir, run)
+        _say(f"warning: the run in {str(run_dir)!r} has no checkpoint, so it begins again at step 0")
+    return _Start(Trainer(run, algorithm_config, run_dir), None)
+
+
+def _restored(
+    run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, checkpoint: Checkpoint
+) -> Trainer:
+    trainer = Trainer(run, algorithm_config, run_dir, checkpoint)
+    try:
+        trainer.restore(checkpoint)
+    except BaseException:
+        trainer.close()
+        raise
+    return trainer
+
+
+def _none_sound(damaged: Sequence[tuple[Path, str]]) -> CheckpointError:
+    policy = next((path for path, _ in damaged if is_sound(path)), None)
+    remedy = "restore the run directory from a copy" if policy is None else f"use the policy in {policy}"
+    return CheckpointError(
+        f"{damaged[0][1]}; no checkpoint of the run can be resumed, {remedy}, or begin a run in another "
+        "directory with --out"
+    )
+
+
+def _set_aside(start: _Start) -> None:
+    """Rename the damaged checkpoints that are newer than the one resumed from, with a warning for each."""
+    for path, reason in start.damaged:
+        assert start.checkpoint is not None
+        kept = set_aside(path)
+        _say(
+            f"warning: {reason}; the run goes on from the older checkpoint {start.checkpoint.path}, and the "
+            f"damaged one is kept as {kept}"
+        )
 
 
 def _prepare(trainer: Trainer) -> None:
@@ -557,8 +642,8 @@ def _disk_errors(run_dir: Path, what: str, numbers: Collection[int] = ()) -> Ite
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(
-            f"cannot write {what} to {str(run_dir)!r}: {reason}; earlier checkpoints are intact, make room and "
-            f"go on with: {resume_command(run_dir)}"
+            f"cannot write {what} to {str(run_dir)!r}: {reason}; earlier checkpoints are intact, "
+            f"{write_advice(getattr(error, 'errno', None), run_dir)}"
         ) from None
 
 

@@ -7,16 +7,18 @@ Transitions are numbered in the order they are added. On disk they are immutable
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from rsm_common import atomic
-from rsm_common.errors import CheckpointError, ConfigError
+from rsm_common.errors import ConfigError, DamagedCheckpointError
+from rsm_common.manifest import FileRecord, check_record, file_record
 from rsm_train.algorithms.common import Batch
 
 SEGMENT_ROWS = 50_000
@@ -115,11 +117,11 @@ def list_segments(directory: Path) -> list[Segment]:
     return sorted(Segment(int(name[1]), int(name[2]), path) for name, path in found if name)
 
 
-def write_segments(directory: Path, replay: ReplayBuffer) -> None:
-    """Write the transitions that no file has yet.
+def write_segments(directory: Path, replay: ReplayBuffer, records: dict[str, FileRecord]) -> None:
+    """Write the transitions that no file has yet, and add the records of their files to `records`.
 
     Raises:
-        OSError: they cannot be written; what was there is untouched.
+        OSError: they cannot be written; the files that exist are unchanged.
     """
     directory.mkdir(exist_ok=True)
     written = list_segments(directory)
@@ -127,47 +129,73 @@ def write_segments(directory: Path, replay: ReplayBuffer) -> None:
     for first in range(start, replay.added, SEGMENT_ROWS):
         end = min(first + SEGMENT_ROWS, replay.added)
         tensors = {name: value.cpu() for name, value in vars(replay.rows(first, end)).items()}
-        atomic.write_file(directory / f"{first:012d}-{end:012d}.safetensors", save(tensors))
+        name, content = f"{first:012d}-{end:012d}.safetensors", save(tensors)
+        atomic.write_file(directory / name, content)
+        records[name] = file_record(content)
 
 
-def load_segments(directory: Path, replay: ReplayBuffer, added: int) -> None:
+def load_segments(directory: Path, replay: ReplayBuffer, added: int, records: dict[str, FileRecord]) -> None:
     """Fill an empty buffer as it was after `added` transitions, each in its old place.
 
+    Args:
+        directory: with the files.
+        replay: to be filled.
+        added: transitions up to now.
+        records: size and sha256 by file name. If it is empty, no file is verified, and the records are added.
+
     Raises:
-        CheckpointError: a file is missing, damaged or of another environment.
+        DamagedCheckpointError: a file is missing, damaged or of another environment.
     """
     assert replay.added == 0
+    verify = bool(records)
     replay.added = max(0, added - replay.capacity)
     for segment in list_segments(directory):
         if segment.first > replay.added or segment.end > added:
             break
         if segment.end > replay.added:
-            replay.add(_read(segment, replay))
+            content, rows = _read(segment, replay, records if verify else None)
+            records[segment.path.name] = file_record(content)
+            replay.add(rows)
     if replay.added != added:
-        raise CheckpointError(
-            f"wanted transitions up to {added} in {directory}, got only those before {replay.added}; without "
-            "them the run cannot be resumed"
+        raise DamagedCheckpointError(
+            f"wanted transitions up to {added} in {directory}, got only those before {replay.added}"
         )
 
 
-def remove_segments(directory: Path, *, before: int = 0, beyond: int | None = None) -> None:
-    """Delete the files that hold nothing from transition `before` on, and those that reach past `beyond`."""
+def remove_segments(directory: Path, *, before: int = 0, beyond: int | None = None) -> list[str]:
+    """Delete the files that hold nothing from transition `before` on, and those that reach past `beyond`.
+
+    Returns:
+        the names of the deleted files.
+    """
+    deleted = []
     for segment in list_segments(directory):
         if segment.end <= before or (beyond is not None and segment.end > beyond):
             segment.path.unlink()
+            deleted.append(segment.path.name)
+    return deleted
 
 
-def _read(segment: Segment, replay: ReplayBuffer) -> Batch:
-    """The transitions of a segment that the buffer lacks."""
-    skip = replay.added - segment.first
+def needed_records(records: Mapping[str, FileRecord], oldest: int) -> dict[str, FileRecord]:
+    """Return the records of the files that hold transitions from number `oldest` on."""
+    return {name: record for name, record in records.items() if int(name.partition(".")[0][-12:]) > oldest}
+
+
+def _read(
+    segment: Segment, replay: ReplayBuffer, records: Mapping[str, FileRecord] | None
+) -> tuple[bytes, Batch]:
+    """Read a segment; return the file's content and the transitions that the buffer lacks."""
+    skip, name = replay.added - segment.first, segment.path.name
     try:
-        with safe_open(segment.path, "pt") as file:  # maps the file into memory
-            rows = Batch(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        for name, shape in replay.shapes(segment.end - segment.first).items():
-            if getattr(rows, name).shape != shape:
-                raise ValueError(f"{name}: wanted {list(shape)}, got {list(getattr(rows, name).shape)}")
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"replay file {segment.path} is damaged: {error}; without it the run cannot be resumed"
-        ) from None
-    return Batch(**{name: value[skip:] for name, value in vars(rows).items()})
+        content = segment.path.read_bytes()
+        if records is not None:
+            if name not in records:
+                raise ValueError("the checkpoint does not list it")
+            check_record(name, content, records[name])
+        rows = Batch(**load(content))
+        for field, shape in replay.shapes(segment.end - segment.first).items():
+            if getattr(rows, field).shape != shape:
+                raise ValueError(f"{field}: wanted {list(shape)}, got {list(getattr(rows, field).shape)}")
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+        raise DamagedCheckpointError(f"replay file {segment.path} is damaged: {error}") from None
+    return content, Batch(**{field: value[skip:] for field, value in vars(rows).items()})

@@ -18,16 +18,13 @@ from rsm_common.errors import CheckpointError, ConfigError
 from rsm_common.locking import lock_file
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig, find_algorithm, resolve, run_directory
-from rsm_train.run.checkpoint import (
+from rsm_train.run.checkpoint_files import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
     METRICS_FILE,
-    Checkpoint,
-    list_checkpoints,
-    load_training,
+    REPLAY_DIR,
 )
 
-REPLAY_DIR = "replay"
 _LOCK_FILE = "lock"
 _TEMPORARY_FILES = (f".{CONFIG_FILE}.*", f".{METRICS_FILE}.*", f"{REPLAY_DIR}/.*.safetensors.*")
 _FREE_TO_CHANGE = (
@@ -192,14 +189,20 @@ def _read_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
         ) from None
 
 
-def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """What a resume starts from; None if the run was ended before its first checkpoint.
+def require_no_lost_checkpoint(run_dir: Path, run: RunConfig) -> None:
+    """Check that a run without checkpoints was ended before its first one.
 
     Raises:
-        CheckpointError: the newest checkpoint is damaged or holds a policy only.
+        CheckpointError: its metrics go beyond the first checkpoint, so that the checkpoints were deleted.
     """
-    checkpoints = list_checkpoints(run_dir)
-    return load_training(checkpoints[-1]) if checkpoints else None
+    path = run_dir / METRICS_FILE
+    steps = map(_step, path.read_bytes().splitlines(keepends=True)) if path.is_file() else iter(())
+    reached = max((step for step in steps if step != float("inf")), default=0)
+    if reached > min(run.checkpoint_every, run.eval_every, run.total_steps) + run.num_envs:
+        raise CheckpointError(
+            f"wanted a checkpoint in {str(run_dir / CHECKPOINTS_DIR)!r}, got none although the run reached "
+            f"step {reached:,}; restore that directory from a copy, or begin a run in another one with --out"
+        )
 
 
 def trim_metrics(run_dir: Path, step: int, *, without_evaluation: bool = False) -> None:

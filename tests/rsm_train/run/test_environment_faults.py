@@ -11,7 +11,8 @@ import pytest
 
 from rsm_eval.cli import main as evaluate
 from rsm_train.cli import main
-from rsm_train.run.checkpoint import list_checkpoints, load_checkpoint, read_state
+from rsm_train.run.checkpoint import load_checkpoint
+from rsm_train.run.checkpoint_files import list_checkpoints, read_state
 from tests.rsm_eval.bad_envs import BAD, MODULE, BadEnv
 from tests.rsm_train.runs import TINY
 

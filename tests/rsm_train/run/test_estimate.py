@@ -9,7 +9,7 @@ import pytest
 from rsm_train.cli import main
 from rsm_train.config import resolve
 from rsm_train.run import estimate as module
-from rsm_train.run.checkpoint import list_checkpoints
+from rsm_train.run.checkpoint_files import list_checkpoints
 from rsm_train.run.estimate import (
     Estimate,
     disk_bytes,

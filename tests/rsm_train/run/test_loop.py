@@ -13,15 +13,8 @@ from rsm_train.config import resolve
 from rsm_train.environments.evaluation import Evaluation
 from rsm_train.model.samplers import DiffusionSampler
 from rsm_train.policy import act_best_of_n, action_scale
-from rsm_train.run.checkpoint import (
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    load_torch_policy,
-    load_training,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy, load_training, save_checkpoint
+from rsm_train.run.checkpoint_files import find_checkpoint, list_checkpoints, prune_checkpoints
 from rsm_train.run.loop import Trainer, pick_device
 from tests.rsm_train.runs import TINY, tiny_run
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from rsm_common.errors import ConfigError
 from rsm_train.cli import main
-from rsm_train.run.checkpoint import list_checkpoints
+from rsm_train.run.checkpoint_files import list_checkpoints
 from rsm_train.run.many_seeds import Worker, failures, format_results, interrupted, plan, run_seeds, unfinished
 from tests.rsm_train.runs import tiny_run
 

@@ -14,7 +14,8 @@ from rsm_common.errors import CheckpointError
 from rsm_serve.local import open_policy
 from rsm_train.config import resolve
 from rsm_train.model.normalizer import ObservationScale
-from rsm_train.run.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_training
+from rsm_train.run.checkpoint import Checkpoint, load_checkpoint, load_training
+from rsm_train.run.checkpoint_files import list_checkpoints
 from rsm_train.run.loop import Trainer, train
 from rsm_train.run.run_directory import resume_settings
 from tests.rsm_train.runs import TINY, tiny_run

@@ -65,7 +65,7 @@ def filled(capacity, added, step=3, directory=None, every=10_000):
     for first in range(0, added, step):
         replay.add(rows(first, min(step, added - first)))
         if directory is not None and replay.added % every < step:
-            write_segments(directory, replay)
+            write_segments(directory, replay, {})
     return replay
 
 
@@ -81,13 +81,13 @@ def assert_equal(first, second):
 def test_the_ring_is_read_back_in_its_old_places(tmp_path, capacity, added, every, monkeypatch):
     monkeypatch.setattr("rsm_train.run.replay.SEGMENT_ROWS", 8)
     replay = filled(capacity, added, directory=tmp_path, every=every)
-    write_segments(tmp_path, replay)
+    write_segments(tmp_path, replay, {})
     remove_segments(tmp_path, before=replay.oldest)
     segments = list_segments(tmp_path)
     assert segments[0].first <= replay.oldest < segments[0].end
     assert max(segment.end - segment.first for segment in segments) <= 8
     loaded = ReplayBuffer(capacity, 2, 1)
-    load_segments(tmp_path, loaded, replay.added)
+    load_segments(tmp_path, loaded, replay.added, {})
     assert_equal(replay, loaded)
     assert torch.equal(
         replay.sample(50, torch.Generator().manual_seed(1)).reward,
@@ -99,10 +99,10 @@ def test_only_what_is_new_is_written(tmp_path):
     replay = filled(100, 30, directory=tmp_path, every=15)
     before = {segment.path: segment.path.stat().st_mtime_ns for segment in list_segments(tmp_path)}
     replay.add(rows(30, 5))
-    write_segments(tmp_path, replay)
+    write_segments(tmp_path, replay, {})
     assert [(segment.first, segment.end) for segment in list_segments(tmp_path)][-1] == (30, 35)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    write_segments(tmp_path, replay)
+    write_segments(tmp_path, replay, {})
     assert len(list_segments(tmp_path)) == len(before) + 1, "nothing new, nothing written"
 
 
@@ -110,7 +110,7 @@ def test_an_older_checkpoint_ignores_later_transitions_which_can_be_removed(tmp_
     filled(100, 60, directory=tmp_path, every=15)
     early = filled(100, 30)
     loaded = ReplayBuffer(100, 2, 1)
-    load_segments(tmp_path, loaded, 30)
+    load_segments(tmp_path, loaded, 30, {})
     assert_equal(early, loaded)
     remove_segments(tmp_path, beyond=30)
     assert list_segments(tmp_path)[-1].end == 30
@@ -126,9 +126,9 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
         else:
             middle.write_bytes(damage)
         with pytest.raises(CheckpointError, match="resumed") as caught:
-            load_segments(tmp_path, ReplayBuffer(100, 2, 1), 60)
+            load_segments(tmp_path, ReplayBuffer(100, 2, 1), 60, {})
         assert "\n" not in str(caught.value)
     middle.write_bytes(list_segments(tmp_path)[0].path.read_bytes())
-    load_segments(tmp_path, ReplayBuffer(100, 2, 1), 60)
+    load_segments(tmp_path, ReplayBuffer(100, 2, 1), 60, {})
     with pytest.raises(CheckpointError, match="damaged"):
-        load_segments(tmp_path, ReplayBuffer(100, 3, 1), 60)
+        load_segments(tmp_path, ReplayBuffer(100, 3, 1), 60, {})

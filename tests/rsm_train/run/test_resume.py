@@ -25,7 +25,8 @@ from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.cli import main
 from rsm_train.config import resolve
-from rsm_train.run.checkpoint import find_checkpoint, list_checkpoints, load_torch_policy
+from rsm_train.run.checkpoint import load_torch_policy
+from rsm_train.run.checkpoint_files import find_checkpoint, list_checkpoints
 from rsm_train.run.loop import Trainer, _prepare, train
 from rsm_train.run.replay import ReplayBuffer, list_segments, load_segments
 from rsm_train.run.run_directory import lock, resume_command, resume_settings, trim_metrics
@@ -68,7 +69,7 @@ def states(checkpoint: Path) -> dict[str, Any]:
 def ring(run: Path, checkpoint: Path) -> ReplayBuffer:
     added = states(checkpoint)["training"]["added"]
     replay = ReplayBuffer(SETTINGS["replay_size"], 11, 3)
-    load_segments(run / "replay", replay, added)
+    load_segments(run / "replay", replay, added, {})
     return replay
 
 
