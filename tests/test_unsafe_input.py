@@ -387,6 +387,8 @@ def test_a_checkpoint_of_another_action_dimension(checkpoint, checkpoint_refused
     data = json.loads((checkpoint / "policy.json").read_bytes())
     data |= {"action": {"names": ["a"], "low": [-1.0], "high": [1.0]}, "noise_shape": [2, 2, 1]}
     (checkpoint / "policy.json").write_text(json.dumps(data))
+    checkpoint_refused("policy.json is truncated or changed")
+    (checkpoint / "sha256.json").unlink()
     checkpoint_refused("wanted a weight with 21 inputs")
 
 
@@ -394,6 +396,7 @@ def test_a_checkpoint_of_another_action_dimension(checkpoint, checkpoint_refused
 def test_a_checkpoint_whose_name_leaves_the_repository(checkpoint, refused, tmp_path, name):
     data = json.loads((checkpoint / "policy.json").read_bytes()) | {"name": name}
     (checkpoint / "policy.json").write_text(json.dumps(data))
+    (checkpoint / "sha256.json").unlink()
     refused(rsm_export, [str(checkpoint), "--repo", str(tmp_path / "repo")], "wanted a policy name")
 
 

@@ -175,7 +175,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _adopt(source: Path, repo: Path, name: str | None) -> None:
-    require_extra("rsm-export of a model.onnx", "serve", ["onnxruntime"])
+    require_extra("rsm-export of a model.onnx", "export", ["onnx", "onnxruntime"])
     from rsm_export.bundles.adoption import adopt_graph
 
     click.echo(f"bundle: {adopt_graph(source, repo, name)}")
@@ -188,9 +188,9 @@ def inspect(bundle: Path, as_json: bool) -> int:
     """Print all there is to know of a bundle: sizes and bounds, sampling, accuracy, evaluation, origin, graph.
 
     BUNDLE is a version directory, a policy directory (its current version) or a bare model.onnx. The exit
-    status is 0 only if it loads, every hash included.
+    status is 0 only if every hash is right and it can be run.
     """
-    require_extra("rsm-export inspect", "export", ["onnx"])
+    require_extra("rsm-export inspect", "export", ["onnx", "onnxruntime"])
     from rsm_export.bundles.inspection import format_report, inspect_path
 
     report = inspect_path(bundle)

@@ -6,10 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 
+from rsm_common.errors import BackendError, BundleError
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import PolicySpec
 from rsm_export.bundles.bundle_writer import next_version, write_bundle, write_time
+from rsm_export.checks.static_rules import check_static_rules
 from rsm_serve.bundle.contract import load_graph
 from rsm_serve.bundle.probe import Probe
 from rsm_serve.local import LocalPolicy
@@ -18,6 +21,8 @@ from rsm_serve.sessions.choice import open_session
 PROBE_ROWS = 8
 _PROBE_SEED = 0x41_444F_5054
 _NUDGE = 1e-4
+_ROW_TOLERANCE = 1e-3
+"""Largest difference, as a fraction of the action range, that counts as rounding of another batch size."""
 
 
 def adopt_graph(path: Path, repository: Path, name: str | None = None) -> Path:
@@ -31,7 +36,8 @@ def adopt_graph(path: Path, repository: Path, name: str | None = None) -> Path:
         name: of the policy; by default as in the graph.
 
     Raises:
-        BundleError: it is not a graph of rsm-export, it does not run, or the repository is not usable.
+        BundleError: it is not a graph of rsm-export, it does not run, it is random or mixes rows, or the
+            repository is not usable.
     """
     bare = load_graph(path)
     name = name or bare.spec.name
@@ -42,7 +48,31 @@ def adopt_graph(path: Path, repository: Path, name: str | None = None) -> Path:
         provenance={**bare.spec.provenance, "adopted": write_time()},
     )
     policy = LocalPolicy(bare, open_session(bare, "onnxruntime"))
-    return write_bundle(repository, spec, bare.model, _probe(policy, bare.spec))
+    try:
+        check_static_rules(onnx.load_from_string(bare.model))
+        probe = _probe(policy, bare.spec)
+        _check_rows(policy, probe)
+    except (BundleError, BackendError) as error:
+        raise BundleError(f"graph {path}: {error}; export the policy again from its checkpoint") from None
+    return write_bundle(repository, spec, bare.model, probe)
+
+
+def _check_rows(policy: LocalPolicy, probe: Probe) -> None:
+    """Check that the action of a row depends on its own observation and noise only.
+
+    Raises:
+        BundleError: a row gives another action on its own than among other rows.
+    """
+    span = policy.spec.action_high - policy.spec.action_low
+    allowed = max(policy.spec.tolerance, _ROW_TOLERANCE)
+    for row in range(len(probe.obs)):
+        alone = policy.act(probe.obs[row : row + 1], noise=probe.noise[row : row + 1]).action[0]
+        error = float((np.abs(alone - probe.action[row]) / span).max())
+        if not error <= allowed:
+            raise BundleError(
+                f"wanted rows that do not depend on each other, got an action of row {row} that is off by "
+                f"{error:.2g} of the action range if the row is computed alone ({allowed:.2g} allowed)"
+            )
 
 
 def _probe(policy: LocalPolicy, spec: PolicySpec) -> Probe:

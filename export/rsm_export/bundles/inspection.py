@@ -13,12 +13,16 @@ from typing import Any
 import onnx
 
 from rsm_common.commandline import aligned
-from rsm_common.errors import BundleError
+from rsm_common.errors import BackendError, BundleError
 from rsm_common.manifest import MANIFEST_FILE, file_record
 from rsm_common.spec import PolicySpec
-from rsm_serve.bundle.contract import PAYLOAD_FILES, find_bundle, load_bundle, read_manifest
+from rsm_export.checks.static_rules import check_static_rules
+from rsm_serve.bundle.contract import PAYLOAD_FILES, Bundle, find_bundle, load_bundle, load_graph, read_manifest
 from rsm_serve.bundle.onnx_file import POLICY_KEY, read_metadata
+from rsm_serve.local import run_bundle
+from rsm_serve.sessions.choice import RUNTIMES
 
+_RUNTIME = "onnxruntime"
 _SHOWN_ONE_BY_ONE = 8
 """Longer runs of elements with the same bounds become one line."""
 
@@ -31,9 +35,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
     Returns:
         what JSON can hold: "path"; "kind" ("bundle" or "graph"); "problem", None or a sentence that says why it
-        does not load; "files" (name -> size, sha256, and whether these are the manifest's, None without one);
-        and, where there is no problem, "policy" (policy.json, or what the graph's metadata says; None if it
-        says nothing), "probe_rows", "graph" and "metadata".
+        cannot be loaded and run; "files" (name -> size, sha256, and whether these are the manifest's, None
+        without one); and, if it can be loaded, "policy" (policy.json, or what the graph's metadata says; None
+        if it says nothing), "probe_rows", "graph" and "metadata".
 
     Raises:
         BundleError: there is no bundle or graph at the path, or its manifest cannot be read.
@@ -45,7 +49,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
     report["files"] = _files(version_dir)
     try:
         bundle = load_bundle(version_dir)
-        return report | _content(bundle.model, bundle.spec) | {"probe_rows": len(bundle.probe.obs)}
+        report |= _content(bundle.model, bundle.spec) | {"probe_rows": len(bundle.probe.obs)}
+        return report | {"problem": _run_problem(bundle)}
     except BundleError as error:  # what is damaged is not looked into
         return report | {"problem": str(error)}
 
@@ -53,7 +58,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def format_report(report: Mapping[str, Any]) -> str:
     """The report of `inspect_path` as plain text."""
     sections = [_head(report), _table(["file", "bytes", "sha256", "manifest"], _file_rows(report["files"]))]
-    if report["problem"] is None:
+    if "graph" in report:
         policy = report["policy"]
         if policy is not None:
             sections += [_policy_text(policy, report["probe_rows"])]
@@ -79,7 +84,29 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
         raise BundleError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
     except BundleError as error:
         raise BundleError(f"graph {path}: {error}") from None
-    return report | {"files": {path.name: {**file_record(model), "verified": None}}} | content
+    report |= {"files": {path.name: {**file_record(model), "verified": None}}} | content
+    return report | {"problem": _graph_problem(path, model)}
+
+
+def _graph_problem(path: Path, model: bytes) -> str | None:
+    """Say why a bare graph cannot be run as a policy; None if it can."""
+    try:
+        bundle = load_graph(path)
+        check_static_rules(onnx.load_from_string(model))
+    except BundleError as error:
+        return str(error)
+    return _run_problem(bundle)
+
+
+def _run_problem(bundle: Bundle) -> str | None:
+    """Run a bundle or a graph once in onnxruntime, where it has the precision, and say what is wrong."""
+    if bundle.spec.precision not in RUNTIMES[_RUNTIME].precisions:
+        return None
+    try:
+        run_bundle(bundle, _RUNTIME)
+    except (BundleError, BackendError) as error:
+        return str(error)
+    return None
 
 
 def _files(version_dir: Path) -> dict[str, dict[str, Any]]:
@@ -154,11 +181,9 @@ def _dtype_name(number: int) -> str:
 
 def _head(report: Mapping[str, Any]) -> str:
     if report["problem"] is not None:
-        state = f"does not load: {report['problem']}"
+        state = f"cannot be run: {report['problem']}"
     elif report["kind"] == "bundle":
         state = "every hash is the manifest's"
-    elif report["policy"] is None:
-        state = f"a bare graph without {POLICY_KEY} in its metadata: it cannot be run as a policy"
     else:
         state = "a bare graph: there is no manifest to verify it by"
     return f"{report['path']}\n{state}"

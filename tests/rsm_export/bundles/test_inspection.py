@@ -109,9 +109,9 @@ def test_a_bare_graph_with_and_without_a_specification(version_dir, tmp_path, ca
     assert "no manifest" in out
     assert "policy arm, version 0" in out
     bare.write_bytes(make_model(SPEC))
-    assert main(["inspect", str(bare)]) == 0
+    assert main(["inspect", str(bare)]) == 2
     assert "cannot be run" in capsys.readouterr().out
-    assert main(["inspect", str(bare), "--json"]) == 0
+    assert main(["inspect", str(bare), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["policy"] is None
 
 

@@ -556,7 +556,7 @@ def test_where_there_is_no_run(tmp_path, capsys):
     ("damage", "words"),
     [
         (lambda path: (path / "training.safetensors").unlink(), "policy but not the state of its training"),
-        (lambda path: (path / "training.safetensors").write_bytes(b"x"), "training.safetensors is damaged"),
+        (lambda path: (path / "training.safetensors").write_bytes(b"x"), r"training\.safetensors is truncated"),
         (lambda path: shutil.rmtree(path.parents[1] / "replay"), "wanted transitions up to 240"),
         (lambda path: (path.parents[1] / "config.json").write_text("{}"), "configuration"),
     ],
@@ -565,6 +565,8 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused_but_remains_a_policy(
     uninterrupted, tmp_path, damage, words
 ):
     run = shutil.copytree(uninterrupted, tmp_path / "run")
+    for older in list_checkpoints(run)[:-1]:  # which would be taken instead
+        shutil.rmtree(older)
     damage(list_checkpoints(run)[-1])
     with pytest.raises(CheckpointError, match=words):
         resume(run, total_steps=300)
@@ -580,6 +582,10 @@ def test_training_state_of_another_shape_is_refused(uninterrupted, tmp_path, nam
     tensors = load_file(path)
     del tensors[name]
     save_file(tensors, path)
+    for checkpoint in list_checkpoints(run):
+        (checkpoint / "sha256.json").unlink()
+    for older in list_checkpoints(run)[:-1]:
+        shutil.rmtree(older)
     with pytest.raises(CheckpointError, match=f"damaged .*{name}"):
         resume(run, total_steps=300)
 
@@ -682,6 +688,7 @@ def test_what_old_checkpoints_lack(tmp_path, uninterrupted):
     run = shutil.copytree(uninterrupted, tmp_path / "run")
     for path in list_checkpoints(run):
         (path / "training.safetensors").unlink(missing_ok=True)
+        (path / "sha256.json").unlink()
         state = json.loads((path / "state.json").read_text())
         del state["training"]
         (path / "state.json").write_text(json.dumps(state))
