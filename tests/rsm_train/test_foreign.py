@@ -145,6 +145,13 @@ def test_an_existing_directory_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def by_hand(directory):
+    """A checkpoint whose files can be edited: without the record of their hashes."""
+    path = import_weights(directory, **settings())
+    (path / "sha256.json").unlink()
+    return path
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
@@ -156,7 +163,7 @@ def test_an_existing_directory_is_left_alone(tmp_path):
     ],
 )
 def test_other_schema_versions_of_a_checkpoint_say_why(tmp_path, version, message):
-    path = import_weights(tmp_path / "a", **settings())
+    path = by_hand(tmp_path / "a")
     config = json.loads((path / "config.json").read_bytes())
     assert config["schema_version"] == 1
     (path / "config.json").write_text(json.dumps(config | {"schema_version": version}))
@@ -165,7 +172,7 @@ def test_other_schema_versions_of_a_checkpoint_say_why(tmp_path, version, messag
 
 
 def test_a_checkpoint_with_an_earlier_policy_json_loads(tmp_path):
-    path = import_weights(tmp_path / "a", **settings())
+    path = by_hand(tmp_path / "a")
     data = json.loads((path / "policy.json").read_bytes())
     for later in ("sampling", "accuracy", "tolerance"):
         del data[later]
@@ -185,7 +192,7 @@ def test_a_checkpoint_with_an_earlier_policy_json_loads(tmp_path):
     ],
 )
 def test_a_checkpoint_written_by_hand_is_checked_too(tmp_path, name, value, message):
-    path = import_weights(tmp_path / "a", **settings())
+    path = by_hand(tmp_path / "a")
     file = path / "networks.safetensors"
     save_file(changed(load_file(file), name, value), file)
     with pytest.raises(CheckpointError, match=message):
@@ -193,7 +200,7 @@ def test_a_checkpoint_written_by_hand_is_checked_too(tmp_path, name, value, mess
 
 
 def test_a_network_without_hidden_layers_is_refused(tmp_path):
-    path = import_weights(tmp_path / "a", **settings())
+    path = by_hand(tmp_path / "a")
     file = path / "networks.safetensors"
     arrays = {name: value for name, value in load_file(file).items() if "policy_average.layers" not in name}
     arrays["policy_average.layers.0.weight"] = np.zeros((A, O + A + 16), np.float32)

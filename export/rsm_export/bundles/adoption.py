@@ -21,6 +21,7 @@ from rsm_serve.sessions.choice import open_session
 PROBE_ROWS = 8
 _PROBE_SEED = 0x41_444F_5054
 _NUDGE = 1e-4
+_AGAIN = "export the policy again from its checkpoint"
 _ROW_TOLERANCE = 1e-3
 """Largest difference, as a fraction of the action range, that counts as rounding of another batch size."""
 
@@ -50,10 +51,13 @@ def adopt_graph(path: Path, repository: Path, name: str | None = None) -> Path:
     policy = LocalPolicy(bare, open_session(bare, "onnxruntime"))
     try:
         check_static_rules(onnx.load_from_string(bare.model))
+    except BundleError as error:
+        raise BundleError(f"graph {path}: {error}; {_AGAIN}") from None
+    try:
         probe = _probe(policy, bare.spec)
         _check_rows(policy, probe)
     except (BundleError, BackendError) as error:
-        raise BundleError(f"graph {path}: {error}; export the policy again from its checkpoint") from None
+        raise BundleError(f"graph {path}: {error}") from None
     return write_bundle(repository, spec, bare.model, probe)
 
 
@@ -71,7 +75,8 @@ def _check_rows(policy: LocalPolicy, probe: Probe) -> None:
         if not error <= allowed:
             raise BundleError(
                 f"wanted rows that do not depend on each other, got an action of row {row} that is off by "
-                f"{error:.2g} of the action range if the row is computed alone ({allowed:.2g} allowed)"
+                f"{error:.2g} of the action range if the row is computed alone ({allowed:.2g} allowed); "
+                f"{_AGAIN}"
             )
 
 

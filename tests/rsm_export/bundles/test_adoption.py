@@ -33,14 +33,12 @@ def random_rows(graph):
 
 
 def mixed_rows(graph):
-    """Every action depends on the mean of all observations."""
-    graph.initializer.append(numpy_helper.from_array(np.array([0, 1], np.int64), "axes"))
-    add_to_action(graph, helper.make_node("ReduceMean", ["inner", "axes"], ["extra"], keepdims=1), "extra")
-    scaled = numpy_helper.from_array(np.array(0.1, np.float32), "tenth")
-    graph.initializer.append(scaled)
-    graph.node[-1].input[1] = "scaled"
-    graph.node.insert(len(graph.node) - 1, helper.make_node("Mul", ["extra", "tenth"], ["scaled"]))
-    graph.node.insert(len(graph.node) - 2, helper.make_node("Identity", ["inner"], ["unused"]))
+    """Replace every action by its mean with the mean action of all rows, which is within the bounds, too."""
+    axes = numpy_helper.from_array(np.array([0], np.int64), "axes")
+    graph.initializer.extend([axes, numpy_helper.from_array(np.array(0.5, np.float32), "half")])
+    add_to_action(graph, helper.make_node("ReduceMean", ["inner", "axes"], ["mean"], keepdims=1), "mean")
+    graph.node[-1].output[0] = "sum"
+    graph.node.append(helper.make_node("Mul", ["sum", "half"], ["action"]))
 
 
 def with_an_unknown_operator(graph):

@@ -46,8 +46,11 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 
 
 def newest_files(run: Path) -> list[Path]:
+    """The files of the newest checkpoint, and the replay files that it needs."""
     checkpoint = list_checkpoints(run)[-1]
-    return [*sorted(checkpoint.iterdir()), *sorted((run / "replay").iterdir())]
+    needed = load_training(checkpoint).replay_records
+    assert len(needed) >= 3
+    return [*sorted(checkpoint.iterdir()), *(run / "replay" / name for name in sorted(needed))]
 
 
 def test_every_flipped_bit_is_noticed_and_its_file_named(whole, tmp_path):

@@ -246,7 +246,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(run_dir, tmp_path, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rsm_train.run.checkpoint._write_json", full)
+    monkeypatch.setattr("rsm_train.run.checkpoint_files.records_json", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, checkpoint)
     assert list((tmp_path / "checkpoints").iterdir()) == []
