@@ -93,10 +93,13 @@ def plan(
 
 def default_rates(algo: str, preset: str) -> tuple[float, ...]:
     """Default updates per step of an algorithm and preset."""
+    from rsm_train.algorithms.registry import ALGORITHMS
     from rsm_train.config import RunConfig, preset_settings
 
     if algo == "sac" and preset == "paper":
         return SAC_RATES
+    if preset not in ALGORITHMS[algo].presets:  # left out by `why_not`
+        return (RunConfig.updates_per_step,)
     return (float(preset_settings(preset, algo).get("updates_per_step", RunConfig.updates_per_step)),)
 
 

@@ -26,6 +26,7 @@ from rsm_eval.envs import EnvPool
 from rsm_serve.local import open_policy
 from rsm_train.model.samplers import DiffusionSampler
 from rsm_train.run.checkpoint import load_checkpoint
+from tests.rsm_export.policies import random_policy
 from tests.rsm_train.runs import tiny_run
 
 ENV = "InvertedPendulum-v5"
@@ -257,8 +258,11 @@ def test_the_search_passes_over_what_its_precision_cannot_do(run_dir, tmp_path, 
             "wanted --plot in a directory that exists, got 'missing/auto.svg'",
         ),
         (["--env", ENV, "--plot", "x.svg"], "wanted --auto with --plot, got --plot alone; nothing is searched"),
-        (["--episodes", "5"], "wanted --auto or --env with --tolerance or --episodes, got neither"),
-        (["--tolerance", "0.5"], "wanted --auto or --env with --tolerance or --episodes, got neither"),
+        (["--episodes", "5"], "wanted --auto or --env with --tolerance, --episodes or --env-arg"),
+        (
+            ["--tolerance", "0.5"],
+            "wanted --auto or --env with --tolerance, --episodes or --env-arg",
+        ),
         (["--env", ENV, "--no-verify"], "wanted --env as one of the checks, got --no-verify"),
     ],
 )
@@ -301,7 +305,7 @@ def test_screening_leaves_out_the_hopeless_and_confirming_decides(monkeypatch, e
     """The fewer steps the faster: 1 is hopeless, 2 are not confirmed, 4 are, 8 are the full policy."""
     script = ScriptedArena(screened={1: losses(-50.0), 2: losses(-3.0, 5.0)}, confirmed={2: losses(-1.0, 5.0)})
     monkeypatch.setattr(search_module, "Arena", lambda *_: script)
-    monkeypatch.setattr(search_module, "EnvPool", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(search_module, "EnvPool", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(search_module, "_measure_latency", lambda opened: {c: float(c.steps) for c in opened})
     session = SimpleNamespace(close=lambda: None)
     item: Any = SimpleNamespace(policy=None, cost=GraphCost(0, 0, 0, 0), session=session)
@@ -353,9 +357,9 @@ def test_a_loss_that_chance_may_have_made_is_neither_within_nor_hopeless():
 
 @pytest.mark.parametrize(("found", "refused"), [(losses(-5.0, 5.0), False), (losses(-5.0), True)])
 def test_as_a_check_only_a_loss_that_is_shown_is_refused(monkeypatch, found, refused):
-    policy: Any = None
+    policy = random_policy()
     arena = SimpleNamespace(loss=lambda *_: found)
     monkeypatch.setattr(closed_loop, "Arena", lambda *_: arena)
-    monkeypatch.setattr(closed_loop, "EnvPool", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(closed_loop, "EnvPool", lambda *_: contextlib.nullcontext())
     with pytest.raises(ParityError, match="check 'return'") if refused else contextlib.nullcontext():
         assert compare_returns(policy, policy, SearchConfig(env="Any-v0")) is found
