@@ -6,7 +6,7 @@ import difflib
 import importlib
 
 
-def unknown_env(env_id: str) -> str | None:
+def unknown_env(env_id: str, cutoff: float = 0.6) -> str | None:
     """A sentence about an id that Gymnasium does not know; None if it knows the id.
 
     None too where Gymnasium is not installed, so that the id cannot be checked. Of "module:EnvId" the module
@@ -14,6 +14,7 @@ def unknown_env(env_id: str) -> str | None:
 
     Args:
         env_id: such as "HalfCheetah-v5" or "module:EnvId".
+        cutoff: similarity, 0 to 1, from which a known id is named as the one that was meant.
     """
     try:
         import gymnasium as gym
@@ -31,7 +32,7 @@ def unknown_env(env_id: str) -> str | None:
     try:
         gym.spec(name)
     except gym.error.Error:
-        close = difflib.get_close_matches(name, gym.registry, n=3)
+        close = difflib.get_close_matches(name, gym.registry, n=3, cutoff=cutoff)
         meant = f"; did you mean {' or '.join(close)}?" if close else ""
         return f"Gymnasium knows no environment {env_id!r}{meant}"
     return None

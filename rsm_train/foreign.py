@@ -1,4 +1,4 @@
-"""Weights that were learnt elsewhere, as a checkpoint: then exported, served and evaluated like our own.
+"""Import of weights from another program, as a checkpoint that is exported and served like our own.
 
 Arrays go in by name; the names and shapes stand at the top of `rsm_train.run.checkpoint`. An array that
 does not fit is refused with the wanted and the given shape. docs/howto/foreign-weights.md has an example.
@@ -7,7 +7,9 @@ does not fit is refused with the wanted and the given shape. docs/howto/foreign-
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +20,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsm_common.errors import BundleError, CheckpointError
 from rsm_common.spec import BoxSpec, PolicySpec
+from rsm_eval.env_ids import unknown_env
 from rsm_train.model.diffusion import ScheduleName, SelectionName, make_schedule
 from rsm_train.model.networks import TIME_EMBEDDING_SIZE, Params
 from rsm_train.model.samplers import DiffusionSampler
 from rsm_train.run.checkpoint import Checkpoint, write_checkpoint
 
+logger = logging.getLogger(__name__)
+
 Arrays = Mapping[str, ArrayLike]
 
 PROBE_ROWS = 256
+_MISTYPED = 0.85
+"""Similarity of ids from which an unknown one is taken for a known one with a mistake."""
 _NAME = re.compile(r"(layers|norms)\.(0|[1-9]\d?)\.(weight|bias)")
 
 
@@ -63,15 +70,20 @@ def import_weights(
         schedule: "cosine" or "linear" (see `rsm_train.model.diffusion.make_schedule`).
         prior_std: standard deviation of the initial latent.
         selection: how several critics become one value: "min" or "mean".
-        name: of the policy; by default that of the directory.
-        control_dt_s: seconds between two actions.
-        observations: [P, O] that the policy meets, on which the export is checked; by default standard normal
-            ones, which say less.
+        name: of the policy, under which it is exported and served; by default that of the directory.
+        control_dt_s: seconds between two actions, > 0, for clients to read; None if unknown.
+        observations: [P, O] from real episodes, on which the export is checked; by default standard normal
+            ones, on which the check says less.
 
     Raises:
         CheckpointError: an array or a setting that does not fit, or the directory cannot be written.
     """
     directory = Path(directory)
+    _check_env_id(env_id)
+    obs_size, steps, particles = (
+        _count(key, value)
+        for key, value in (("obs_size", obs_size), ("steps", steps), ("particles", particles))
+    )
     sampler = _sampler(DiffusionSampler(schedule, steps, particles, prior_std, selection))
     spec = _spec(name or directory.name, env_id, obs_size, action_low, action_high, sampler, control_dt_s)
     action_size = spec.action.size
@@ -93,10 +105,30 @@ def import_weights(
     return directory
 
 
+def _check_env_id(env_id: str) -> None:
+    """Refuse an id that is nearly one of Gymnasium's; warn of another unknown one, which may be a robot's."""
+    if not isinstance(env_id, str):
+        raise CheckpointError(f"wanted text as env_id, got {env_id!r:.60}")
+    found = unknown_env(env_id, _MISTYPED)
+    if found is None:
+        return
+    if "did you mean" in found:
+        raise CheckpointError(f"{found} Correct env_id")
+    logger.warning("%s; the policy can be exported and served, but not evaluated there", found)
+
+
+def _count(key: str, value: object) -> int:
+    """A whole number >= 1, of Python or of numpy."""
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]  # what has no index raises
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        raise CheckpointError(f"wanted a whole number >= 1 as {key}, got {value!r}")
+    return count
+
+
 def _sampler(sampler: DiffusionSampler) -> DiffusionSampler:
-    for key, value in (("steps", sampler.steps), ("particles", sampler.particles)):
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"wanted a whole number >= 1 as {key}, got {value!r}")
     try:
         make_schedule(sampler.schedule, sampler.steps)
     except ValueError as error:
@@ -125,8 +157,6 @@ def _spec(
         ) from None
     if len(low) != len(high):
         raise CheckpointError(f"wanted as many lower as upper action bounds, got {len(low)} and {len(high)}")
-    if type(obs_size) is not int or obs_size < 1:
-        raise CheckpointError(f"wanted a whole number >= 1 as obs_size, got {obs_size!r}")
     try:
         return PolicySpec(
             name=name,
@@ -148,6 +178,7 @@ def _names(kind: str, size: int) -> tuple[str, ...]:
 
 
 def _policy(arrays: Arrays, obs_size: int, action_size: int) -> Params:
+    _check_names("policy: ", arrays, "", "time.")
     time = {name: value for name, value in arrays.items() if name.startswith("time.")}
     body = {name: value for name, value in arrays.items() if name not in time}
     embedding = TIME_EMBEDDING_SIZE
@@ -186,11 +217,7 @@ def _mlp(
     where: str, arrays: Arrays, inputs: int, inputs_text: str, outputs: int, *, prefix: str = ""
 ) -> dict[str, NDArray[np.float32]]:
     """The arrays as float32, after a look at every layer from `inputs` to `outputs`."""
-    for name in arrays:
-        if not _NAME.fullmatch(name.removeprefix(prefix)):
-            raise CheckpointError(
-                f"{where}wanted arrays named {prefix}layers.0.weight, {prefix}layers.0.bias, ..., got {name!r}"
-            )
+    _check_names(where, arrays, prefix)
     made = {name: _array(f"{where}{name}", value) for name, value in arrays.items()}
     layers = [int(name.split(".")[-2]) for name in made if name.startswith(f"{prefix}layers.")]
     depth = max(1 + max(layers, default=0), 2)
@@ -201,6 +228,18 @@ def _mlp(
         inputs, inputs_text = fan_out, f"the outputs of {prefix}layers.{i}"
     _check_norms(where, made, prefix, depth)
     return made
+
+
+def _check_names(where: str, arrays: Arrays, *prefixes: str) -> None:
+    strange = [
+        name for name in arrays if not any(_NAME.fullmatch(name.removeprefix(prefix)) for prefix in prefixes)
+    ]
+    if strange:
+        names = f"{prefixes[0]}layers.0.weight, {prefixes[0]}layers.0.bias"
+        raise CheckpointError(
+            f"{where}wanted arrays named {names}, ..., got {_listed(strange)}; rename them, as "
+            "docs/howto/foreign-weights.md says"
+        )
 
 
 def _check_layer(
@@ -240,9 +279,14 @@ def _check_norms(where: str, made: Mapping[str, NDArray[np.float32]], prefix: st
 
 def _get(where: str, made: Mapping[str, NDArray[np.float32]], name: str) -> NDArray[np.float32]:
     if name not in made:
-        found = ", ".join(sorted(made)) or "nothing"
-        raise CheckpointError(f"{where}wanted {name}, which is missing among {found}")
+        found = f"only {_listed(sorted(made))}" if made else "no arrays"
+        raise CheckpointError(f"{where}wanted an array {name}, got {found}; name all arrays of the network")
     return made[name]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names in words."""
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _array(where: str, value: ArrayLike) -> NDArray[np.float32]:

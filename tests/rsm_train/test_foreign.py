@@ -48,6 +48,13 @@ def test_it_loads_and_acts(tmp_path):
     assert len(np.unique(action, axis=0)) > 1
 
 
+def test_counts_may_be_numpys_and_an_unknown_environment_is_a_warning(tmp_path, caplog):
+    counts = {"obs_size": np.int64(O), "steps": np.int32(5), "particles": np.uint8(3)}
+    spec = load_checkpoint(import_weights(tmp_path / "arm", **settings(**counts))).spec
+    assert [type(value) for value in spec.noise_shape] == [int, int, int]
+    assert "Gymnasium knows no environment 'Any-v0'; the policy can be exported" in caplog.text
+
+
 def test_float64_and_float16_are_cast(tmp_path):
     policy = {name: value.astype(np.float64) for name, value in policy_arrays(O, A, H).items()}
     critics = [{name: value.astype(np.float16) for name, value in critic_arrays(O, A, H, 1).items()}]
@@ -77,9 +84,9 @@ POLICY, CRITIC = policy_arrays(O, A, H), critic_arrays(O, A, H, 1)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"policy": {}}, "policy: wanted time.layers.0.weight, which is missing among nothing"),
-        ({"policy": changed(POLICY, "layers.1.weight", None)}, "policy: wanted layers.1.weight, which is miss"),
-        ({"policy": changed(POLICY, "layers.1.bias", None)}, "policy: wanted layers.1.bias, which is missing"),
+        ({"policy": {}}, "policy: wanted an array time.layers.0.weight, got no arrays; name all"),
+        ({"policy": changed(POLICY, "layers.1.weight", None)}, "layers.1.weight, got only 'layers.0.bias'"),
+        ({"policy": changed(POLICY, "layers.1.bias", None)}, r"array layers.1.bias, got only .* and \d+ more"),
         (
             {"policy": changed(POLICY, "layers.0.weight", POLICY["layers.0.weight"].T)},
             r"policy: layers.0.weight: wanted \[out, in\] = \[8, 22\], got \[22, 8\], which is transposed; "
@@ -101,18 +108,28 @@ POLICY, CRITIC = policy_arrays(O, A, H), critic_arrays(O, A, H, 1)
         ({"policy": changed(POLICY, "layers.2.bias", np.zeros(H, int))}, "real numbers, got dtype int64"),
         ({"policy": changed(POLICY, "layers.2.bias", np.array([None] * H))}, "got dtype object"),
         ({"policy": changed(POLICY, "layers.2.bias", [[1.0], [1.0, 2.0]])}, "real numbers, got none"),
-        ({"policy": POLICY | {"dense/kernel": np.zeros(3)}}, "got 'dense/kernel'"),
+        ({"policy": POLICY | {"dense/kernel": np.zeros(3)}}, "got 'dense/kernel'; rename them"),
+        (
+            {"policy": {f"net.{i}.w": np.zeros(3) for i in range(6)}},
+            "layers.0.bias, ..., got 'net.0.w', 'net.1.w', 'net.2.w', 'net.3.w' and 2 more; rename",
+        ),
+        ({"env_id": "InvertedPendulumm-v5"}, "did you mean InvertedPendulum-v5 .*Correct env_id"),
+        ({"env_id": None}, "text as env_id, got None"),
+        ({"particles": True}, "whole number >= 1 as particles, got True"),
         ({"policy": POLICY | {"norms.0.weight": np.zeros(H)}}, "got more or less: norms.0.bias, norms.1.bias"),
         ({"policy": POLICY | NORMS}, "wanted no norms"),
         ({"critics": []}, "at least one, got none"),
         ({"critics": CRITIC}, "got one mapping"),
-        ({"critics": [changed(CRITIC, "layers.3.weight", None)]}, "critic 0: wanted layers.3.weight"),
+        ({"critics": [changed(CRITIC, "layers.3.weight", None)]}, "critic 0: wanted an array layers.3.weight"),
         ({"critics": [CRITIC, critic_arrays(O, A, 9, 1)]}, "critic 1: wanted layers of the same shapes"),
         ({"critics": [policy_arrays(O, A, H)]}, "critic 0: .*got 'time.layers.0.weight'"),
         ({"critics": [critic_arrays(O, 3, H, 1)]}, "critic 0: layers.0.weight.*4 observation \\+ 2 action"),
         ({"critics": [CRITIC | NORMS | {"norms.0.bias": np.ones(9)}]}, r"norms.0.bias: wanted shape \[8\]"),
         ({"critics": [CRITIC | NORMS | {"norms.3.bias": np.ones(1)}]}, "got more or less: norms.3.bias"),
-        ({"policy": {n: v for n, v in POLICY.items() if ".layers.1" not in n}}, "wanted time.layers.1.weight"),
+        (
+            {"policy": {n: v for n, v in POLICY.items() if ".layers.1" not in n}},
+            "wanted an array time.layers.1.weight",
+        ),
         ({"action_low": [-3.0]}, "as many lower as upper action bounds, got 1 and 2"),
         ({"action_low": [1.0, -1.0]}, "low < high"),
         ({"action_high": [np.inf, 1.0]}, "finite float32 numbers"),
