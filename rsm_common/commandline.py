@@ -41,7 +41,8 @@ def run_command(command: click.Command | Callable[[], click.Command], argv: Sequ
     try:
         made = command if isinstance(command, click.Command) else command()
         name = f"{made.name}: "
-        status = made.main(args=None if argv is None else list(argv), standalone_mode=False)
+        arguments = None if argv is None else list(argv)
+        status = made.main(args=arguments, prog_name=made.name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return EXIT_USER_ERROR
@@ -171,23 +172,36 @@ class GroupedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Command`."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(parameter, "group", OTHER), []).append(record)
-        for title in sorted(sections, key=lambda title: title == OTHER):
-            with formatter.section(title):
-                formatter.write_dl(sections[title])
+        write_sections(self.get_params(ctx), ctx, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Command`."""
-        if self.examples:
-            with formatter.section("Examples"):
-                for purpose, line in self.examples:
-                    formatter.write(f"{'':>{formatter.current_indent}}# {purpose}\n")
-                    for part in line.splitlines():
-                        formatter.write(f"{'':>{formatter.current_indent}}{part}\n")
+        write_examples(self.examples, formatter)
         super().format_epilog(ctx, formatter)
+
+
+def write_sections(
+    parameters: Sequence[click.Parameter], ctx: click.Context, formatter: click.HelpFormatter
+) -> None:
+    """Write a section of a help text per group of options, in the order of `GroupedCommand`."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in parameters:
+        if (record := parameter.get_help_record(ctx)) is not None:
+            sections.setdefault(getattr(parameter, "group", OTHER), []).append(record)
+    for title in sorted(sections, key=lambda title: title == OTHER):
+        with formatter.section(title):
+            formatter.write_dl(sections[title])
+
+
+def write_examples(examples: Sequence[tuple[str, str]], formatter: click.HelpFormatter) -> None:
+    """Write the section of examples, (purpose, command line) each; nothing if there are none."""
+    if not examples:
+        return
+    with formatter.section("Examples"):
+        indent = " " * formatter.current_indent
+        for purpose, line in examples:
+            formatter.write(f"{indent}# {purpose}\n")
+            formatter.write("".join(f"{indent}{part}\n" for part in line.splitlines()))
 
 
 class _Setting(NamedTuple):

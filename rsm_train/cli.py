@@ -10,11 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rsm_common.commandline import dataclass_options, parse_seeds, require_extra, run_command
+from rsm_common.commandline import (
+    GroupedCommand,
+    GroupedOption,
+    dataclass_options,
+    parse_seeds,
+    require_extra,
+    run_command,
+)
 from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from rsm_train.run.many_seeds import Plan
+
+EXAMPLES = (
+    (
+        "Learn to balance a pendulum, in about two minutes on a CPU",
+        "rsm-train --env InvertedPendulum-v5 --preset quick --out runs/pendulum",
+    ),
+    (
+        "Learn with five seeds, in a process each; first show what it takes",
+        "rsm-train --env HalfCheetah-v5 --seeds 0-4 --dry-run\n"
+        "rsm-train --env HalfCheetah-v5 --seeds 0-4 --out runs/cheetah-{seed}",
+    ),
+)
 
 
 def _command(argv: Sequence[str]) -> click.Command:
@@ -27,28 +46,38 @@ def _command(argv: Sequence[str]) -> click.Command:
     classes = [*ALGORITHMS.values(), *map(find_algorithm, own)]
     configs = dict.fromkeys(algorithm.Config for algorithm in classes)
 
-    @click.command("rsm-train", context_settings={"max_content_width": 110})
+    run_option = partial(click.option, cls=GroupedOption, group="Run")
+
+    @click.command(
+        "rsm-train", cls=GroupedCommand, examples=EXAMPLES, context_settings={"max_content_width": 110}
+    )
     @click.version_option(package_name="rsm-toolkit")
-    @click.option("--list-presets", is_flag=True, help="Show what every preset changes, and exit.")
+    @dataclass_options(RunConfig, *configs, defaults=False)
     @click.option(
+        "--list-presets",
+        is_flag=True,
+        cls=GroupedOption,
+        group="Algorithm",
+        help="Show what every preset changes, and exit.",
+    )
+    @run_option(
         "--dry-run",
         is_flag=True,
         help="Show the resolved configuration and an estimate of time, memory and disk, measured in a few "
         "seconds after compilation; write nothing.",
     )
-    @click.option(
+    @run_option(
         "--seeds",
         help="Seeds such as 0-4 or 0,3,7: a process for each, with the result of a lone run with that --seed "
         "and the same --threads, bit for bit. --threads is 1 on a CPU and cores / jobs on a GPU, unless given "
         "by an option or the preset. An --out must contain {seed}. With --resume, runs that there are go on.",
     )
-    @click.option(
+    @run_option(
         "--jobs",
         type=click.IntRange(1),
         help="Processes at once with --seeds.  [default: cores / threads; all of them on a GPU]",
     )
-    @dataclass_options(RunConfig, *configs, defaults=False)
-    @click.option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
+    @run_option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
     def command(
         list_presets: bool, dry_run: bool, seeds: str | None, jobs: int | None, resume: bool, **given: Any
     ) -> None:

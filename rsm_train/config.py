@@ -23,69 +23,114 @@ class RunConfig:
     """Settings of the training loop; what an algorithm needs beyond them is in its own configuration."""
 
     env: str = field(
-        metadata={"help": "Gymnasium environment id, or module:EnvId (a module installed or here)."}
+        metadata={
+            "group": "Environment",
+            "help": "Gymnasium environment id, or module:EnvId (a module installed or here).",
+        }
     )
     env_arg: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={
+            "group": "Environment",
             "help": "Argument of the environment's constructor, such as size=3 or model=walker.xml; repeat for "
-            "more. The value is read as a JSON number, boolean or null, else as text."
+            "more. The value is read as a JSON number, boolean or null, else as text.",
         },
     )
     algo: str = field(
         default="dpmd",
-        metadata={"help": f"Learning algorithm: {', '.join(ALGORITHMS)}, or module:Class of your own."},
+        metadata={
+            "group": "Algorithm",
+            "help": f"Learning algorithm: {', '.join(ALGORITHMS)}, or module:Class of your own.",
+        },
     )
-    preset: str = field(default="paper", metadata={"help": "Named set of defaults; see --list-presets."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything random in the run."})
-    device: str = field(default="auto", metadata={"help": "One of auto, cpu, cuda and cuda:N."})
+    preset: str = field(
+        default="paper", metadata={"group": "Algorithm", "help": "Named set of defaults; see --list-presets."}
+    )
+    seed: int = field(default=0, metadata={"group": "Run", "help": "Seed of everything random in the run."})
+    device: str = field(
+        default="auto", metadata={"group": "Machine", "help": "One of auto, cpu, cuda and cuda:N."}
+    )
     out: str | None = field(
-        default=None, metadata={"help": "Run directory; default runs/ENV-ALGO-PRESET-sSEED."}
+        default=None, metadata={"group": "Run", "help": "Run directory; default runs/ENV-ALGO-PRESET-sSEED."}
     )
-    total_steps: int = field(default=1_000_000, metadata={"help": "Environment steps, of all environments."})
-    warmup_steps: int = field(default=30_000, metadata={"help": "Steps with random actions at the start."})
-    num_envs: int = field(default=5, metadata={"help": "Environments stepped together."})
+    total_steps: int = field(
+        default=1_000_000, metadata={"group": "Run", "help": "Environment steps, of all environments."}
+    )
+    warmup_steps: int = field(
+        default=30_000, metadata={"group": "Run", "help": "Steps with random actions at the start."}
+    )
+    num_envs: int = field(
+        default=5, metadata={"group": "Environment", "help": "Environments stepped together."}
+    )
     vector: VectorName = field(
         default="sync",
-        metadata={"help": "How environments are stepped: sync, async (processes), or envpool (C++ threads)."},
+        metadata={
+            "group": "Environment",
+            "help": "How environments are stepped: sync, async (processes), or envpool (C++ threads).",
+        },
     )
-    updates_per_step: float = field(default=0.2, metadata={"help": "Updates per environment step."})
-    batch_size: int = field(default=256, metadata={"help": "Transitions per update."})
-    replay_size: int = field(default=1_000_000, metadata={"help": "Transitions kept for replay."})
-    eval_every: int = field(default=25_000, metadata={"help": "Steps between evaluations."})
-    eval_episodes: int = field(default=20, metadata={"help": "Episodes per evaluation."})
+    updates_per_step: float = field(
+        default=0.2, metadata={"group": "Replay and updates", "help": "Updates per environment step."}
+    )
+    batch_size: int = field(
+        default=256, metadata={"group": "Replay and updates", "help": "Transitions per update."}
+    )
+    replay_size: int = field(
+        default=1_000_000, metadata={"group": "Replay and updates", "help": "Transitions kept for replay."}
+    )
+    eval_every: int = field(
+        default=25_000, metadata={"group": "Evaluation", "help": "Steps between evaluations."}
+    )
+    eval_episodes: int = field(default=20, metadata={"group": "Evaluation", "help": "Episodes per evaluation."})
     checkpoint_every: int = field(
-        default=5_000, metadata={"help": "Steps between checkpoints; every evaluation makes one as well."}
+        default=5_000,
+        metadata={
+            "group": "Checkpoints",
+            "help": "Steps between checkpoints; every evaluation makes one as well.",
+        },
     )
     eval_one_particle: bool = field(
-        default=True, metadata={"help": "Evaluate N=1 too: as many episodes without the critics' choice."}
+        default=True,
+        metadata={
+            "group": "Evaluation",
+            "help": "Evaluate N=1 too: as many episodes without the critics' choice.",
+        },
     )
     keep_checkpoints: int = field(
-        default=3, metadata={"help": "Newest checkpoints kept; the best is always kept as well."}
+        default=3,
+        metadata={"group": "Checkpoints", "help": "Newest checkpoints kept; the best is always kept as well."},
     )
-    log_every: int = field(default=1_000, metadata={"help": "Steps between lines in metrics.jsonl."})
+    log_every: int = field(
+        default=1_000, metadata={"group": "Run", "help": "Steps between lines in metrics.jsonl."}
+    )
     normalize_observation: bool = field(
         default=False,
         metadata={
+            "group": "Environment",
             "help": "Normalise observations by the running mean and variance of those that were stored, "
-            "clipped to 10 standard deviations. The statistics belong to the policy and to its exported graph."
+            "clipped to 10 standard deviations. The statistics belong to the policy and to its exported graph.",
         },
     )
     precision: Precision = field(
         default="fp32",
-        metadata={"help": "Of the products while sampling: fp32, tf32 (on CUDA, everywhere) or bf16."},
+        metadata={
+            "group": "Machine",
+            "help": "Of the products while sampling: fp32, tf32 (on CUDA, everywhere) or bf16.",
+        },
     )
     compile: CompileMode = field(
         default="auto",
         metadata={
-            "help": "Compile the sampling; auto: where there is a compiler. It takes up to a minute, once."
+            "group": "Machine",
+            "help": "Compile the sampling; auto: where there is a compiler. It takes up to a minute, once.",
         },
     )
     threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of torch; default as torch decides."}
+        default=None, metadata={"group": "Machine", "help": "CPU threads of torch; default as torch decides."}
     )
     wandb: str | None = field(
-        default=None, metadata={"help": "Project of Weights & Biases that gets the metrics too."}
+        default=None,
+        metadata={"group": "Run", "help": "Project of Weights & Biases that gets the metrics too."},
     )
 
     def __post_init__(self) -> None:

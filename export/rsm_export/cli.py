@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rsm_common import atomic
-from rsm_common.commandline import EXIT_OK, EXIT_USER_ERROR, dataclass_options, require_extra, run_command
+from rsm_common.commandline import (
+    EXIT_OK,
+    EXIT_USER_ERROR,
+    GroupedCommand,
+    GroupedOption,
+    dataclass_options,
+    require_extra,
+    run_command,
+    write_examples,
+    write_sections,
+)
 from rsm_common.errors import ConfigError
 from rsm_export.config import ExportConfig, SearchConfig
 from rsm_serve.bundle.contract import MODEL_SUFFIX
@@ -22,6 +32,34 @@ if TYPE_CHECKING:
     from rsm_export.exporter import Export
 
 DEFAULT_COMMAND = "export"
+DEFAULT_USAGE = "RUN_OR_CHECKPOINT --repo DIR [OPTIONS]"
+EXAMPLES = (
+    ("Export the best checkpoint of a run", "rsm-export runs/pendulum --repo bundles --name pendulum"),
+    (
+        "Search for the fastest chain that loses at most 2 % of the return",
+        "rsm-export runs/pendulum --repo bundles --auto --tolerance 0.02 --plot auto.svg",
+    ),
+)
+
+
+class _DefaultContext(click.Context):
+    """The context of the default command, whose name the user does not type."""
+
+    @property
+    def command_path(self) -> str:
+        """The path of the group."""
+        assert self.parent is not None, "the default command is always one of a group"
+        return self.parent.command_path
+
+
+class DefaultCommand(GroupedCommand):
+    """The command that a `DefaultGroup` runs where its name is not given."""
+
+    context_class = _DefaultContext
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command`."""
+        formatter.write_usage(ctx.command_path, DEFAULT_USAGE)
 
 
 class DefaultGroup(click.Group):
@@ -34,19 +72,22 @@ class DefaultGroup(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Both ways of use."""
-        formatter.write_usage(ctx.command_path, "RUN_OR_CHECKPOINT --repo DIR [OPTIONS]")
+        formatter.write_usage(ctx.command_path, DEFAULT_USAGE)
         formatter.write_usage(ctx.command_path, "inspect BUNDLE [--json]", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The default command's options, the common ones, then the other commands."""
         default = self.commands[DEFAULT_COMMAND]
         options = [option for option in default.params if isinstance(option, click.Option)]
-        with formatter.section("Options"):
-            shown = (option.get_help_record(ctx) for option in (*options, *self.get_params(ctx)))
-            formatter.write_dl([record for record in shown if record is not None])
+        write_sections([*options, *self.get_params(ctx)], ctx, formatter)
         with formatter.section("Other commands"):
             others = [(name, made) for name, made in self.commands.items() if made is not default]
             formatter.write_dl([(name, made.get_short_help_str(limit=90)) for name, made in others])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default command's examples."""
+        write_examples(EXAMPLES, formatter)
+        super().format_epilog(ctx, formatter)
 
 
 @click.group("rsm-export", cls=DefaultGroup, context_settings={"max_content_width": 110})
@@ -60,27 +101,35 @@ def commands() -> None:
     """
 
 
-@commands.command(DEFAULT_COMMAND)
+@commands.command(DEFAULT_COMMAND, cls=DefaultCommand, examples=EXAMPLES)
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.option(
     "--repo",
+    cls=GroupedOption,
+    group="Bundle",
     required=True,
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory of bundles, also a Triton model repository; created if needed.",
 )
-@click.option("--name", help="Name of the policy; by default that of the run.")
+@click.option(
+    "--name", cls=GroupedOption, group="Bundle", help="Name of the policy; by default that of the run."
+)
+@dataclass_options(ExportConfig, SearchConfig)
 @click.option(
     "--auto",
     is_flag=True,
+    cls=GroupedOption,
+    group="Search",
     help="Search for the fastest chain (--steps, --sampler and --particles, where not given) whose return is "
     "within --tolerance of the full policy's.",
 )
 @click.option(
     "--tensorrt",
     is_flag=True,
+    cls=GroupedOption,
+    group="Precision and runtime",
     help="Build the TensorRT engine, check the graph in it and keep it for rsm-serve: --backend tensorrt.",
 )
-@dataclass_options(ExportConfig, SearchConfig)
 def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: bool, **settings: Any) -> None:
     """Make a bundle from a run, a checkpoint or a bare model.onnx."""
     if tensorrt:

@@ -26,39 +26,62 @@ class ExportConfig:
     """
 
     steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps to take, evenly spread over those that were trained."}
+        default=None,
+        metadata={
+            "group": "Chain",
+            "help": "Denoising steps to take, evenly spread over those that were trained.",
+        },
     )
     sampler: SamplerName | None = field(
         default=None,
         metadata={
+            "group": "Chain",
             "help": "Reverse steps with the noise of DDPM, or DDIM, which adds --eta times as much.  "
-            "[default: ddpm]"
+            "[default: ddpm]",
         },
     )
     eta: float | None = field(
         default=None,
-        metadata={"help": "For ddim: from 0 (no noise but the initial one) to 1 (ddpm).  [default: 0]"},
+        metadata={
+            "group": "Chain",
+            "help": "For ddim: from 0 (no noise but the initial one) to 1 (ddpm).  [default: 0]",
+        },
     )
     particles: int | None = field(
-        default=None, metadata={"help": "Candidates of which the critics choose the best; 1 drops the critics."}
+        default=None,
+        metadata={
+            "group": "Chain",
+            "help": "Candidates of which the critics choose the best; 1 drops the critics.",
+        },
     )
     prior_std: float | None = field(
         default=None,
-        metadata={"help": "Standard deviation of the initial noise; smaller is a lower temperature."},
+        metadata={
+            "group": "Chain",
+            "help": "Standard deviation of the initial noise; smaller is a lower temperature.",
+        },
     )
     precision: Precision = field(
         default="fp32",
-        metadata={"help": "Of the hidden layers; int8 stores weights only. What leaves the graph is float32."},
+        metadata={
+            "group": "Precision and runtime",
+            "help": "Of the hidden layers; int8 stores weights only. What leaves the graph is float32.",
+        },
     )
     backend: Backend | None = field(
         default=None,
         metadata={
+            "group": "Precision and runtime",
             "help": "Runtime in which the graph is checked and timed.  [default: onnxruntime, or what runs "
-            "bf16]"
+            "bf16]",
         },
     )
     verify: bool = field(
-        default=True, metadata={"help": "Check the graph against the checkpoint before anything is written."}
+        default=True,
+        metadata={
+            "group": "Checks",
+            "help": "Check the graph against the checkpoint before anything is written.",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -86,29 +109,41 @@ class SearchConfig:
 
     tolerance: float = field(
         default=0.02,
-        metadata={"help": "Loss of return that is allowed, as a fraction of the full policy's mean return."},
+        metadata={
+            "group": "Search",
+            "help": "Loss of return that is allowed, as a fraction of the full policy's mean return.",
+        },
     )
     env: str | None = field(
         default=None,
         metadata={
+            "group": "Checks",
             "help": "Act in this environment (an id, or module:EnvId with a module installed or here): --auto "
             "searches in it, by default in the "
-            "policy's own; without --auto the return is one of the checks."
+            "policy's own; without --auto the return is one of the checks.",
         },
     )
     env_arg: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={
+            "group": "Checks",
             "help": "Argument of that environment's constructor, such as size=3; repeat for more. In the "
-            "policy's own environment the default is what it was trained with."
+            "policy's own environment the default is what it was trained with.",
         },
     )
-    episodes: int = field(default=20, metadata={"help": "Episodes that the returns are compared on."})
+    episodes: int = field(
+        default=20, metadata={"group": "Checks", "help": "Episodes that the returns are compared on."}
+    )
     plot: Path | None = field(
-        default=None, metadata={"help": "With --auto: draw latency against return to this .svg, .png or .pdf."}
+        default=None,
+        metadata={
+            "group": "Search",
+            "help": "With --auto: draw latency against return to this .svg, .png or .pdf.",
+        },
     )
     json: Path | None = field(
-        default=None, metadata={"help": "With --auto: write all that was measured to this file."}
+        default=None,
+        metadata={"group": "Search", "help": "With --auto: write all that was measured to this file."},
     )
 
     def __post_init__(self) -> None:

@@ -62,82 +62,142 @@ KL_RATE = 0.01
 class ActorCriticConfig(AlgorithmConfig):
     """Settings that DPMD and SDAC share; the defaults are the `paper` preset."""
 
-    diffusion_steps: int = field(default=20, metadata={"help": "T, denoising steps."})
+    diffusion_steps: int = field(
+        default=20, metadata={"group": "Diffusion policy", "help": "T, denoising steps."}
+    )
     particles: int = field(
-        default=32, metadata={"help": "N, particles per action; the critics choose the best."}
+        default=32,
+        metadata={"group": "Diffusion policy", "help": "N, particles per action; the critics choose the best."},
     )
     target_particles: int = field(
-        default=32, metadata={"help": "Particles of which the critics choose the action of the TD target."}
+        default=32,
+        metadata={
+            "group": "Diffusion policy",
+            "help": "Particles of which the critics choose the action of the TD target.",
+        },
     )
-    schedule: ScheduleName = field(default="cosine", metadata={"help": "Noise schedule."})
+    schedule: ScheduleName = field(
+        default="cosine", metadata={"group": "Diffusion policy", "help": "Noise schedule."}
+    )
     prior_std: float = field(
         default=1.0,
-        metadata={"help": "Standard deviation of the initial latent; below 1, a lower temperature."},
+        metadata={
+            "group": "Diffusion policy",
+            "help": "Standard deviation of the initial latent; below 1, a lower temperature.",
+        },
     )
-    width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
-    depth: int = field(default=3, metadata={"help": "Hidden layers of policy and critics."})
-    critics: int = field(default=2, metadata={"help": "E, members of the ensemble of critics."})
+    width: int = field(
+        default=256, metadata={"group": "Networks", "help": "Hidden units per layer of policy and critics."}
+    )
+    depth: int = field(
+        default=3, metadata={"group": "Networks", "help": "Hidden layers of policy and critics."}
+    )
+    critics: int = field(
+        default=2, metadata={"group": "Networks", "help": "E, members of the ensemble of critics."}
+    )
     critic_layer_norm: bool = field(
-        default=False, metadata={"help": "Normalise the critics' hidden layers before their activations."}
+        default=False,
+        metadata={
+            "group": "Networks",
+            "help": "Normalise the critics' hidden layers before their activations.",
+        },
     )
     critic_selection: SelectionName = field(
         default="min",
-        metadata={"help": "One value from the ensemble: min, mean, or mean + critic_std_factor * std."},
+        metadata={
+            "group": "Networks",
+            "help": "One value from the ensemble: min, mean, or mean + critic_std_factor * std.",
+        },
     )
     critic_std_factor: float = field(
-        default=0.0, metadata={"help": "Factor of the standard deviation for critic_selection mean_std."}
+        default=0.0,
+        metadata={
+            "group": "Networks",
+            "help": "Factor of the standard deviation for critic_selection mean_std.",
+        },
     )
     policy_lr: float = field(
-        default=3e-4, metadata={"help": "Learning rate of the policy; with sac also of the temperature."}
+        default=3e-4,
+        metadata={
+            "group": "Optimisation",
+            "help": "Learning rate of the policy; with sac also of the temperature.",
+        },
     )
     policy_lr_final: float | None = field(
-        default=None, metadata={"help": "Where the policy's learning rate ends; default: it is constant."}
+        default=None,
+        metadata={
+            "group": "Optimisation",
+            "help": "Where the policy's learning rate ends; default: it is constant.",
+        },
     )
     policy_lr_decay_start: int = field(
-        default=25_000, metadata={"help": "Policy update at which the linear decay begins."}
+        default=25_000,
+        metadata={"group": "Optimisation", "help": "Policy update at which the linear decay begins."},
     )
     policy_lr_decay_updates: int = field(
-        default=50_000, metadata={"help": "Policy updates that the decay takes."}
+        default=50_000, metadata={"group": "Optimisation", "help": "Policy updates that the decay takes."}
     )
-    critic_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the critics."})
+    critic_lr: float = field(
+        default=3e-4, metadata={"group": "Optimisation", "help": "Learning rate of the critics."}
+    )
     critic_repeats: int = field(
         default=1,
-        metadata={"help": "How often the critics' gradient of one update is applied; deviation 2 is 2."},
+        metadata={
+            "group": "Optimisation",
+            "help": "How often the critics' gradient of one update is applied; deviation 2 is 2.",
+        },
     )
-    gamma: float = field(default=0.99, metadata={"help": "Discount factor."})
-    tau: float = field(default=0.005, metadata={"help": "Rate of the target and average networks."})
-    reward_scale: float = field(default=0.2, metadata={"help": "Factor on rewards in the TD target."})
+    gamma: float = field(default=0.99, metadata={"group": "Optimisation", "help": "Discount factor."})
+    tau: float = field(
+        default=0.005, metadata={"group": "Optimisation", "help": "Rate of the target and average networks."}
+    )
+    reward_scale: float = field(
+        default=0.2, metadata={"group": "Optimisation", "help": "Factor on rewards in the TD target."}
+    )
     policy_every: int = field(
-        default=2, metadata={"help": "Critic updates per policy, target and average update."}
+        default=2,
+        metadata={"group": "Optimisation", "help": "Critic updates per policy, target and average update."},
     )
     temperature_schedule: TemperatureSchedule = field(
         default="entropy",
         metadata={
+            "group": "Temperature",
             "help": "How the temperature alpha moves: constant, the published entropy schedule, or by dual "
-            "ascent to keep KL(weights || uniform) at target_kl."
+            "ascent to keep KL(weights || uniform) at target_kl.",
         },
     )
-    temperature: float = field(default=5.0, metadata={"help": "alpha at the start."})
+    temperature: float = field(default=5.0, metadata={"group": "Temperature", "help": "alpha at the start."})
     temperature_scale: float = field(
-        default=1.0, metadata={"help": "lambda / alpha; lambda divides Q in the weights."}
+        default=1.0,
+        metadata={"group": "Temperature", "help": "lambda / alpha; lambda divides Q in the weights."},
     )
     target_entropy: float = field(
         default=-1.5,
-        metadata={"help": "Target of the entropy schedule (sac: of the entropy), per action dimension."},
+        metadata={
+            "group": "Temperature",
+            "help": "Target of the entropy schedule (sac: of the entropy), per action dimension.",
+        },
     )
     target_kl: float = field(
-        default=2.0, metadata={"help": "Target of the schedule kl, in nats; below log of the actions weighted."}
+        default=2.0,
+        metadata={
+            "group": "Temperature",
+            "help": "Target of the schedule kl, in nats; below log of the actions weighted.",
+        },
     )
     exploration_noise: float = field(
-        default=0.1, metadata={"help": "Standard deviation of the noise added when exploring."}
+        default=0.1,
+        metadata={"group": "Exploration", "help": "Standard deviation of the noise added when exploring."},
     )
     exploration_units: Literal["temperature", "absolute"] = field(
-        default="temperature", metadata={"help": "Unit of exploration_noise: alpha, or 1."}
+        default="temperature",
+        metadata={"group": "Exploration", "help": "Unit of exploration_noise: alpha, or 1."},
     )
     noisy_backup: bool = field(
         default=False,
         metadata={
-            "help": "Add exploration noise, unclipped, to best-of-N actions that are learnt from: deviation 4."
+            "group": "Exploration",
+            "help": "Add exploration noise, unclipped, to best-of-N actions that are learnt from: deviation 4.",
         },
     )
 

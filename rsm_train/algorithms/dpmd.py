@@ -47,34 +47,44 @@ class DPMDConfig(ActorCriticConfig):
     """Settings of DPMD; the defaults are the `paper` preset."""
 
     policy_samples: int = field(
-        default=32, metadata={"help": "K, actions per state that the policy loss weights."}
+        default=32,
+        metadata={"group": "Policy loss of dpmd", "help": "K, actions per state that the policy loss weights."},
     )
     proposal_noise: float = field(
         default=0.0,
-        metadata={"help": "Std of the noise added to the K actions; keeps them apart."},
+        metadata={
+            "group": "Policy loss of dpmd",
+            "help": "Std of the noise added to the K actions; keeps them apart.",
+        },
     )
     old_policy_every: int = field(
         default=0,
         metadata={
-            "help": "pi_k is the policy as it was at every so many updates; 0: it is the averaged policy."
+            "group": "Policy loss of dpmd",
+            "help": "pi_k is the policy as it was at every so many updates; 0: it is the averaged policy.",
         },
     )
     policy_actions: Literal["policy", "backup"] = field(
         default="policy",
         metadata={
-            "help": "a_0 of the policy loss: K actions of pi_k at s, or the TD target's (s', a'): deviation 3."
+            "group": "Policy loss of dpmd",
+            "help": "a_0 of the policy loss: K actions of pi_k at s, or the TD target's (s', a'): deviation 3.",
         },
     )
     weighting: Literal["softmax", "exp"] = field(
         default="softmax",
-        metadata={"help": "w: softmax over the K actions of a state, or exp(Q / lambda) as it is."},
+        metadata={
+            "group": "Policy loss of dpmd",
+            "help": "w: softmax over the K actions of a state, or exp(Q / lambda) as it is.",
+        },
     )
     q_scaling: QScaling = field(
         default="raw",
         metadata={
+            "group": "Policy loss of dpmd",
             "help": "Q in the weights: raw; standardised over the K actions of each state (state); by running "
             "statistics, clipped to +-3 (running); so, with the published slip q - mean / std: deviation 1 "
-            "(running_slip)."
+            "(running_slip).",
         },
     )
 

@@ -48,26 +48,50 @@ class SACConfig(AlgorithmConfig):
     How often it learns is the run's `updates_per_step`, 1 for its authors.
     """
 
-    width: int = field(default=256, metadata={"help": "Hidden units per layer of policy and critics."})
-    depth: int = field(default=2, metadata={"help": "Hidden layers of policy and critics."})
-    critics: int = field(default=2, metadata={"help": "E, members of the ensemble of critics."})
+    width: int = field(
+        default=256, metadata={"group": "Networks", "help": "Hidden units per layer of policy and critics."}
+    )
+    depth: int = field(
+        default=2, metadata={"group": "Networks", "help": "Hidden layers of policy and critics."}
+    )
+    critics: int = field(
+        default=2, metadata={"group": "Networks", "help": "E, members of the ensemble of critics."}
+    )
     critic_layer_norm: bool = field(
-        default=False, metadata={"help": "Normalise the critics' hidden layers before their activations."}
+        default=False,
+        metadata={
+            "group": "Networks",
+            "help": "Normalise the critics' hidden layers before their activations.",
+        },
     )
     policy_lr: float = field(
-        default=3e-4, metadata={"help": "Learning rate of the policy; with sac also of the temperature."}
+        default=3e-4,
+        metadata={
+            "group": "Optimisation",
+            "help": "Learning rate of the policy; with sac also of the temperature.",
+        },
     )
-    critic_lr: float = field(default=3e-4, metadata={"help": "Learning rate of the critics."})
-    gamma: float = field(default=0.99, metadata={"help": "Discount factor."})
-    tau: float = field(default=0.005, metadata={"help": "Rate of the target and average networks."})
-    reward_scale: float = field(default=1.0, metadata={"help": "Factor on rewards in the TD target."})
+    critic_lr: float = field(
+        default=3e-4, metadata={"group": "Optimisation", "help": "Learning rate of the critics."}
+    )
+    gamma: float = field(default=0.99, metadata={"group": "Optimisation", "help": "Discount factor."})
+    tau: float = field(
+        default=0.005, metadata={"group": "Optimisation", "help": "Rate of the target and average networks."}
+    )
+    reward_scale: float = field(
+        default=1.0, metadata={"group": "Optimisation", "help": "Factor on rewards in the TD target."}
+    )
     policy_every: int = field(
-        default=1, metadata={"help": "Critic updates per policy, target and average update."}
+        default=1,
+        metadata={"group": "Optimisation", "help": "Critic updates per policy, target and average update."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "alpha at the start."})
+    temperature: float = field(default=1.0, metadata={"group": "Temperature", "help": "alpha at the start."})
     target_entropy: float = field(
         default=-1.0,
-        metadata={"help": "Target of the entropy schedule (sac: of the entropy), per action dimension."},
+        metadata={
+            "group": "Temperature",
+            "help": "Target of the entropy schedule (sac: of the entropy), per action dimension.",
+        },
     )
 
     def __post_init__(self) -> None:

@@ -37,20 +37,29 @@ class SDACConfig(ActorCriticConfig):
     """Settings of SDAC; the defaults are the `paper` preset."""
 
     temperature_scale: float = field(
-        default=0.2, metadata={"help": "lambda / alpha; lambda divides Q in the weights."}
+        default=0.2,
+        metadata={"group": "Temperature", "help": "lambda / alpha; lambda divides Q in the weights."},
     )
     proposal_particles: int = field(
         default=1,
-        metadata={"help": "Particles of which the critics choose the action that is noised to a_t."},
+        metadata={
+            "group": "Policy loss of sdac",
+            "help": "Particles of which the critics choose the action that is noised to a_t.",
+        },
     )
     reverse_samples: int = field(
-        default=64, metadata={"help": "K, clean actions drawn per noisy action by inverting the noise."}
+        default=64,
+        metadata={
+            "group": "Policy loss of sdac",
+            "help": "K, clean actions drawn per noisy action by inverting the noise.",
+        },
     )
     reverse_draws: Literal["truncated", "clipped"] = field(
         default="truncated",
         metadata={
+            "group": "Policy loss of sdac",
             "help": "Clean actions: drawn inside the box, or anywhere, valued at the box's nearest action and "
-            "regressed on as drawn: deviation 5 (clipped)."
+            "regressed on as drawn: deviation 5 (clipped).",
         },
     )
 

@@ -1,13 +1,14 @@
 import dataclasses
 import json
 import re
+import shlex
 from typing import Any
 
 import pytest
 
 from rsm_common.commandline import _default_text
 from rsm_train.algorithms.registry import ALGORITHMS
-from rsm_train.cli import main
+from rsm_train.cli import EXAMPLES, main
 from rsm_train.config import RunConfig
 from tests.rsm_train.runs import tiny_run
 
@@ -59,6 +60,28 @@ def test_help_names_every_setting(capsys):
         assert option in text
 
 
+def test_help_has_a_section_for_every_option_and_two_examples(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[:3] == ["Environment", "Algorithm", "Run"]
+    assert {"Evaluation", "Checkpoints", "Diffusion policy", "Networks", "Optimisation"} < set(titles)
+    assert titles[-2:] == ["Other", "Examples"]
+    other, _, examples = text.partition("\nOther:\n")[2].partition("\nExamples:\n")
+    assert re.findall(r"--[\w-]+", other) == ["--version", "--help"]
+    assert examples.count("# ") == 2
+
+
+def test_the_examples_of_the_help_are_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for _, example in EXAMPLES for line in example.splitlines()]
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "rsm-train"
+        # click reads every option before it shows the presets, and refuses an unknown one.
+        assert main([*arguments, "--list-presets"]) == 0, capsys.readouterr().err
+
+
 def test_a_finished_run_whose_evaluations_are_lost_is_one_sentence(tmp_path, capsys):
     run = tiny_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
@@ -72,8 +95,9 @@ def test_a_finished_run_whose_evaluations_are_lost_is_one_sentence(tmp_path, cap
 def help_by_option(capsys):
     """What --help says of each option, in one line each."""
     assert main(["--help"]) == 0
-    lines = capsys.readouterr().out.partition("Options:")[2]
-    entries = re.split(r"^  (?=-)", lines, flags=re.M)[1:]
+    lines = capsys.readouterr().out.partition("Environment:")[2].partition("Examples:")[0]
+    entries = re.split(r"^  (?=-)|^(?=\S)", lines, flags=re.M)
+    entries = [entry for entry in entries if entry.startswith("-")]
     return {entry.split()[0].partition("/")[0]: " ".join(entry.split()) for entry in entries}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import onnx
@@ -146,6 +147,39 @@ def test_help_shows_both_commands_and_a_wrong_call_says_so(capsys):
     for wrong in ([], ["inspect"], ["run"], ["--repo"], ["inspect", "a", "b"]):
         assert main(wrong) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_of_exporting_has_sections_and_two_examples(capsys):
+    for arguments in (["--help"], ["runs/pendulum", "--help"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        sections = ["Bundle", "Chain", "Precision and runtime", "Checks", "Search", "Other"]
+        assert [title for title in titles if title != "Other commands"] == [*sections, "Examples"]
+        search = text.partition("\nSearch:\n")[2].partition("\nOther:\n")[0]
+        assert "  --auto " in search
+        assert "  --tolerance " in search
+        other = text.partition("\nOther:\n")[2].partition("\n\n")[0]
+        assert set(re.findall(r"^  (\S+)", other, flags=re.M)) <= {"--version", "--help"}
+        assert text.partition("\nExamples:\n")[2].count("# ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        ([], "rsm-export RUN_OR_CHECKPOINT --repo DIR [OPTIONS]"),
+        (["runs/pendulum"], "rsm-export RUN_OR_CHECKPOINT --repo DIR [OPTIONS]"),
+        (["runs/pendulum", "--repo", "x", "--foo"], "rsm-export RUN_OR_CHECKPOINT --repo DIR [OPTIONS]"),
+        (["runs/pendulum", "--help"], "rsm-export RUN_OR_CHECKPOINT --repo DIR [OPTIONS]"),
+        (["inspect"], "rsm-export inspect [OPTIONS] BUNDLE"),
+        (["inspect", "--help"], "rsm-export inspect [OPTIONS] BUNDLE"),
+    ],
+)
+def test_usage_shows_the_command_as_it_is_typed(arguments, usage, capsys):
+    assert main(arguments) == (0 if "--help" in arguments else 2)
+    output = capsys.readouterr()
+    assert (output.out or output.err).startswith(f"Usage: {usage}\n")
+    assert "rsm-export export" not in output.out + output.err
 
 
 def test_a_run_may_be_called_like_the_command(tmp_path, monkeypatch, capsys):
