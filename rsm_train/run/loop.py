@@ -502,7 +502,14 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         with _disk_errors(run_dir, "the run", _DISK):
             _set_aside(start)
             _prepare(trainer)
-            with RunLog(run_dir, run.total_steps, sinks, first_step=trainer.step, wall_s=wall_s) as log:
+            with RunLog(
+                run_dir,
+                run.total_steps,
+                sinks,
+                first_step=trainer.step,
+                wall_s=wall_s,
+                warmup_steps=run.warmup_steps,
+            ) as log:
                 trainer.train(log, stop)
     return run_dir
 

@@ -11,7 +11,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, cast
@@ -30,6 +30,8 @@ Record = Mapping[str, Any]
 """A line of metrics.jsonl: "step", "wall_s", "kind" ("train" or "eval"), and the values of that kind."""
 
 _REDRAW_S = 0.1
+PROGRESS_LINE_S = 30.0
+"""Seconds between two lines of progress in a pipe or a file."""
 
 
 class Sink(Protocol):
@@ -173,15 +175,31 @@ class RunLog:
         console: Console | None = None,
         first_step: int = 0,
         wall_s: float = 0.0,
+        warmup_steps: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Append to the run's files; a resumed run says at which step and after how many seconds it goes on."""
+        """Append to the run's files.
+
+        Args:
+            run_dir: where they are.
+            total_steps: of the run.
+            extra_sinks: beside metrics.jsonl and TensorBoard.
+            console: where progress is shown; None: stderr.
+            first_step: at which a resumed run continues.
+            wall_s: seconds that it has run before.
+            warmup_steps: steps with random actions at the start.
+            clock: seconds, monotonic.
+        """
         self._sinks: list[Sink] = [
             JsonLines(run_dir / METRICS_FILE),
             TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1),
             *extra_sinks,
         ]
         self._console = console or Console(file=cast("IO[str]", Tolerant(sys.stderr)))
-        self._started = time.monotonic() - wall_s
+        self._clock = clock
+        self._started = clock() - wall_s
+        self._warmup_steps = warmup_steps
+        self._line_due_s = self.wall_s
         self._drawn = -_REDRAW_S
         self._progress = _progress(self._console)
         self._total_steps = total_steps
@@ -205,13 +223,23 @@ class RunLog:
     @property
     def wall_s(self) -> float:
         """Seconds since the run began, without those between an end and a resume."""
-        return time.monotonic() - self._started
+        return self._clock() - self._started
 
     def advance(self, step: int) -> None:
-        """Move the progress bar."""
-        if not self._progress.disable and self.wall_s - self._drawn >= _REDRAW_S:
+        """Move the progress bar; without a terminal, print a line at the first step and every half minute."""
+        if self._progress.disable:
+            if self.wall_s >= self._line_due_s:
+                self._line_due_s = self.wall_s + PROGRESS_LINE_S
+                self._print(self._progress_line(step))
+        elif self.wall_s - self._drawn >= _REDRAW_S:
             self._drawn = self.wall_s
             self._progress.update(self._task, completed=step, left=self.left(step))
+
+    def _progress_line(self, step: int) -> str:
+        if step <= self._warmup_steps:
+            return f"step {step:>9,}  warm-up: random actions until step {self._warmup_steps:,}"
+        left = self.left(step)
+        return f"step {step:>9,}  of {self._total_steps:,}" + ("" if left == "-" else f", {left} left")
 
     def left(self, step: int) -> str:
         """How long the run still takes at the pace of learning so far, with the evaluations in it.
@@ -245,12 +273,13 @@ class RunLog:
     def show(self, step: int, evaluation: Evaluation) -> None:
         """Print a line about an evaluation."""
         mean, std = np.mean(evaluation.returns), np.std(evaluation.returns)
-        self._console.print(
+        self._print(
             f"step {step:>9,}  evaluation {mean:9.1f} ± {std:.1f} "
-            f"over {len(evaluation.returns)} episodes  {self.wall_s:6.0f} s",
-            highlight=False,
-            soft_wrap=True,
+            f"over {len(evaluation.returns)} episodes  {self.wall_s:6.0f} s"
         )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         record = {"step": step, "wall_s": round(self.wall_s, 3), "kind": kind, **values}

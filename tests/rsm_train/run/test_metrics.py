@@ -152,10 +152,9 @@ def test_durations_are_short(seconds, text):
     assert duration(seconds) == text
 
 
-def test_the_time_left_is_that_of_learning(tmp_path, monkeypatch):
+def test_the_time_left_is_that_of_learning(tmp_path):
     now = 0.0
-    monkeypatch.setattr("rsm_train.run.metrics.time.monotonic", lambda: now)
-    with RunLog(tmp_path, 1_000) as log:
+    with RunLog(tmp_path, 1_000, clock=lambda: now) as log:
         now = 1.0
         log.train(300, VALUES | {"updates": 0})
         assert log.left(300) == "-", "the warm-up tells nothing"
@@ -183,8 +182,22 @@ def test_the_progress_line_fits_the_terminal(tmp_path, columns, monkeypatch):
     assert columns - 8 <= len(last.rstrip()) <= columns
 
 
-def test_without_a_terminal_only_evaluations_are_printed(tmp_path, capsys):
-    with RunLog(tmp_path, 1_000) as log:
+def test_without_a_terminal_a_line_comes_at_the_first_step_and_every_half_minute(tmp_path, capsys):
+    now = [0.0]
+    with RunLog(tmp_path, 1_000, warmup_steps=300, clock=lambda: now[0]) as log:
+        for second in range(100):
+            now[0] = float(second)
+            log.advance(10 * second + 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "step        10  warm-up: random actions until step 300",
+        "step       310  of 1,000",
+        "step       610  of 1,000",
+        "step       910  of 1,000",
+    ]
+
+
+def test_without_a_terminal_evaluations_are_printed_too(tmp_path, capsys):
+    with RunLog(tmp_path, 1_000, clock=lambda: 5.0) as log:
         log.advance(10)
         log.train(500, VALUES)
         log.evaluation(500, Evaluation([1.0, 2.0]))
@@ -192,7 +205,7 @@ def test_without_a_terminal_only_evaluations_are_printed(tmp_path, capsys):
         log.advance(600)
     output = capsys.readouterr()
     assert output.out == ""
-    assert re.fullmatch(
-        r"step       500  evaluation       1\.5 ± 0\.5 over 2 episodes       \d s\n", output.err
-    )
+    first, second = output.err.splitlines()
+    assert first == "step        10  of 1,000"
+    assert second == "step       500  evaluation       1.5 ± 0.5 over 2 episodes       0 s"
     assert "eval1_mean" not in records(tmp_path)[-1]
