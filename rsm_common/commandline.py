@@ -183,11 +183,13 @@ class GroupedCommand(click.Command):
 def write_sections(
     parameters: Sequence[click.Parameter], ctx: click.Context, formatter: click.HelpFormatter
 ) -> None:
-    """Write a section of a help text per group of options, in the order of `GroupedCommand`."""
+    """Write a section per group of options, in the order of `GroupedCommand`; arguments are left out."""
     sections: dict[str, list[tuple[str, str]]] = {}
-    for parameter in parameters:
-        if (record := parameter.get_help_record(ctx)) is not None:
-            sections.setdefault(getattr(parameter, "group", OTHER), []).append(record)
+    for option in parameters:
+        if not isinstance(option, click.Option):
+            continue  # click 8.5 has a help record for arguments too
+        if (record := option.get_help_record(ctx)) is not None:
+            sections.setdefault(getattr(option, "group", OTHER), []).append(record)
     for title in sorted(sections, key=lambda title: title == OTHER):
         with formatter.section(title):
             formatter.write_dl(sections[title])

@@ -78,8 +78,7 @@ class DefaultGroup(click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The default command's options, the common ones, then the other commands."""
         default = self.commands[DEFAULT_COMMAND]
-        options = [option for option in default.params if isinstance(option, click.Option)]
-        write_sections([*options, *self.get_params(ctx)], ctx, formatter)
+        write_sections([*default.params, *self.get_params(ctx)], ctx, formatter)
         with formatter.section("Other commands"):
             others = [(name, made) for name, made in self.commands.items() if made is not default]
             formatter.write_dl([(name, made.get_short_help_str(limit=90)) for name, made in others])

@@ -160,7 +160,7 @@ def test_help_of_exporting_has_sections_and_two_examples(capsys):
         assert "  --auto " in search
         assert "  --tolerance " in search
         other = text.partition("\nOther:\n")[2].partition("\n\n")[0]
-        assert set(re.findall(r"^  (-\S+)", other, flags=re.M)) <= {"--version", "--help"}
+        assert set(re.findall(r"^  (\S+)", other, flags=re.M)) <= {"--version", "--help"}
         assert text.partition("\nExamples:\n")[2].count("# ") == 2
 
 
