@@ -40,7 +40,7 @@ from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.model.critic import init_critics
 from rsm_train.model.diffusion import NoiseSchedule, reverse_chain
 from rsm_train.model.networks import Params, depth, embed_time, init_denoiser
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.policy import action_scale
 
 STEPS = 20

@@ -16,7 +16,7 @@ from rsm_serve.bundle.contract import Bundle
 from rsm_serve.bundle.probe import Probe
 from rsm_train.model.critic import init_critics
 from rsm_train.model.networks import init_denoiser
-from rsm_train.model.samplers import DiffusionSampler, DiffusionWeights
+from rsm_train.model.samplers.diffusion import DiffusionSampler, DiffusionWeights
 from rsm_train.policy import TorchPolicy, action_scale
 
 OBS_SIZE, ACTION_SIZE, HIDDEN = 17, 6, [256, 256, 256]

@@ -23,7 +23,7 @@ from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_eval.env_ids import unknown_env
 from rsm_train.model.diffusion import ScheduleName, SelectionName, make_schedule
 from rsm_train.model.networks import TIME_EMBEDDING_SIZE, Params
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.run.checkpoint import Checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rsm_common.policy import ActResult, Seed, Timing, act_rows
 from rsm_common.spec import PolicySpec
 from rsm_train.model.critic import choose_best
-from rsm_train.model.samplers import ActionScale, Weights
+from rsm_train.model.samplers.common import ActionScale, Weights
 
 
 def action_scale(spec: PolicySpec) -> ActionScale:

@@ -27,7 +27,8 @@ from rsm_serve.bundle.probe import Probe
 from rsm_serve.local import LocalPolicy
 from rsm_serve.sessions import Session
 from rsm_serve.sessions.choice import RUNTIMES, open_session
-from rsm_train.model.samplers import DiffusionSampler, Resampling
+from rsm_train.model.samplers.common import Resampling
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.policy import TorchPolicy
 from rsm_train.run.checkpoint import Checkpoint
 

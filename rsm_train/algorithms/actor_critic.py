@@ -41,7 +41,7 @@ from rsm_train.model.diffusion import ScheduleName, SelectionName, make_schedule
 from rsm_train.model.inference import Inference
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params, init_denoiser
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 
 QUICK_DIFFUSION: dict[str, Any] = {
     "diffusion_steps": 5,

@@ -13,7 +13,7 @@ from torch import Tensor
 from rsm_train.model.critic import q_values
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params
-from rsm_train.model.samplers import Sampler
+from rsm_train.model.samplers.common import Sampler
 
 Metrics = dict[str, Tensor]
 """Named 0-d detached tensors; they leave the device once per log interval."""

@@ -38,7 +38,7 @@ from rsm_train.model.critic import init_critics, q_values, select_value
 from rsm_train.model.graphs import CapturedVariants
 from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
 from rsm_train.model.networks import Params, gaussian, init_gaussian
-from rsm_train.model.samplers import GaussianSampler
+from rsm_train.model.samplers.gaussian import GaussianSampler
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ from rsm_common.manifest import FileRecord
 from rsm_common.spec import PolicySpec
 from rsm_train.model.networks import Params, subset
 from rsm_train.model.normalizer import ObservationScale
-from rsm_train.model.samplers import Sampler, read_sampler, sampler_settings
+from rsm_train.model.samplers.common import Sampler
+from rsm_train.model.samplers.registry import read_sampler, sampler_settings
 from rsm_train.policy import TorchPolicy, action_scale
 from rsm_train.run.checkpoint_files import (
     CHECKPOINTS_DIR,

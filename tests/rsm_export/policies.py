@@ -16,7 +16,8 @@ from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
 from rsm_train.model.critic import init_critics
 from rsm_train.model.networks import init_denoiser, init_gaussian
-from rsm_train.model.samplers import DiffusionSampler, DiffusionWeights, GaussianSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler, DiffusionWeights
+from rsm_train.model.samplers.gaussian import GaussianSampler
 from rsm_train.policy import TorchPolicy, action_scale
 
 

@@ -22,7 +22,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy
 from tests.rsm_export.policies import chain_of, with_chain
 from tests.rsm_train.runs import tiny_run

@@ -28,7 +28,7 @@ from rsm_export.auto.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, 
 from rsm_export.build import Opened
 from rsm_export.config import ExportConfig, SamplerName, SearchConfig
 from rsm_export.graph.cost import GraphCost
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 
 _LATENCY_ROUNDS, _LATENCY_CALLS = 12, 20
 

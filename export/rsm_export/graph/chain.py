@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rsm_export.graph.network import Array, Network, float32, fold_network
 from rsm_export.graph.writer import GraphWriter, bias_name, sign_of
 from rsm_train.model.diffusion import ReverseStep
-from rsm_train.model.samplers import DiffusionWeights
+from rsm_train.model.samplers.diffusion import DiffusionWeights
 
 
 @dataclass(frozen=True)

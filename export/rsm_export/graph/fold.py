@@ -12,7 +12,9 @@ from rsm_export.graph.network import Network, fold_critics
 from rsm_export.graph.writer import GraphWriter
 from rsm_train.model.diffusion import SelectionName
 from rsm_train.model.normalizer import ObservationScale
-from rsm_train.model.samplers import ActionScale, DiffusionSampler, GaussianSampler, Weights
+from rsm_train.model.samplers.common import ActionScale, Weights
+from rsm_train.model.samplers.diffusion import DiffusionSampler
+from rsm_train.model.samplers.gaussian import GaussianSampler
 
 
 class FoldedSampler(Protocol):

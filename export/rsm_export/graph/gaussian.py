@@ -13,7 +13,7 @@ import torch
 from rsm_export.graph.network import Network, fold_network
 from rsm_export.graph.writer import GraphWriter
 from rsm_train.model.networks import LOG_STD_RANGE
-from rsm_train.model.samplers import GaussianWeights
+from rsm_train.model.samplers.gaussian import GaussianWeights
 
 
 @dataclass(frozen=True)

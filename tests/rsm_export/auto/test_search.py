@@ -24,7 +24,7 @@ from rsm_export.graph.cost import GraphCost
 from rsm_common.errors import BundleError, ConfigError, ParityError
 from rsm_eval.envs import EnvPool
 from rsm_serve.local import open_policy
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.run.checkpoint import load_checkpoint
 from tests.rsm_export.policies import random_policy
 from tests.rsm_train.runs import tiny_run

@@ -11,7 +11,7 @@ from rsm_export.config import Precision
 from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import build_graph
 
-from rsm_train.model.samplers import GaussianWeights
+from rsm_train.model.samplers.gaussian import GaussianWeights
 from tests.rsm_export.graph.test_onnx_graph import RUNTIMES, follows, in_onnxruntime
 from tests.rsm_export.policies import inputs, random_gaussian
 

@@ -20,7 +20,7 @@ from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import OPSET, build_graph
 
 from rsm_serve.sessions import openvino
-from rsm_train.model.samplers import ActionScale
+from rsm_train.model.samplers.common import ActionScale
 from rsm_train.policy import TorchPolicy
 from tests.rsm_export.policies import chain_of, inputs, random_policy, weights_of, with_chain
 

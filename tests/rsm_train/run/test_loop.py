@@ -11,7 +11,7 @@ from rsm_common.errors import CheckpointError, ConfigError, TrainingError
 from rsm_train.algorithms.dpmd import DPMD
 from rsm_train.config import resolve
 from rsm_train.environments.evaluation import Evaluation
-from rsm_train.model.samplers import DiffusionSampler
+from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.policy import act_best_of_n, action_scale
 from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy, load_training, save_checkpoint
 from rsm_train.run.checkpoint_files import find_checkpoint, list_checkpoints, prune_checkpoints
