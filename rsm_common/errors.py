@@ -1,4 +1,4 @@
-"""Every error a user can meet, in one tree, and how each one travels over gRPC.
+"""Every error that a user can see, in one tree, and how each one travels over gRPC.
 
 RsmError
 ├── UsageError                  wrong command line or call
@@ -7,7 +7,7 @@ RsmError
 │   ├── MissingExtraError       an optional dependency that is not installed
 │   └── AddressError            an address that cannot be bound
 ├── EnvFaultError               an environment that fails, or breaks its own spaces
-├── TrainingError               a run that cannot go on
+├── TrainingError               a run that cannot continue
 ├── CheckpointError             a training checkpoint that is missing, damaged or foreign
 │   └── DamagedCheckpointError  a file of a checkpoint is missing or not the one that was written
 ├── BundleError                 a policy bundle that is missing, damaged or foreign
@@ -16,18 +16,18 @@ RsmError
     ├── InvalidRequestError     wrong name, dtype, shape, byte count, NaN or Inf
     ├── PolicyNotFoundError     no such policy or version
     ├── NotReadyError           loading, draining, or no server at that address
-    ├── UnauthenticatedError    no token or certificate that the other side knows
-    ├── PermissionDeniedError   the token does not allow what was asked for
-    ├── QueueFullError          load was shed
+    ├── UnauthenticatedError    the token or certificate was not accepted
+    ├── PermissionDeniedError   the token does not allow the call
+    ├── QueueFullError          the server is overloaded and refused the request
     │   └── LimitReachedError   too many requests a second of one client, or too many streams
     ├── DeadlineExpiredError    too late to be worth computing
     ├── SupersededError         a newer request of the same client took its place
-    ├── RequestCancelledError   the caller went away
-    ├── NotOfferedError         this server does not have, or has switched off, what was asked for
+    ├── RequestCancelledError   the caller cancelled the request
+    ├── NotOfferedError         the server does not have the method, or has it switched off
     ├── RepositoryError         a policy could not be loaded or unloaded; what was loaded stays
     └── BackendError            the inference backend failed
 
-A message says what was wanted, what came and what to do, in one sentence.
+A message is one sentence: what was expected, what was received and what to do.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class AddressError(UsageError):
 
 
 class EnvFaultError(RsmError):
-    """An environment raised an exception, or answered with values that its spaces or Gymnasium rule out."""
+    """An environment raised an exception, or returned values that its spaces or Gymnasium do not allow."""
 
 
 class TrainingError(RsmError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class CheckpointError(RsmError):
@@ -86,12 +86,12 @@ class ParityError(BundleError):
 class RequestError(RsmError):
     """A request to a policy failed; the connection and the policy are unaffected.
 
-    In a stream, a request that fails is answered with an error of the same name, and the stream goes on.
+    In a stream, a request that fails is answered with an error of the same name, and the stream continues.
     """
 
 
 class InvalidRequestError(RequestError):
-    """The request is not one that the policy takes.
+    """The policy does not accept the request.
 
     A name, a dtype, a shape, a byte count or the seeds are wrong; a value is NaN or Inf; there are more rows
     than --max-batch-size; or the message is not one of the protocol.
@@ -111,16 +111,16 @@ class NotReadyError(RequestError):
 
 
 class UnauthenticatedError(RequestError):
-    """One side does not know the other.
+    """The token or certificate was not accepted.
 
     The token is missing, unknown or no longer valid, or a certificate is not trusted.
     """
 
 
 class PermissionDeniedError(RequestError):
-    """The caller is known but may not do what was asked for.
+    """The token does not allow the call.
 
-    The token allows acting, and the call needs an admin token.
+    The token is for acting, and the call needs an admin token.
     """
 
 
@@ -154,7 +154,7 @@ class DeadlineExpiredError(RequestError):
 
 
 class SupersededError(RequestError):
-    """A newer request of the same client took the place of this one in the queue (--latest-wins)."""
+    """A newer request of the same client replaced this one in the queue (--latest-wins)."""
 
 
 class RequestCancelledError(RequestError):
@@ -208,7 +208,7 @@ WIRE_STATUS: dict[type[RequestError], WireStatus] = {
     RequestCancelledError: WireStatus("CANCELLED"),
     NotOfferedError: WireStatus("UNIMPLEMENTED"),
     RepositoryError: WireStatus("FAILED_PRECONDITION"),
-    BackendError: WireStatus("INTERNAL", "The policy could not be evaluated; the server's log says why."),
+    BackendError: WireStatus("INTERNAL", "The server failed while computing the action. See the server's log."),
 }
 
 
@@ -220,7 +220,7 @@ of which one character may take 12 bytes: instead of our sentence the caller wou
 def wire_status(error: BaseException) -> tuple[str, str]:
     """(gRPC status name, sentence for the caller) of any exception.
 
-    Whatever is not a RequestError is our own fault and is reported like a backend failure.
+    An exception that is not a RequestError is a fault of the server and is reported like a BackendError.
     """
     status = WIRE_STATUS.get(type(error)) if isinstance(error, RequestError) else None
     status = status or WIRE_STATUS[BackendError]

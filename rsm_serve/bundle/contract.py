@@ -132,7 +132,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def read_pointer(policy_dir: Path) -> int | None:
+def read_current(policy_dir: Path) -> int | None:
     """Return the version that CURRENT names, which may be missing; None without the file.
 
     Raises:
@@ -170,7 +170,7 @@ def find_bundle(path: Path) -> Path:
         return path
     versions = list_versions(path)
     if versions:
-        current = read_pointer(path) or versions[-1]
+        current = read_current(path) or versions[-1]
         if current not in versions:
             raise BundleError(
                 f"wanted version {current} of {str(path)!r}, which {CURRENT_FILE} names, "

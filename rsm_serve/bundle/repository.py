@@ -14,7 +14,7 @@ from pathlib import Path
 from rsm_common.errors import BundleError
 from rsm_common.file_stamp import FileStamp, file_stamp
 from rsm_common.manifest import MANIFEST_FILE
-from rsm_serve.bundle.contract import PAYLOAD_FILES, check_policy_name, list_versions, read_pointer
+from rsm_serve.bundle.contract import PAYLOAD_FILES, check_policy_name, list_versions, read_current
 
 Stamp = tuple[FileStamp, ...]
 """Stamps of the files of a version; they change when a file changes."""
@@ -108,7 +108,7 @@ def look_at(policy_dir: Path) -> Found | None:
     if not numbers:
         return None
     try:
-        return Found(versions, read_pointer(policy_dir))
+        return Found(versions, read_current(policy_dir))
     except BundleError as error:
         return Found(versions, problem=str(error))
 

@@ -14,7 +14,7 @@ import grpc
 from rsm_common.errors import ConfigError, InvalidRequestError
 from rsm_serve.client.target import Target
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.security.tokens import bearer, check_token
+from rsm_serve.security.tokens import bearer, check_token_format
 from rsm_serve.wire.codec import MAX_MESSAGE_BYTES, SERVICE
 
 TOKEN_VARIABLE = "RSM_TOKEN"
@@ -130,7 +130,7 @@ class Connection:
         if not isinstance(secret, str):
             raise InvalidRequestError(f"wanted a token as text, got {type(secret).__name__}; give a str")
         try:
-            return cls(target, tls, bearer(check_token(secret, where) if secret else ""))
+            return cls(target, tls, bearer(check_token_format(secret, where) if secret else ""))
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from None
 

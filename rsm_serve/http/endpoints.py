@@ -13,7 +13,7 @@ from rsm_serve.engine.registry import Registry
 from rsm_serve.http.page import page, refusal
 from rsm_serve.http.sampling import Sampler
 from rsm_serve.http.server import HttpServer, Request, Response
-from rsm_serve.http.status import status_data
+from rsm_serve.http.status_data import status_data
 from rsm_serve.observe.counts import ServerCounts
 from rsm_serve.observe.prometheus import Exposition
 

@@ -44,7 +44,7 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     lines = [line.partition("#")[0].strip() for line in content.splitlines()]
     for number, line in enumerate(lines, 1):
         if line:
-            check_token(line, f"in line {number} of {path}")
+            check_token_format(line, f"in line {number} of {path}")
     tokens = tuple(filter(None, lines))
     if not 1 <= len(tokens) <= MAX_TOKENS:
         raise ConfigError(
@@ -54,7 +54,7 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     return tokens
 
 
-def check_token(token: str, where: str) -> str:
+def check_token_format(token: str, where: str) -> str:
     """Return the token.
 
     Raises:

@@ -106,8 +106,9 @@ def _tensorrt(bundle: Bundle, settings: SessionSettings) -> Session:
 
 
 # onnxruntime's CPU kernels lack bf16. OpenVINO computes fp16 and bf16 bundles in float32, from their rounded
-# weights. TensorRT has no operators for the integer products of int8 bundles. onnxruntime's GPU providers are
-# listed with what their documentation leaves no doubt about.
+# weights. int8 bundles store int8 weights, expand them with DequantizeLinear and multiply in float32. They are
+# listed only for the CPU runtimes, where they have been run. onnxruntime's GPU providers are listed with the
+# precisions that their documentation states clearly.
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(
         "serve", "onnxruntime", ("fp32", "fp16", "int8"), _onnxruntime("CPUExecutionProvider")
