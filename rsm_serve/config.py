@@ -221,7 +221,7 @@ class MonitorSettings:
         default=None,
         metadata={
             "help": "host:port (port 0: any free one) of /metrics, /healthz and, on a loopback address, the "
-            "status page.  [default: none, and no metrics are kept]"
+            "status page.  [default: none]"
         },
     )
     otel: bool = field(

@@ -17,7 +17,7 @@ from rsm_serve.engine.lane import Lane
 from rsm_serve.engine.lifecycle import LifeCycle
 from rsm_serve.engine.registry import Registry
 from rsm_serve.observe.counts import ServerCounts
-from rsm_serve.observe.tracing import Tracer
+from rsm_serve.observe.tracing import TRACE_HEADERS, Tracer
 from rsm_serve.rpc.endpoint import FLUSH_S, Endpoint
 from rsm_serve.security.access import Access
 from rsm_serve.security.server_tls import server_credentials
@@ -89,7 +89,7 @@ class PolicyServer:
             counts,
             [part.settled for part in (self._recorder, self._tracer) if part is not None],
             GuardedAnswers(config.guard) if config.guard.active else None,
-            keep_metadata=self._tracer is not None,
+            metadata_keys=frozenset() if self._tracer is None else TRACE_HEADERS,
             max_streams=config.limits.max_streams,
             max_rate=config.limits.max_rate,
         )
@@ -232,6 +232,6 @@ def _new_monitor() -> Monitor:
 def _new_recorder(settings: RecordingSettings) -> Recorder | None:
     if settings.directory is None:
         return None
-    from rsm_serve.recording.recorder import Recorder  # needs file locks, which not every system has
+    from rsm_serve.recording.recorder import Recorder  # only where requests are recorded
 
     return Recorder(settings.directory, settings.max_bytes)

@@ -29,6 +29,8 @@ RECONNECT_OPTIONS = (
     # attempt without an answer. Within 5 s the kernel repeats it after 1 s and 3 s, so that no pause is longer
     # than 2 s; a slow TLS handshake still fits.
     ("grpc.min_reconnect_backoff_ms", 5_000),
+    # By default a host name is looked up at most every 30 s, but a container may return with another address.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

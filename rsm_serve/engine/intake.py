@@ -15,6 +15,7 @@ This module knows nothing of gRPC; a call is any object that has gRPC's `time_re
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -29,6 +30,8 @@ from rsm_serve.engine.registry import Registry
 from rsm_serve.observe.counts import ServerCounts
 from rsm_serve.observe.settled import OK, Answered, Settled, outcome, status
 from rsm_serve.wire.caller import Caller
+
+logger = logging.getLogger(__name__)
 
 Future = asyncio.Future[Answered[ActResult]]
 
@@ -60,7 +63,7 @@ class Intake:
         counts: of the server.
         listeners: see `Listener`.
         guard: changes answers before their callers get them; None: answers are the policies' own.
-        keep_metadata: whether a listener reads the metadata of calls.
+        metadata_keys: the keys of a call's metadata that listeners read; others are not kept.
         max_streams: streams that may be open; None: any number.
         max_rate: requests a second of one client; None: any number.
         clock: seconds, monotonic.
@@ -73,7 +76,7 @@ class Intake:
         listeners: Sequence[Listener] = (),
         guard: GuardedAnswers | None = None,
         *,
-        keep_metadata: bool = False,
+        metadata_keys: frozenset[str] = frozenset(),
         max_streams: int | None = None,
         max_rate: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -82,7 +85,7 @@ class Intake:
         self.counts = counts or ServerCounts()
         self.listeners = tuple(listeners)
         self.guard = guard
-        self.keep_metadata = keep_metadata
+        self.metadata_keys = metadata_keys
         self.limiter = None if max_rate is None else RateLimiter(max_rate)
         self.clock = clock
         self._max_streams = max_streams
@@ -234,14 +237,22 @@ class Arrival:
             self._rows,
             sampled,
             given,
-            (self._call.invocation_metadata() or ()) if intake.keep_metadata else (),
+            self._metadata() if intake.metadata_keys else (),
         )
         if self._lane is None:
             intake.counts.refused(event.method, code, reason)
         else:
             self._lane.counts.settled(event)
         for listener in intake.listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception:  # the caller's own error must reach the caller
+                logger.exception("a listener of requests failed; the request is not affected")
+
+    def _metadata(self) -> list[tuple[str, Any]]:
+        """The kept part of the call's metadata, which may also hold a token."""
+        keys = self._intake.metadata_keys
+        return [(key, value) for key, value in self._call.invocation_metadata() or () if key in keys]
 
 
 def _result(future: Future | None) -> Answered[ActResult] | None:

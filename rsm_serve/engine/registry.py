@@ -132,8 +132,7 @@ class Registry:
             client_id: of the caller; decides between the current version and the canaries.
             seed: the first seed of the request; decides if there is no client_id.
             fixed: the request asks for a fixed result (deterministic, or with its own noise). Without a
-            client_id
-                it goes to the current version.
+                client_id it goes to the current version.
 
         Raises:
             PolicyNotFoundError: no such policy or version, or an empty name with several policies.

@@ -15,7 +15,8 @@ from rsm_common.errors import MissingExtraError
 from rsm_serve.observe.settled import Settled
 
 CLOSE_S = 2.0
-_HEADERS = ("traceparent", "tracestate")
+TRACE_HEADERS = frozenset(("traceparent", "tracestate"))
+"""Metadata of a call by which its trace goes on."""
 
 
 class Tracer:
@@ -46,7 +47,7 @@ class Tracer:
         """Record a request that was queued; a request that was refused before has no span."""
         if event.rows is None:
             return
-        headers = {key: value for key, value in event.metadata if key in _HEADERS}
+        headers = {key: value for key, value in event.metadata if key in TRACE_HEADERS}
         start_ns = event.arrived_unix_ns
         span = self._tracer.start_span(
             f"{event.service}/{event.method}",

@@ -159,10 +159,13 @@ class Recorder:
 
 def _size(event: Settled) -> int:
     """Bytes that a request holds while it waits for the writer."""
+    # The names in a refused request are the caller's own text, of any length.
+    names = len(event.policy) + len(event.version)
+    overhead = max(_OVERHEAD_BYTES, 4 * names)
     rows = event.rows
     if rows is None:
-        return _OVERHEAD_BYTES
-    return _OVERHEAD_BYTES + rows.obs_BO.nbytes + (0 if rows.noise_BTNA is None else rows.noise_BTNA.nbytes)
+        return overhead
+    return overhead + rows.obs_BO.nbytes + (0 if rows.noise_BTNA is None else rows.noise_BTNA.nbytes)
 
 
 def make_record(event: Settled) -> Record:

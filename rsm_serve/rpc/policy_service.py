@@ -54,9 +54,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             # gRPC cancels this handler when the caller left or its deadline passed. That cancels the future,
             # which takes the request out of the queue.
             answered = await self._submit("Act", request, context)
+            return encode_response(request.request_id, answered.answer, answered.queue_us)
         except Exception as error:
             await abort(context, error, request_id=request.request_id)
-        return encode_response(request.request_id, answered.answer, answered.queue_us)
 
     async def ActStream(  # noqa: N802
         self, requests: AsyncIterator[pb.ActRequest], context: Context

@@ -39,7 +39,7 @@ class Call:
         return "ipv4:127.0.0.1:1"
 
     def invocation_metadata(self) -> list[tuple[str, Any]]:
-        return [("key", "value")]
+        return [("key", "value"), ("authorization", "Bearer secret")]
 
 
 class Rig:
@@ -164,7 +164,8 @@ def test_a_batch_is_counted_once_however_many_requests_it_has(rig):
 
 
 def test_a_fallback_is_an_answer_that_was_not_computed(bundle_repo):
-    rig = Rig(bundle_repo, guard=GuardedAnswers(GuardLimits(fallback="center")), keep_metadata=True)
+    guard = GuardedAnswers(GuardLimits(fallback="center"))
+    rig = Rig(bundle_repo, guard=guard, metadata_keys=frozenset(["key"]))
     rig.session.failure = RuntimeError("no")
 
     async def scenario() -> None:
@@ -179,6 +180,22 @@ def test_a_fallback_is_an_answer_that_was_not_computed(bundle_repo):
     assert (counts.requests, counts.rows, counts.fallbacks) == ({("Act", "OK", ""): 1}, 2, 1)
     assert (counts.request_s.count, counts.queue_s.count, counts.executions) == (1, 0, 0)
     assert counts.failed_executions == 1
+
+
+def test_a_listener_that_raises_changes_no_answer_and_no_error(rig, caplog):
+    def broken(event: Settled) -> None:
+        raise RuntimeError("a listener's fault")
+
+    rig.intake.listeners = (broken, *rig.intake.listeners)
+
+    async def scenario() -> None:
+        assert (await rig.ask(rows(1))).answer.action.shape == (1, 2)
+        with pytest.raises(InvalidRequestError, match="not like this"):
+            rig.ask(refuse)
+
+    rig.run(scenario)
+    assert rig.ended == [("OK", ""), ("INVALID_ARGUMENT", "invalid")]
+    assert caplog.text.count("a listener of requests failed") == 2
 
 
 def test_a_failure_of_the_policy_is_one_event(rig):

@@ -209,6 +209,12 @@ class TestRecorder:
         assert told == [f"{dropped} requests were answered and not recorded: the disk does not keep up"]
         recorder.close()
 
+    def test_long_names_of_refused_requests_count_against_the_bound(self, tmp_path):
+        recorder = Recorder(tmp_path, 2**26)
+        for _ in range(100):  # the writer does not run yet
+            recorder.settled(refusal("x" * 2**20))
+        assert recorder.counts.dropped["behind"] > 80
+
     def test_a_record_larger_than_a_file_is_dropped(self, tmp_path):
         recorder = Recorder(tmp_path, 1000)
         recorder.settled(refusal("x" * 128))
