@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,6 +34,9 @@ LATENCY_BOUNDS_S = (
 
 ROWS_BOUNDS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 """Upper ends of the buckets of rows per batch."""
+
+RECENT_BATCHES = 16
+"""Batches of which a further request is recognised: more than the batches between two answers of one stream."""
 
 NotRecorded = Literal["behind", "disk", "too_large"]
 """Why a request has no record: the writer is behind, the disk refused it, or it is too large for a file."""
@@ -126,7 +129,7 @@ class LaneCounts:
         """When the last settled request arrived, nanoseconds since 1970; 0 before the first."""
         self.limited_rows = 0
         self.fallbacks = 0
-        self._last_batch: Timing | None = None
+        self._recent_batches: deque[Timing] = deque(maxlen=RECENT_BATCHES)
         # Written by the worker thread:
         self.compute_s = Histogram(LATENCY_BOUNDS_S)
         self.batch_rows = Histogram(ROWS_BOUNDS)
@@ -185,9 +188,10 @@ class LaneCounts:
         self.queue_s.add(1e-6 * queue_us)
         self.stacking.add(stacking_s)
         self.network.add(network_s)
-        # The requests of a batch share one Timing, and are settled one directly after the other.
-        if timing is not self._last_batch:
-            self._last_batch = timing
+        # The requests of a batch share one Timing. Requests of other batches may be settled between them, where
+        # the action guard keeps the order of a stream.
+        if not any(timing is batch for batch in self._recent_batches):
+            self._recent_batches.appendleft(timing)
             batches = self.by_batch_rows[timing.batch_rows]
             batches.stacking.add(stacking_s)
             batches.network.add(network_s)

@@ -48,6 +48,14 @@ def test_the_requests_of_a_batch_share_its_durations():
     assert counts.by_batch_rows[4].network.total == pytest.approx(300e-6)
 
 
+def test_a_batch_is_counted_once_though_others_are_settled_between_its_requests():
+    counts, one, other = lane(), Timing(0.0, 10.0, 200.0, 2), Timing(0.0, 10.0, 200.0, 1)
+    for timing in (one, other, one):
+        counts.settled(settled(timing=timing))
+    assert {size: batches.network.count for size, batches in counts.by_batch_rows.items()} == {2: 1, 1: 1}
+    assert counts.executions == 2
+
+
 def test_failures_are_timed_and_requests_that_were_given_up_are_not():
     counts = lane()
     for code, reason in (("CANCELLED", "cancelled"), ("DEADLINE_EXCEEDED", "late"), ("INTERNAL", "backend")):
