@@ -230,17 +230,26 @@ def _subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
 
 
 def _error(kind: type[Exception]) -> str:
-    from rsm_common.errors import WIRE_STATUS, RequestError
+    from rsm_common.errors import WIRE_STATUS, RequestError, RsmError
 
-    line = " > ".join(
-        base.__name__ for base in reversed(kind.__mro__) if base not in (object, BaseException, Exception)
-    )
-    parts = [f"## {kind.__name__}", inspect.cleandoc(kind.__doc__ or ""), f"Kind: `{line}`."]
+    bases = [base.__name__ for base in kind.__mro__[1:] if issubclass(base, RsmError)]
+    parts = [f"## {kind.__name__}", _with_arguments(inspect.cleandoc(kind.__doc__ or ""))]
+    if bases:
+        parts.append(f"Base class{'es' * (len(bases) > 1)}: {', '.join(f'`{base}`' for base in bases)}.")
     status = WIRE_STATUS.get(kind) if issubclass(kind, RequestError) else None
     if status is not None:
-        shown = f", and the caller reads: “{status.public}”" if status.public else ""
-        parts.append(f"gRPC status: `{status.code}`{shown}.")
+        parts.append(f"gRPC status: `{status.code}`.")
+        if status.public:
+            parts.append(f"Message to a remote caller: “{status.public}”")
     return "\n\n".join(parts)
+
+
+def _with_arguments(text: str) -> str:
+    """A docstring whose `Args:` is a list of Markdown."""
+    text, found, arguments = text.partition("\n\nArgs:\n")
+    if not found:
+        return text
+    return f"{text}\n\nArguments:\n\n" + re.sub(r"^ *(\w+): ", r"- `\1`: ", arguments, flags=re.MULTILINE)
 
 
 def _summary(thing: Any) -> str:

@@ -1,33 +1,33 @@
-"""Every error that a user can see, in one tree, and how each one travels over gRPC.
+"""The exceptions of the toolkit in one tree, and the gRPC status of each one.
 
 RsmError
 ├── UsageError                  wrong command line or call
-│   ├── ConfigError             settings that are out of range or contradict each other
+│   ├── ConfigError             a setting out of range, or two settings that contradict each other
 │   ├── UnsupportedEnvError     an environment that is unknown, cannot be created or is not Box-to-Box
 │   ├── MissingExtraError       an optional dependency that is not installed
-│   └── AddressError            an address that cannot be bound
-├── EnvFaultError               an environment that fails, or breaks its own spaces
+│   └── AddressError            an address that the server cannot listen on
+├── EnvFaultError               an environment that fails while it runs
 ├── TrainingError               a run that cannot continue
-├── CheckpointError             a training checkpoint that is missing, damaged or foreign
-│   └── DamagedCheckpointError  a file of a checkpoint is missing or not the one that was written
-├── BundleError                 a policy bundle that is missing, damaged or foreign
-│   └── ParityError             a graph that does not act like the policy it came from
-└── RequestError                one act request failed
+├── CheckpointError             a training checkpoint that cannot be used
+│   └── DamagedCheckpointError  a file of a checkpoint that is missing or damaged
+├── BundleError                 a policy bundle that is missing, damaged or of another schema version
+│   └── ParityError             a graph whose actions differ from those of the torch policy
+└── RequestError                a request that failed
     ├── InvalidRequestError     wrong name, dtype, shape, byte count, NaN or Inf
     ├── PolicyNotFoundError     no such policy or version
-    ├── NotReadyError           loading, draining, or no server at that address
-    ├── UnauthenticatedError    the token or certificate was not accepted
-    ├── PermissionDeniedError   the token does not allow the call
-    ├── QueueFullError          the server is overloaded and refused the request
-    │   └── LimitReachedError   too many requests a second of one client, or too many streams
-    ├── DeadlineExpiredError    too late to be worth computing
-    ├── SupersededError         a newer request of the same client took its place
+    ├── NotReadyError           loading, draining, or no server at the address
+    ├── UnauthenticatedError    a token or a certificate that was not accepted
+    ├── PermissionDeniedError   a token that does not allow the call
+    ├── QueueFullError          an overloaded server that refused the request
+    │   └── LimitReachedError   a limit on the requests a second or on the streams
+    ├── DeadlineExpiredError    a deadline that passed
+    ├── SupersededError         a newer request of the same client replaced this one
     ├── RequestCancelledError   the caller cancelled the request
-    ├── NotOfferedError         the server does not have the method, or has it switched off
-    ├── RepositoryError         a policy could not be loaded or unloaded; what was loaded stays
-    └── BackendError            the inference backend failed
+    ├── NotOfferedError         a method that the server does not have, or that is switched off
+    ├── RepositoryError         a policy that could not be loaded or unloaded
+    └── BackendError            a policy that could not compute an action
 
-A message is one sentence: what was expected, what was received and what to do.
+A message is one sentence. It names the expected value, the received value and the remedy.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ from dataclasses import dataclass
 
 
 class RsmError(Exception):
-    """Base of all errors of the toolkit."""
+    """Base class of all errors of the toolkit."""
 
 
 class UsageError(RsmError):
-    """The command line or the call itself is wrong."""
+    """A command or a function got arguments that it cannot use.
+
+    For example, an option needs a GPU and this machine has none.
+    """
 
 
 class ConfigError(UsageError):
@@ -48,90 +51,118 @@ class ConfigError(UsageError):
 
 
 class UnsupportedEnvError(UsageError):
-    """The environment is unknown, cannot be created, or its spaces are not flat boxes."""
+    """The environment cannot be used.
+
+    The id is unknown, the constructor failed, or the observation or action space is not a flat `Box`.
+    """
 
 
 class MissingExtraError(UsageError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    The message names the missing package or library.
+    """
 
 
 class AddressError(UsageError):
-    """The server cannot listen on the address."""
+    """The server cannot listen on the address.
+
+    The address is malformed or in use, or other machines reach it and TLS is off.
+    """
 
 
 class EnvFaultError(RsmError):
-    """An environment raised an exception, or returned values that its spaces or Gymnasium do not allow."""
+    """The environment failed while it ran.
+
+    It raised an exception, its process died, or it returned an invalid value. For example, an observation has
+    another shape than the observation space, or a reward is NaN.
+    """
 
 
 class TrainingError(RsmError):
-    """A training run cannot continue."""
+    """The training run cannot continue.
+
+    For example, a loss is NaN, the environment failed, or the disk is full. The last checkpoint is intact.
+    """
 
 
 class CheckpointError(RsmError):
-    """A training checkpoint is missing, damaged or of another layout."""
+    """A training checkpoint cannot be used.
+
+    It is missing or damaged, another version wrote it, or it has no training state to resume from.
+    """
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file of a training checkpoint is missing, or it is not the one that was written."""
+    """A file of a training checkpoint is missing or damaged.
+
+    The message names the file or the array. `rsm-train --resume` continues from the newest checkpoint that is
+    undamaged.
+    """
 
 
 class BundleError(RsmError):
-    """A policy bundle is missing, damaged or of another schema."""
+    """A policy bundle is missing, damaged or of another schema version."""
 
 
 class ParityError(BundleError):
-    """An exported graph does not give the actions of the policy it was made from."""
+    """The exported graph and the torch policy give different actions."""
 
 
 class RequestError(RsmError):
-    """A request to a policy failed; the connection and the policy are unaffected.
+    """A request to a policy failed.
 
-    In a stream, a request that fails is answered with an error of the same name, and the stream continues.
+    Other requests are not affected. In a stream, the server answers the failed request with an `error`, and the
+    stream stays open.
     """
 
 
 class InvalidRequestError(RequestError):
-    """The policy does not accept the request.
+    """The request is not valid.
 
-    A name, a dtype, a shape, a byte count or the seeds are wrong; a value is NaN or Inf; there are more rows
-    than --max-batch-size; or the message is not one of the protocol.
+    The message names the reason:
+
+    - a name, a dtype, a shape, a byte count or a seed is wrong;
+    - a value is NaN or Inf;
+    - the request has more rows than `--max-batch-size`;
+    - the bytes are not a message of the protocol, or the message is too large.
     """
 
 
 class PolicyNotFoundError(RequestError):
-    """The server has no such policy, or no such version of it."""
+    """The server does not have the policy or the version."""
 
 
 class NotReadyError(RequestError):
     """The policy cannot answer now, or no server answers at the address.
 
-    The server or the version is loading or draining, or it failed to load. gRPC itself reports the same
-    status if no server listens.
+    The server or the version is loading or draining, or the version could not be loaded. gRPC reports the same
+    status if no server listens at the address.
     """
 
 
 class UnauthenticatedError(RequestError):
-    """The token or certificate was not accepted.
+    """The token or the certificate was not accepted.
 
-    The token is missing, unknown or no longer valid, or a certificate is not trusted.
+    The token is missing, unknown or no longer valid, or the certificate is not trusted.
     """
 
 
 class PermissionDeniedError(RequestError):
     """The token does not allow the call.
 
-    The token is for acting, and the call needs an admin token.
+    The token is an act token, and the call needs an admin token.
     """
 
 
 class QueueFullError(RequestError):
-    """The server has too much work and refused the request.
+    """The server is overloaded and refused the request.
 
-    --max-queue-rows rows wait already. The error says when to try again.
+    The queue of the policy already holds `--max-queue-rows` rows.
 
     Args:
-        message: the sentence.
-        retry_after_s: seconds until the waiting rows are expected to be answered; None if unknown.
+        message: text of the error.
+        retry_after_s: seconds to wait before the next try; None if unknown.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -140,44 +171,48 @@ class QueueFullError(RequestError):
 
 
 class LimitReachedError(QueueFullError):
-    """A limit of the server is reached: --max-rate of one client, or --max-streams of all clients.
+    """The server refused a request because of `--max-rate`, or a stream because of `--max-streams`.
 
-    A remote caller gets QueueFullError, because the gRPC status and the remedy are the same.
+    `--max-rate` limits the requests a second of one client. `--max-streams` limits the open streams of all
+    clients. A remote client raises QueueFullError, because both classes have the same gRPC status.
     """
 
 
 class DeadlineExpiredError(RequestError):
-    """The deadline passed before an action was computed.
+    """The deadline passed before the action was computed.
 
-    A request that expires in the queue is not computed.
+    The server does not compute a request whose deadline passed in the queue.
     """
 
 
 class SupersededError(RequestError):
-    """A newer request of the same client replaced this one in the queue (--latest-wins)."""
+    """A newer request of the same client replaced this request in the queue (`--latest-wins`)."""
 
 
 class RequestCancelledError(RequestError):
     """The caller cancelled the request.
 
-    If the request was still in the queue, it is not computed. gRPC itself reports the same status if more than
-    10,000 calls wait to be read; a client then raises NotReadyError.
+    The server does not compute a request that was cancelled in the queue. gRPC reports the same status if more
+    than 10,000 calls wait to be read. The client then raises NotReadyError.
     """
 
 
 class NotOfferedError(RequestError):
-    """The server does not offer the method, or has it switched off."""
+    """The server does not have the method, or the method is switched off."""
 
 
 class RepositoryError(RequestError):
-    """A policy could not be loaded or unloaded; the versions that were loaded stay loaded."""
+    """A policy could not be loaded or unloaded.
+
+    The versions that were loaded before stay loaded.
+    """
 
 
 class BackendError(RequestError):
-    """The policy could not be evaluated.
+    """The policy could not compute an action.
 
-    The graph failed, or its action was not finite or out of bounds, and no fallback was configured
-    (--fallback). Details are only in the server's log.
+    The graph failed, or its action was not finite or out of bounds. The option `--fallback` was not set. The
+    details are only in the server's log.
     """
 
 
@@ -185,16 +220,15 @@ class BackendError(RequestError):
 class WireStatus:
     """How an error type appears to a remote caller.
 
-    `code` is the name of a `grpc.StatusCode`. `public` replaces the message where the message could
-    reveal internals; None sends the message itself.
+    `code` is the name of a `grpc.StatusCode`. `public` replaces a message that could reveal internals; None
+    sends the message itself.
     """
 
     code: str
     public: str | None = None
 
 
-# The one table of error type -> gRPC status -> public sentence, by exact type. Of two types with one status,
-# a client raises the first.
+# Error type -> gRPC status and public sentence, by exact type. A client raises the first type of a status.
 WIRE_STATUS: dict[type[RequestError], WireStatus] = {
     InvalidRequestError: WireStatus("INVALID_ARGUMENT"),
     PolicyNotFoundError: WireStatus("NOT_FOUND"),
@@ -213,8 +247,10 @@ WIRE_STATUS: dict[type[RequestError], WireStatus] = {
 
 
 MAX_SENTENCE = 600
-"""Characters that travel. A sentence repeats what a caller sent, and gRPC refuses a status of more than 8 KiB,
-of which one character may take 12 bytes: instead of our sentence the caller would read RESOURCE_EXHAUSTED."""
+"""Most characters of a message that the server sends.
+
+gRPC replaces a status of more than 8 KiB by RESOURCE_EXHAUSTED. One character takes up to 12 bytes there, and a
+message can repeat a long name from the request."""
 
 
 def wire_status(error: BaseException) -> tuple[str, str]:
@@ -229,7 +265,7 @@ def wire_status(error: BaseException) -> tuple[str, str]:
 
 
 def retry_after_ms(error: BaseException) -> int | None:
-    """The hint that travels with an error: when to try again, whole milliseconds from 1."""
+    """The `retry-after-ms` of an error: whole milliseconds, at least 1; None if the error has none."""
     if not isinstance(error, QueueFullError) or error.retry_after_s is None:
         return None
     return max(1, round(1e3 * error.retry_after_s))
