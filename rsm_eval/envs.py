@@ -91,7 +91,7 @@ def statistics_warning(env_id: str, env: BoxEnv) -> str | None:
     return (
         f"warning: {env_id} has {' and '.join(names)}, which keeps running statistics of its own, so training, "
         "evaluation and use are different environments; take it out of the environment, and for observations "
-        "train with --normalize-observation instead"
+        "train with rsm-train --normalize-observation instead"
     )
 
 

@@ -34,7 +34,7 @@ class BatchLimits:
         sound = self.max_queue_delay_s >= 0  # nan is not
         if self.max_batch_size < 1 or self.max_queue_rows < self.max_batch_size or not sound:
             raise ConfigError(
-                "wanted max_batch_size >= 1, max_queue_rows >= max_batch_size and max_queue_delay >= 0, got "
+                "wanted max_batch_size >= 1, max_queue_rows >= max_batch_size and max_queue_delay_s >= 0, got "
                 f"{self.max_batch_size}, {self.max_queue_rows} and {self.max_queue_delay_s} s"
             )
 

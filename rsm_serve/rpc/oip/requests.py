@@ -185,7 +185,8 @@ def _requested(tensors: Sequence[Tensor], wanted: Sequence[Any]) -> tuple[Tensor
         _refuse_shared_memory(f"output {message.name!r:.60}", message.parameters)
         if "classification" in message.parameters:
             raise InvalidRequestError(
-                f"wanted output {message.name!r:.60} as numbers, got class_count; leave it out"
+                f"wanted output {message.name!r:.60} as numbers, got its parameter 'classification', which "
+                "tritonclient calls class_count; leave it out"
             )
         if message.name not in left:  # each once: an answer must not be larger than the policy's
             raise InvalidRequestError(

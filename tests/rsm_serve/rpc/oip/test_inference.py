@@ -205,7 +205,7 @@ class TestContents:
             ({"outputs": [{"name": "q"}, {"name": "q"}]}, "at most once, got 'q'"),
             (
                 {"outputs": [{"name": "q", "parameters": {"classification": {"int64_param": 1}}}]},
-                "wanted output 'q' as numbers, got class_count",
+                "got its parameter 'classification', which tritonclient calls class_count; leave it out",
             ),
             (
                 {"outputs": [{"name": "q", "parameters": {"shared_memory_region": {"string_param": "x"}}}]},

@@ -1,0 +1,220 @@
+"""What the program tells a user to do can be done: the options, commands, extras and pages it names exist."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import click
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = {
+    "rsm_common": ("rsm-train", "rsm-export", "rsm-serve", "rsm-client", "rsm-eval"),
+    "rsm_train": ("rsm-train",),
+    "export/rsm_export": ("rsm-export",),
+    "rsm_serve": ("rsm-serve", "rsm-client"),
+    "rsm_eval": ("rsm-eval",),
+}
+"""Package -> the commands whose options its sentences name without saying which command."""
+
+HOMES = {"rsm_train/model/samplers/": ("rsm-export",)}
+"""Parts of a package whose sentences are those of another command."""
+
+NOT_OURS = ("rsm_common/provenance.py", "rsm_eval/plots.py")
+"""Files with options of git and variables of style sheets, which are not advice."""
+
+VALUE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for a value that only a run knows."""
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-]*" + VALUE + ")")
+COMMAND = re.compile(r"(?<![\w/-])rsm-(?:train|export|serve|client|eval)(?![\w-])")
+FOREIGN = re.compile(r"\b(?:openssl|pip|wandb|nvidia-smi) [^;`'\"]*")
+"""Commands of others, with their own options."""
+
+
+def texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string below a node but docstrings, a formatted one as a whole."""
+    hidden = {
+        id(part)
+        for node in ast.walk(tree)
+        for part in (
+            node.values
+            if isinstance(node, ast.JoinedStr)
+            else [node.value]
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            else []
+        )
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield (
+                node.lineno,
+                "".join(str(part.value) if isinstance(part, ast.Constant) else VALUE for part in node.values),
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in hidden:
+            yield node.lineno, node.value
+
+
+@functools.cache
+def sentences() -> list[tuple[str, str]]:
+    """(place, text) of every string that the program may print."""
+    trees = {path: tree for path, tree in modules().items() if path not in NOT_OURS}
+    return [(f"{path}:{line}", text) for path, tree in trees.items() for line, text in texts(tree)]
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Path below the root -> syntax tree of every module that is not generated."""
+    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    paths = [path for path in found if path.parent.name != "pb"]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+
+
+def home(place: str) -> tuple[str, ...]:
+    """The commands whose options a sentence of this place may name."""
+    return next(names for start, names in {**HOMES, **PACKAGES}.items() if place.startswith(start))
+
+
+def command_of(name: str) -> click.Command:
+    """The click command behind a script of the wheel."""
+    module, _, function = PROJECT["scripts"][name].partition(":")
+    found: list[click.Command] = []
+    with mock.patch.object(click.Command, "main", lambda command, *_, **__: found.append(command)):
+        getattr(importlib.import_module(module), function)([])
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """Name -> click command."""
+    return {name: command_of(name) for name in PROJECT["scripts"]}
+
+
+def all_options(command: click.Command) -> set[str]:
+    """The options of a command and its subcommands."""
+    own = {"--help", *(name for given in command.params for name in (*given.opts, *given.secondary_opts))}
+    return own.union(*map(all_options, command.commands.values())) if isinstance(command, click.Group) else own
+
+
+def unknown_options(text: str, owners: tuple[str, ...], options: dict[str, set[str]]) -> list[str]:
+    """Options that a text names and that do not exist.
+
+    An option belongs to the command that the text names last before it, or to one of `owners`.
+    """
+    text = FOREIGN.sub("", text)
+    named = {match.start(): (match[0],) for match in COMMAND.finditer(text)}
+    unknown = []
+    for match in OPTION.finditer(text):
+        before = [names for start, names in named.items() if start < match.start()]
+        if not any(match[0] in options[name] for name in (before[-1] if before else owners)):
+            unknown.append(match[0])
+    return unknown
+
+
+def identifiers() -> set[str]:
+    """Every name in the code: of a function, parameter, field, variable, module or keyword."""
+    found = {part for path in modules() for part in Path(path).with_suffix("").parts}
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            found.update(str(getattr(node, key)) for key in ("name", "arg", "id", "attr") if hasattr(node, key))
+    return found
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """(place, text) of every sentence in a raise statement or a call of an error class."""
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            made = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Error", "_require"))
+            if made or isinstance(node, ast.Raise):
+                yield from ((f"{path}:{line}", text) for line, text in texts(node) if " " in text)
+
+
+def test_every_option_that_the_program_names_exists(commands):
+    options = {name: all_options(command) for name, command in commands.items()}
+    wrong = [
+        f"{place}: {' '.join(unknown)} in {text!r}"
+        for place, text in sentences()
+        if (unknown := unknown_options(text, home(place), options))
+    ]
+
+    assert not wrong, "\n".join(wrong)
+    assert sum(len(OPTION.findall(text)) for _, text in sentences()) > 200  # the walk finds the sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("choose another --repo", []),
+        ("choose another --repro", ["--repro"]),
+        ("export it with rsm-export RUN --repo DIR", []),
+        ("train it with rsm-train --repo DIR", ["--repo"]),
+        ("pip install --upgrade rsm-toolkit; or use --jobs", ["--jobs"]),
+        (f"wanted --{VALUE} of at least 1", []),
+    ],
+)
+def test_a_wrong_option_is_noticed(commands, text, unknown):
+    options = {name: all_options(command) for name, command in commands.items()}
+
+    assert unknown_options(text, ("rsm-export",), options) == unknown
+
+
+def test_every_subcommand_that_the_program_names_exists(commands):
+    client = commands["rsm-client"]
+    assert isinstance(client, click.Group)
+    named = {(place, word) for place, text in sentences() for word in re.findall(r"rsm-client ([a-z]+)", text)}
+
+    assert {(place, word) for place, word in named if word not in client.commands} == set()
+    assert named
+
+
+def test_every_extra_that_the_program_names_exists():
+    named = {
+        (place, name)
+        for place, text in sentences()
+        for names in re.findall(r"rsm-toolkit\[([a-z,-]+)\]", text)
+        for name in names.split(",")
+    }
+
+    assert {(place, name) for place, name in named if name not in PROJECT["optional-dependencies"]} == set()
+    assert named
+
+
+def test_every_page_that_the_program_names_exists():
+    named = {(place, page) for place, text in sentences() for page in re.findall(r"[\w./-]+\.md\b", text)}
+
+    assert {(place, page) for place, page in named if not (ROOT / page).is_file()} == set()
+    assert named
+
+
+def test_every_variable_that_the_program_names_is_read():
+    named = {(place, name) for place, text in sentences() for name in re.findall(r"\bRSM_[A-Z_]+\b", text)}
+    read = {text for _, text in sentences() if re.fullmatch("RSM_[A-Z_]+", text)}
+
+    assert {(place, name) for place, name in named if name not in read} == set()
+    assert named
+
+
+def test_every_setting_that_a_refusal_names_exists():
+    known = identifiers() | {text for _, text in sentences() if text.isidentifier()}
+    known.add("class_count")  # of tritonclient
+    named = {
+        (place, name)
+        for place, text in refusals()
+        for name in re.findall(r"(?<![\w/.])(?:[a-z]+(?:_[a-z0-9]+)+|[a-z]+(?==))(?![\w.])", text)
+    }
+
+    assert {(place, name) for place, name in named if name not in known} == set()
+    assert len(named) > 50
