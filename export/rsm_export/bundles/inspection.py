@@ -183,7 +183,7 @@ def _head(report: Mapping[str, Any]) -> str:
     if report["problem"] is not None:
         state = f"cannot be run: {report['problem']}"
     elif report["kind"] == "bundle":
-        state = "every hash is the manifest's"
+        state = "all hashes agree with the manifest"
     else:
         state = "a bare graph: there is no manifest to verify it by"
     return f"{report['path']}\n{state}"

@@ -42,7 +42,7 @@ def test_everything_is_printed(version_dir, capsys):
     assert main(["inspect", str(version_dir)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for fact in (
-        "every hash is the manifest's",
+        "all hashes agree with the manifest",
         "policy arm, version 3",
         "12 observations, 2 actions, T = 3 steps, N = 2 particles",
         "noise [B, 3, 2, 2]",
