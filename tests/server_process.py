@@ -16,10 +16,9 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from tests.hang import HANG_S
+
 READY = re.compile(r"rsm-serve ready: address=(\S+) policies=(\S+) http=(\S+)\n")
-STOP_S = 60
-HANG_S = 120.0
-"""A test that waits gives up after this time. It only guards against hanging; no verdict depends on it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class ServerProcess:
     def get(self, path: str) -> tuple[int, str]:
         """(status, body) of a GET request to the HTTP port."""
         try:
-            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=STOP_S) as answer:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=HANG_S) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -109,7 +108,7 @@ def running_server(repository: Path, log_file: Path, *arguments: str) -> Iterato
             assert match, (line, log_file.read_text())
             yield ServerProcess(process, match[1], match[3], log_file)
             process.terminate()
-            assert process.wait(STOP_S) == 0, log_file.read_text()
+            assert process.wait(HANG_S) == 0, log_file.read_text()
         finally:
             process.kill()
 

@@ -14,6 +14,7 @@ import pytest
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
+from tests.hang import HANG_S
 
 HERE = Path(__file__).parent
 PROTOS = HERE.parent.parent / "protos"
@@ -55,7 +56,7 @@ def test_both_protocols(node_modules, bundle_repo):
             env={**os.environ, "NODE_PATH": str(node_modules)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
             check=False,
         )
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
 from rsm_train.policy import TorchPolicy
 from tests.bundles import make_spec
+from tests.hang import HANG_S
 
 Act = Callable[..., Any]
 
@@ -76,18 +77,20 @@ def torch_policy(repository: Any, address: str) -> Iterator[Act]:
 
 
 def client(repository: Any, address: str) -> Iterator[Act]:
-    with PolicyClient(address, timeout_s=60, connect_timeout_s=60) as policy:
+    with PolicyClient(address, timeout_s=HANG_S, connect_timeout_s=HANG_S) as policy:
         yield policy.act
 
 
 def stream(repository: Any, address: str) -> Iterator[Act]:
-    with PolicyClient(address, timeout_s=60, connect_timeout_s=60) as policy, policy.stream() as steps:
+    with PolicyClient(address, timeout_s=HANG_S, connect_timeout_s=HANG_S) as policy, policy.stream() as steps:
         yield steps.act
 
 
 def asyncio_client(repository: Any, address: str, *, streams: bool = False) -> Iterator[Act]:
     loop = asyncio.new_event_loop()
-    policy = loop.run_until_complete(AsyncPolicyClient(address, timeout_s=60, connect_timeout_s=60).connect())
+    policy = loop.run_until_complete(
+        AsyncPolicyClient(address, timeout_s=HANG_S, connect_timeout_s=HANG_S).connect()
+    )
     act: Act = policy.stream().act if streams else policy.act
     yield lambda *given, **named: loop.run_until_complete(act(*given, **named))
     loop.run_until_complete(policy.close())

@@ -18,6 +18,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
 from tests.bundles import make_spec, reference_action
+from tests.hang import HANG_S
 
 GOLDEN = Path(__file__).parent.parent / "data" / "bundle_v1"
 """Repository with the policy "tiny" of schema version 1, written by the code of that time."""
@@ -41,7 +42,7 @@ def test_a_bundle_of_version_1_loads_and_answers():
 
 def test_a_bundle_of_version_1_is_served():
     config = ServerConfig(repo=GOLDEN, addresses=("127.0.0.1:0",))
-    with background_server(config) as server, PolicyClient(server.addresses[0], timeout_s=10) as client:
+    with background_server(config) as server, PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
         assert client.spec.evaluation == {"episodes": 2, "mean": 3.5}
         answer = client.act(np.ones(4), seed=1)
     np.testing.assert_allclose(answer.action, open_policy(GOLDEN / "tiny").act(np.ones(4), seed=1).action)

@@ -37,6 +37,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.pb import oip_pb2
 from rsm_serve.pb import policy_pb2 as pb
 from tests.bundles import make_spec, reference_action, write_bundle
+from tests.hang import HANG_S
 from tests.server_process import ServerProcess, running_server, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of processes")
@@ -57,7 +58,7 @@ OURS = {
 """The statuses of the error catalogue, without those that no input alone may cause."""
 
 MIB = 2**20
-TIMEOUT_S = 60
+TIMEOUT_S = HANG_S
 IN_FLIGHT = 32
 
 Case = tuple[str, random.Random]
@@ -862,7 +863,7 @@ def test_connections_that_are_cut_in_the_middle(server):
     try:
         for number in range(60):
             try:
-                with PolicyClient(proxy.address, "tiny", timeout_s=10) as client, client.stream() as stream:
+                with PolicyClient(proxy.address, "tiny", timeout_s=HANG_S) as client, client.stream() as stream:
                     act = stream.act if number % 2 else client.act
                     for seed in range(40):
                         obs = np.full((1 + seed, 4), 0.1, np.float32)

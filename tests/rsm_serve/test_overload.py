@@ -62,8 +62,9 @@ from rsm_serve.rpc.streams import STREAM_WINDOW
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, Gated, Rig, raw_stub, wait_until
-from tests.server_process import HANG_S, running_server
+from tests.server_process import running_server
 
 MIB = 2**20
 BATCH_ROWS, QUEUE_ROWS = 4, 32
@@ -132,7 +133,7 @@ def rig_of(repository: Any, limits: BatchLimits) -> Iterator[Overloaded]:
     session = Stepped(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), limits)
     with background_server(
-        ServerConfig.from_options(repo=repository, addresses=ANY_PORT, drain_seconds=30), [lane]
+        ServerConfig.from_options(repo=repository, addresses=ANY_PORT, drain_seconds=HANG_S), [lane]
     ) as server:
         rig = Overloaded(server, session, lane)
         rig.watch()
@@ -161,7 +162,7 @@ def roomy_rig(bundle_repo) -> Iterator[Overloaded]:
 @pytest.fixture
 def slow_client(request) -> Iterator[PolicyClient]:
     rig = request.getfixturevalue("roomy_rig" if "roomy_rig" in request.fixturenames else "rig")
-    with PolicyClient(rig.address, timeout_s=60) as client:
+    with PolicyClient(rig.address, timeout_s=HANG_S) as client:
         yield client
 
 
@@ -280,7 +281,7 @@ def test_a_flood_does_not_stay_in_memory(tmp_path):
     obs = np.zeros((64, 4))
 
     async def flood(address: str) -> int:
-        async with AsyncPolicyClient(address, timeout_s=60) as client:
+        async with AsyncPolicyClient(address, timeout_s=HANG_S) as client:
             tasks = [asyncio.create_task(client.act(obs)) for _ in range(1500)]
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert {type(result) for result in results} == {ActResult, QueueFullError}
@@ -317,7 +318,7 @@ def test_a_flood_that_expires_is_never_computed(rig, slow_client):
 
     with grpc.insecure_channel(rig.address) as channel:
         stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
-        stream = stub.ModelStreamInfer(iter([timed] * 10), timeout=60)
+        stream = stub.ModelStreamInfer(iter([timed] * 10), timeout=HANG_S)
         rig.wait_queued(10)
         assert {type(result) for result in asyncio.run(main())} == {DeadlineExpiredError}
         rig.wait_queued(10)  # a request's own limit counts when the next batch is formed, not before
@@ -325,7 +326,7 @@ def test_a_flood_that_expires_is_never_computed(rig, slow_client):
         rig.open()
         errors = [response.error_message.partition(":")[0] for response in stream]
     assert errors == ["DEADLINE_EXCEEDED"] * 10
-    first.result(30)
+    first.result(HANG_S)
     slow_client.act(np.zeros(4))
     assert rig.session.batches == [1, 1]
 
@@ -334,7 +335,7 @@ def test_a_flood_that_is_cancelled_leaves_the_queue(rig, slow_client):
     first = rig.hold_worker(slow_client)
 
     async def main() -> None:
-        async with AsyncPolicyClient(rig.address, timeout_s=60) as client:
+        async with AsyncPolicyClient(rig.address, timeout_s=HANG_S) as client:
             for _ in range(5):
                 tasks = [asyncio.create_task(client.act(np.zeros(4))) for _ in range(QUEUE_ROWS)]
                 await asyncio.to_thread(rig.wait_queued, QUEUE_ROWS)
@@ -345,17 +346,17 @@ def test_a_flood_that_is_cancelled_leaves_the_queue(rig, slow_client):
 
     asyncio.run(main())
     rig.open()
-    first.result(30)
+    first.result(HANG_S)
     assert rig.session.batches == [1]
 
 
 def test_a_client_that_is_too_fast_has_one_place(bundle_repo):
     limits = BatchLimits(BATCH_ROWS, QUEUE_ROWS, latest_wins=True)
-    with rig_of(bundle_repo, limits) as rig, PolicyClient(rig.address, timeout_s=60) as other:
+    with rig_of(bundle_repo, limits) as rig, PolicyClient(rig.address, timeout_s=HANG_S) as other:
         first = rig.hold_worker(other)
 
         async def main() -> list[Any]:
-            async with AsyncPolicyClient(rig.address, timeout_s=60, client_id="fast") as fast:
+            async with AsyncPolicyClient(rig.address, timeout_s=HANG_S, client_id="fast") as fast:
                 tasks = [asyncio.create_task(fast.act(np.zeros(4), seed=seed)) for seed in range(300)]
                 while sum(task.done() for task in tasks) < 299:
                     await asyncio.sleep(0.01)
@@ -365,7 +366,7 @@ def test_a_client_that_is_too_fast_has_one_place(bundle_repo):
         results = asyncio.run(main())
         assert [type(result) for result in results].count(SupersededError) == 299
         assert rig.peak == 1
-        first.result(30)
+        first.result(HANG_S)
         assert rig.session.batches == [1, 1]
 
 
@@ -376,14 +377,14 @@ def test_a_request_of_too_many_rows_names_the_limit(rig, slow_client):
                 act(np.zeros((5, 4)))
         stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError, match="1 to 4 rows in one request, got 5"):
-            stub.ModelInfer(infer_request(rows=5), timeout=30)
-        (answer,) = stub.ModelStreamInfer(iter([infer_request(rows=5)]), timeout=30)
+            stub.ModelInfer(infer_request(rows=5), timeout=HANG_S)
+        (answer,) = stub.ModelStreamInfer(iter([infer_request(rows=5)]), timeout=HANG_S)
         assert "1 to 4 rows in one request, got 5" in answer.error_message
         typed = infer_request(rows=5)
         typed.inputs[0].contents.fp32_contents.extend([0.0] * 20)
         typed.ClearField("raw_input_contents")
         with pytest.raises(grpc.RpcError, match="1 to 4 rows in one request, got 5"):
-            stub.ModelInfer(typed, timeout=30)
+            stub.ModelInfer(typed, timeout=HANG_S)
     assert rig.session.batches == []
 
 
@@ -397,7 +398,7 @@ def test_a_message_of_more_than_16_mib(rig, slow_client, method):
         def send(size: int) -> grpc.RpcError:
             content = b"\xff" * size
             with pytest.raises(grpc.RpcError) as caught:
-                list(channel.stream_stream(f"/{method}")(iter([content]), timeout=60))
+                list(channel.stream_stream(f"/{method}")(iter([content]), timeout=HANG_S))
             return caught.value
 
         assert send(16 * MIB).code().name == "INVALID_ARGUMENT", "it was let in, and is no message"
@@ -415,11 +416,11 @@ def test_a_stream_that_is_not_read(roomy_rig, slow_client, protocol):
     with raw_stub(roomy_rig.address) as act, grpc.insecure_channel(roomy_rig.address) as channel:
         if protocol == "rsm":
             asked = [pb.ActRequest(rows=1, obs=ZEROS, request_id=number) for number in range(count)]
-            responses = act.ActStream(iter(asked), timeout=120)
+            responses = act.ActStream(iter(asked), timeout=HANG_S)
         else:
             infers = [infer_request(id=str(number)) for number in range(count)]
             stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
-            responses = stub.ModelStreamInfer(iter(infers), timeout=120)
+            responses = stub.ModelStreamInfer(iter(infers), timeout=HANG_S)
         roomy_rig.wait_queued(STREAM_WINDOW)
         more = threading.Event()
         more.wait(0.3)  # whoever takes more in would have done so by now
@@ -428,22 +429,22 @@ def test_a_stream_that_is_not_read(roomy_rig, slow_client, protocol):
         order = [int(r.request_id if protocol == "rsm" else r.infer_response.id) for r in responses]
     assert order == list(range(count))
     assert roomy_rig.peak == STREAM_WINDOW
-    first.result(30)
+    first.result(HANG_S)
 
 
 def test_what_comes_back_is_bounded(rig):
     with grpc.insecure_channel(rig.address) as channel:
         stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
-        assert stub.ModelInfer(infer_request(id="i" * MAX_ECHO), timeout=30).id == "i" * MAX_ECHO
+        assert stub.ModelInfer(infer_request(id="i" * MAX_ECHO), timeout=HANG_S).id == "i" * MAX_ECHO
         with pytest.raises(grpc.RpcError, match="wanted an id of at most 1024 characters, got 1025"):
-            stub.ModelInfer(infer_request(id="i" * (MAX_ECHO + 1)), timeout=30)
+            stub.ModelInfer(infer_request(id="i" * (MAX_ECHO + 1)), timeout=HANG_S)
         stamped = infer_request()
         stamped.parameters["obs_stamp"].string_param = "s" * (MAX_ECHO + 1)
         with pytest.raises(grpc.RpcError, match="wanted an obs_stamp of at most 1024 characters"):
-            stub.ModelInfer(stamped, timeout=30)
+            stub.ModelInfer(stamped, timeout=HANG_S)
         long = infer_request(id="i" * 16 * MIB)
         long.id = long.id[:-200]
-        (answer,) = stub.ModelStreamInfer(iter([long]), timeout=60)
+        (answer,) = stub.ModelStreamInfer(iter([long]), timeout=HANG_S)
         assert answer.error_message.startswith("INVALID_ARGUMENT: wanted an id")
         assert answer.infer_response.id == "i" * MAX_ECHO
     wait_until(lambda: rig.lane.batcher.queued_rows == 0, "an empty queue")

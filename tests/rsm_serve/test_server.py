@@ -32,6 +32,7 @@ from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.server_process import wait_until as wait_until
 
 ANY_PORT = ("127.0.0.1:0",)
@@ -86,7 +87,7 @@ class Gated:
     def run(self, obs_BO, noise_BTNA):
         self.batches.append(len(obs_BO))
         self.entered.release()
-        assert self.open.wait(60)
+        assert self.open.wait(HANG_S)
         if self.failure is not None:
             raise self.failure
         return self.session.run(obs_BO, noise_BTNA)
@@ -113,7 +114,7 @@ class Rig:
         """Let one request occupy the worker."""
         self.shut()
         future = self.pool.submit(client.act, np.zeros(4))
-        assert self.session.entered.acquire(timeout=30)
+        assert self.session.entered.acquire(timeout=HANG_S)
         return future
 
     def wait_queued(self, rows: int) -> None:
@@ -125,7 +126,7 @@ def rig(bundle_repo) -> Iterator[Rig]:
     bundle = load_bundle(bundle_repo / "tiny")
     session = Gated(open_session(bundle))
     lane = Lane(LocalPolicy(bundle, session), BatchLimits(max_batch_size=4, max_queue_rows=6))
-    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=HANG_S)
     with background_server(config, [lane]) as server:
         rig = Rig(server, session, lane)
         try:
@@ -137,7 +138,7 @@ def rig(bundle_repo) -> Iterator[Rig]:
 
 @pytest.fixture
 def slow_client(rig) -> Iterator[PolicyClient]:
-    with PolicyClient(rig.address, timeout_s=60) as client:
+    with PolicyClient(rig.address, timeout_s=HANG_S) as client:
         yield client
 
 
@@ -148,8 +149,8 @@ class TestLoad:
         others = [rig.pool.submit(slow_client.act, row, seed=n) for n, row in enumerate(obs)]
         rig.wait_queued(5)
         rig.open()
-        answers = [other.result(30) for other in others]
-        assert first.result(30).timing.batch_rows == 1
+        answers = [other.result(HANG_S) for other in others]
+        assert first.result(HANG_S).timing.batch_rows == 1
         assert rig.session.batches == [1, 4, 1]
         assert sorted(answer.timing.batch_rows for answer in answers) == [1, 4, 4, 4, 4]
         local = open_policy(bundle_repo / "tiny")
@@ -163,8 +164,8 @@ class TestLoad:
         with pytest.raises(QueueFullError, match="6 of at most 6"):
             slow_client.act(np.zeros(4))
         rig.open()
-        assert [other.result(30).timing.batch_rows for other in others] == [3, 3]
-        first.result(30)
+        assert [other.result(HANG_S).timing.batch_rows for other in others] == [3, 3]
+        first.result(HANG_S)
         slow_client.act(np.zeros(4))
 
     def test_an_expired_request_is_never_computed(self, rig, slow_client):
@@ -176,7 +177,7 @@ class TestLoad:
             hasty.act(np.zeros((2, 4)))
         rig.wait_queued(0)
         rig.open()
-        first.result(30)
+        first.result(HANG_S)
         slow_client.act(np.zeros(4))
         assert rig.session.batches == [1, 1]
 
@@ -184,7 +185,7 @@ class TestLoad:
         first = rig.hold_worker(slow_client)
 
         async def main():
-            async with AsyncPolicyClient(rig.address, timeout_s=60) as client:
+            async with AsyncPolicyClient(rig.address, timeout_s=HANG_S) as client:
                 task = asyncio.create_task(client.act(np.zeros((2, 4))))
                 await asyncio.to_thread(rig.wait_queued, 2)
                 task.cancel()
@@ -194,7 +195,7 @@ class TestLoad:
 
         asyncio.run(main())
         rig.open()
-        first.result(30)
+        first.result(HANG_S)
         assert rig.session.batches == [1]
 
     def test_a_client_that_leaves_its_stream_leaves_the_queue(self, rig, slow_client):
@@ -205,7 +206,7 @@ class TestLoad:
             call.cancel()
             rig.wait_queued(0)
         rig.open()
-        first.result(30)
+        first.result(HANG_S)
         assert rig.session.batches == [1]
 
     def test_a_backend_failure_says_nothing_about_itself_and_passes(self, rig, slow_client, caplog):
@@ -229,14 +230,14 @@ class TestLoad:
             with pytest.raises(DeadlineExpiredError, match=r"within 0.2 s"):
                 stream.act(np.zeros(4), seed=1)
             rig.open()
-        with slow_client.stream(timeout_s=60) as stream:
+        with slow_client.stream(timeout_s=HANG_S) as stream:
             assert stream.act(np.ones(4), seed=2).seed == 2
             stream._timeout_s = 0.2
             rig.shut()
             with pytest.raises(DeadlineExpiredError):
                 stream.act(np.zeros(4), seed=3)
             rig.open()
-            stream._timeout_s = 60
+            stream._timeout_s = HANG_S
             answer = stream.act(np.ones(4), seed=4)
             assert answer.seed == 4
             assert np.allclose(answer.action, local.act(np.ones(4), seed=4).action, atol=1e-6)
@@ -245,7 +246,7 @@ class TestLoad:
 def probe_health(address: str, service: str = "") -> str:
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+        response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=HANG_S)
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
@@ -253,14 +254,14 @@ class TestHealthAndReflection:
     def test_health_of_the_server_and_of_each_policy(self, address):
         for service in ("", "tiny", "other", "rsm.v1.PolicyService"):
             assert probe_health(address, service) == "SERVING"
-            assert check_health(address, service, timeout_s=30) == "SERVING"
-        assert check_health(address, "nope", timeout_s=30) == "SERVICE_UNKNOWN"
+            assert check_health(address, service, timeout_s=HANG_S) == "SERVING"
+        assert check_health(address, "nope", timeout_s=HANG_S) == "SERVICE_UNKNOWN"
 
     def test_reflection_lists_the_services(self, address):
         with grpc.insecure_channel(address) as channel:
             stub = reflection_pb2_grpc.ServerReflectionStub(channel)
             request = reflection_pb2.ServerReflectionRequest(list_services="")
-            (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=30)
+            (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=HANG_S)
         names = {service.name for service in answer.list_services_response.service}
         assert names == {
             "rsm.v1.PolicyService",
@@ -275,20 +276,20 @@ class TestDrain:
         first = rig.hold_worker(slow_client)
         second = rig.pool.submit(slow_client.act, np.zeros((2, 4)))
         rig.wait_queued(2)
-        with slow_client.stream(timeout_s=60) as stream:
+        with slow_client.stream(timeout_s=HANG_S) as stream:
             third = rig.pool.submit(stream.act, np.zeros(4))
             rig.wait_queued(3)
             drained = asyncio.run_coroutine_threadsafe(rig.server.drain(), rig.lane.batcher._loop)
             wait_until(lambda: probe_health(rig.address) == "NOT_SERVING", "NOT_SERVING")
-            assert check_health(rig.address, "tiny", timeout_s=30) == "NOT_SERVING"
+            assert check_health(rig.address, "tiny", timeout_s=HANG_S) == "NOT_SERVING"
             with pytest.raises(NotReadyError, match="shutting down"):
                 slow_client.act(np.zeros(4))
             assert not drained.done()
             rig.open()
-            assert first.result(30).action.shape == (2,)
-            assert second.result(30).action.shape == (2, 2)
-            assert third.result(30).action.shape == (2,)
-            assert drained.result(30) is True
+            assert first.result(HANG_S).action.shape == (2,)
+            assert second.result(HANG_S).action.shape == (2, 2)
+            assert third.result(HANG_S).action.shape == (2,)
+            assert drained.result(HANG_S) is True
             assert rig.session.closed
             with pytest.raises(NotReadyError):
                 stream.act(np.zeros(4))
@@ -296,10 +297,10 @@ class TestDrain:
     def test_a_backend_that_hangs_does_not_hold_the_server_for_ever(self, rig, slow_client):
         first = rig.hold_worker(slow_client)
         drained = asyncio.run_coroutine_threadsafe(rig.server.drain(0.1), rig.lane.batcher._loop)
-        assert drained.result(30) is False
+        assert drained.result(HANG_S) is False
         assert not rig.session.closed, "its worker is in the midst of a run"
         with pytest.raises(RequestError):
-            first.result(30)
+            first.result(HANG_S)
 
 
 @pytest.mark.parametrize("in_loop", [0, 2**20], ids=["worker", "event loop"])
@@ -309,7 +310,7 @@ def test_noise_does_not_depend_on_who_draws_it(bundle_repo, monkeypatch, in_loop
     expected = open_policy(bundle_repo / "tiny").act(obs, seed=11)
     with (
         background_server(ServerConfig(repo=bundle_repo, addresses=ANY_PORT)) as server,
-        PolicyClient(server.addresses[0], timeout_s=30) as client,
+        PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
     ):
         answer = client.act(obs, seed=11)
     assert np.allclose(answer.action, expected.action, atol=1e-6)

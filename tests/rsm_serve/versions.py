@@ -23,6 +23,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.engine.lifecycle import IndexEntry
 from rsm_serve.server import PolicyServer, background_server
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import ANY_PORT, wait_until
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of processes")
@@ -48,7 +49,7 @@ def point(repo: Path, version: object, name: str = "tiny") -> None:
 @contextlib.contextmanager
 def serve(repo: Path, **settings: Any) -> Iterator[PolicyServer]:
     config = ServerConfig.from_options(
-        repo=repo, addresses=ANY_PORT, backend="onnxruntime", max_batch_size=8, drain_seconds=30, **settings
+        repo=repo, addresses=ANY_PORT, backend="onnxruntime", max_batch_size=8, drain_seconds=HANG_S, **settings
     )
     with background_server(config) as server:
         yield server
@@ -58,11 +59,11 @@ def run(server: PolicyServer, work: Any) -> Any:
     """A coroutine in the server's event loop."""
     loop = server.lifecycle.loop
     assert loop is not None
-    return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+    return asyncio.run_coroutine_threadsafe(work, loop).result(HANG_S)
 
 
 def acting_version(server: PolicyServer, policy: str = "tiny", **arguments: Any) -> str:
-    with PolicyClient(server.addresses[0], policy=policy, timeout_s=30, **arguments) as client:
+    with PolicyClient(server.addresses[0], policy=policy, timeout_s=HANG_S, **arguments) as client:
         return client.act(np.zeros(4)).version
 
 

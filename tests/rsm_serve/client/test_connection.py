@@ -22,6 +22,7 @@ from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.server import background_server
 from rsm_serve.wire.codec import ERROR_MARK, SERVICE
 from tests.bundles import make_spec
+from tests.hang import HANG_S
 
 DEFAULT_ATTEMPTS = 4
 """Attempts of a channel with gRPC's own pauses; the fourth comes after about 5 s."""
@@ -106,7 +107,7 @@ class TestReconnecting:
             ):
                 stack.enter_context(channel)
                 ready.append(grpc.channel_ready_future(channel))
-            assert default.enough.wait(120)
+            assert default.enough.wait(HANG_S)
             # About 8 attempts with the cap, and about as many as the other channel without it.
             assert ours.count >= default.count + 2
             for future in ready:
@@ -121,7 +122,7 @@ class TestReconnecting:
                 grpc.aio.insecure_channel(default.address, options=(("grpc.use_local_subchannel_pool", 1),)),
             )
             waits = [asyncio.ensure_future(channel.channel_ready()) for channel in channels]
-            assert await asyncio.to_thread(default.enough.wait, 120)
+            assert await asyncio.to_thread(default.enough.wait, HANG_S)
             assert ours.count >= default.count + 2
             for wait in waits:
                 wait.cancel()
@@ -143,9 +144,9 @@ class TestProxies:
         addresses = ("127.0.0.1:0", "localhost:0", f"unix:{tmp_path}/s")
         with background_server(ServerConfig(repo=bundle_repo, addresses=addresses)) as server:
             for address in server.addresses:
-                with PolicyClient(address, timeout_s=30, connect_timeout_s=30) as client:
+                with PolicyClient(address, timeout_s=HANG_S, connect_timeout_s=HANG_S) as client:
                     assert client.act(np.zeros(4), seed=1).seed == 1
-                assert check_health(address, timeout_s=30) == "SERVING"
+                assert check_health(address, timeout_s=HANG_S) == "SERVING"
 
     @pytest.mark.parametrize("name", PROXY_VARIABLES)
     def test_a_proxy_that_fails_is_named(self, name, monkeypatch):
@@ -180,12 +181,14 @@ class TestWaitingForAServer:
     def test_a_server_that_is_not_there_yet(self, bundle_repo):
         address = free_port()
         clients: list[PolicyClient] = []
-        thread = threading.Thread(target=lambda: clients.append(PolicyClient(address, connect_timeout_s=60)))
+        thread = threading.Thread(
+            target=lambda: clients.append(PolicyClient(address, connect_timeout_s=HANG_S))
+        )
         with pytest.raises(NotReadyError):
             check_health(address)
         thread.start()
         with background_server(ServerConfig(repo=bundle_repo, addresses=(address,))):
-            thread.join(60)
+            thread.join(HANG_S)
             (client,) = clients
             assert client.spec.name == "tiny"
             client.close()
@@ -194,7 +197,7 @@ class TestWaitingForAServer:
         address = free_port()
 
         async def main() -> None:
-            waiting = asyncio.ensure_future(AsyncPolicyClient(address, connect_timeout_s=60).connect())
+            waiting = asyncio.ensure_future(AsyncPolicyClient(address, connect_timeout_s=HANG_S).connect())
             await asyncio.sleep(0)
             with background_server(ServerConfig(repo=bundle_repo, addresses=(address,))):
                 client = await waiting
@@ -205,14 +208,14 @@ class TestWaitingForAServer:
 
     def test_a_server_that_is_there_and_loads(self):
         with loading_server(refusals=2) as (address, asked):
-            with PolicyClient(address, connect_timeout_s=60) as client:
+            with PolicyClient(address, connect_timeout_s=HANG_S) as client:
                 assert client.spec.name == "tiny"
             assert len(asked) == 3
 
     def test_a_server_without_the_policy_is_asked_once(self):
         with loading_server(refusals=99, status=grpc.StatusCode.NOT_FOUND) as (address, asked):
             with pytest.raises(PolicyNotFoundError):
-                PolicyClient(address, connect_timeout_s=60)
+                PolicyClient(address, connect_timeout_s=HANG_S)
             assert len(asked) == 1
 
     def test_the_reason_is_told_when_the_time_is_over(self):

@@ -23,6 +23,7 @@ from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
+from tests.hang import HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def unused_port() -> str:
 
 
 def test_an_interrupted_step_leaves_no_answer_behind(address, monkeypatch):
-    with PolicyClient(address, timeout_s=30) as client, client.stream() as stream:
+    with PolicyClient(address, timeout_s=HANG_S) as client, client.stream() as stream:
         assert stream.act(np.zeros(4), seed=1).seed == 1
         real = stream._responses
 
@@ -65,7 +66,7 @@ def test_an_interrupted_step_leaves_no_answer_behind(address, monkeypatch):
 
 
 def test_the_answer_to_another_request_is_refused(address, monkeypatch):
-    with PolicyClient(address, timeout_s=30) as client:
+    with PolicyClient(address, timeout_s=HANG_S) as client:
         real = client._act
 
         def confused(request, timeout):
@@ -105,7 +106,7 @@ def test_no_server_at_the_address():
     with pytest.raises(NotReadyError, match=f"{address}.*start one with rsm-serve"):
         PolicyClient(address, connect_timeout_s=0.3)
     with pytest.raises(NotReadyError, match=address):
-        check_health(address, timeout_s=30)
+        check_health(address, timeout_s=HANG_S)
 
     async def main():
         async with AsyncPolicyClient(address, connect_timeout_s=0.3):
@@ -122,7 +123,7 @@ def test_a_server_that_never_answers(silent_port):
 
 def test_a_server_that_goes_away(bundle_repo):
     with background_server(ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0",))) as server:
-        client = PolicyClient(server.addresses[0], timeout_s=30)
+        client = PolicyClient(server.addresses[0], timeout_s=HANG_S)
         stream = client.stream()
         stream.act(np.zeros(4))
     for act in (client.act, stream.act):
@@ -133,7 +134,7 @@ def test_a_server_that_goes_away(bundle_repo):
 
 
 def test_a_closed_client_says_so(address):
-    with PolicyClient(address, timeout_s=30) as client:
+    with PolicyClient(address, timeout_s=HANG_S) as client:
         stream = client.stream()
         stream.act(np.zeros(4))
     for act in (client.act, stream.act, client.stream().act):
@@ -142,7 +143,7 @@ def test_a_closed_client_says_so(address):
     stream.close()
 
     async def main():
-        async with AsyncPolicyClient(address, timeout_s=30) as client:
+        async with AsyncPolicyClient(address, timeout_s=HANG_S) as client:
             stream = client.stream()
         for act in (client.act, stream.act):
             with pytest.raises(NotReadyError, match="closed here"):
@@ -154,7 +155,7 @@ def test_a_closed_client_says_so(address):
 def test_a_unix_socket(bundle_repo, tmp_path):
     where = f"unix:{tmp_path}/rsm.sock"
     config = ServerConfig(repo=bundle_repo, addresses=("127.0.0.1:0", where))
-    with background_server(config) as server, PolicyClient(where, timeout_s=30) as client:
+    with background_server(config) as server, PolicyClient(where, timeout_s=HANG_S) as client:
         assert server.addresses[1] == where
         assert client.act(np.zeros(4), seed=1).seed == 1
         with pytest.raises(AddressError, match="another server does"), background_server(config):
@@ -164,7 +165,7 @@ def test_a_unix_socket(bundle_repo, tmp_path):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "dead.sock"))
     config = ServerConfig(repo=bundle_repo, addresses=(f"unix:{tmp_path}/dead.sock",))
-    with background_server(config) as server, PolicyClient(server.addresses[0], timeout_s=30) as client:
+    with background_server(config) as server, PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
         client.act(np.zeros(4))
 
 
@@ -173,7 +174,7 @@ def test_many_threads_share_one_client(address, bundle_repo):
     obs = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     expected = [local.act(row, seed=n).action for n, row in enumerate(obs)]
     wrong: list[int] = []
-    with PolicyClient(address, timeout_s=30) as client:
+    with PolicyClient(address, timeout_s=HANG_S) as client:
 
         def work(n: int) -> None:
             for _ in range(20):
@@ -194,7 +195,7 @@ class TestAsyncClient:
         obs = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
 
         async def main():
-            async with AsyncPolicyClient(f"grpc://{address}/tiny", timeout_s=30) as client:
+            async with AsyncPolicyClient(f"grpc://{address}/tiny", timeout_s=HANG_S) as client:
                 assert client.spec == local.spec
                 answers = await asyncio.gather(*(client.act(row, seed=n) for n, row in enumerate(obs)))
                 async with client.stream() as stream:
@@ -224,7 +225,7 @@ class TestAsyncClient:
         async def main():
             with contextlib.ExitStack() as first:
                 first.enter_context(background_server(config))
-                client = await AsyncPolicyClient(where, timeout_s=30).connect()
+                client = await AsyncPolicyClient(where, timeout_s=HANG_S).connect()
                 stream = client.stream()
                 await stream.act(np.zeros(4))
                 await asyncio.to_thread(first.close)
@@ -237,11 +238,11 @@ class TestAsyncClient:
                 await stream.close()
                 await client.close()
 
-        asyncio.run(asyncio.wait_for(main(), 60))
+        asyncio.run(asyncio.wait_for(main(), HANG_S))
 
     def test_a_closed_stream_says_so(self, address):
         async def main():
-            async with AsyncPolicyClient(address, timeout_s=30) as client:
+            async with AsyncPolicyClient(address, timeout_s=HANG_S) as client:
                 async with client.stream() as stream:
                     await stream.act(np.zeros(4))
                 with pytest.raises(NotReadyError, match="the stream to .* was closed here; open another"):
@@ -252,11 +253,11 @@ class TestAsyncClient:
 
     def test_a_late_step(self, address, silent_port):
         async def main():
-            async with AsyncPolicyClient(address, timeout_s=30) as client:
+            async with AsyncPolicyClient(address, timeout_s=HANG_S) as client:
                 stream = client.stream(timeout_s=1e-6)
                 with pytest.raises(DeadlineExpiredError, match="within 1e-06 s"):
                     await stream.act(np.zeros(4))
-                stream._timeout_s = 30
+                stream._timeout_s = HANG_S
                 assert (await stream.act(np.zeros(4), seed=2)).seed == 2
                 await stream.close()
 
@@ -279,7 +280,7 @@ def test_the_check_against_an_environment(address):
 
 
 def test_a_damaged_answer_is_an_error_not_an_action(address, monkeypatch):
-    with PolicyClient(address, timeout_s=30) as client:
+    with PolicyClient(address, timeout_s=HANG_S) as client:
         real = client._act
 
         def damaged(request, timeout):

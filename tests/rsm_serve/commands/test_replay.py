@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rsm_serve.local import open_policy
 from rsm_serve.recording.format import MAGIC, encode, numbered_files, read
 from rsm_serve.server import PolicyServer, background_server
 from tests.bundles import make_model, make_probe, make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.engine.test_guarded_answers import HIGH, LOW, guarded
 from tests.rsm_serve.recording.records import OBS, make_record
 from tests.rsm_serve.test_server import ANY_PORT, wait_until
@@ -58,7 +60,7 @@ def records(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with background_server(config) as server:
         address = server.addresses[0]
-        with PolicyClient(address, "tiny", client_id="arm-7", timeout_s=30) as client:
+        with PolicyClient(address, "tiny", client_id="arm-7", timeout_s=HANG_S) as client:
             client.act(OBS)
             client.act(OBS[0], deterministic=True)
             client.act(OBS[:2], noise=draw_noise(expand_seed(5, 2), (3, 2, 2)))
@@ -71,7 +73,7 @@ def records(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensor = triton.InferInput("obs", [9, 4], "FP32")
             tensor.set_data_from_numpy(OBS)
             other.infer("tiny", [tensor])
-        with PolicyClient(address, "other", timeout_s=30) as client:
+        with PolicyClient(address, "other", timeout_s=HANG_S) as client:
             client.act(np.zeros(6))
     return directory
 
@@ -122,7 +124,7 @@ class TestAgreement:
     def test_with_the_server_that_records_there(self, capsys, bundle_repo, tmp_path):
         config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, record=tmp_path)
         with background_server(config) as server:
-            with PolicyClient(server.addresses[0], timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                 for _ in range(20):
                     client.act(np.zeros(4))
             wait_until(lambda: len(list(read(tmp_path))) == 20 if numbered_files(tmp_path) else False, "20")
@@ -141,7 +143,7 @@ class TestAgreement:
                 server,
                 session,
             ),
-            PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client,
+            PolicyClient(server.addresses[0], client_id="arm", timeout_s=HANG_S) as client,
         ):
             assert client.act(LOW, seed=1).adjusted is None
             assert client.act(HIGH, seed=1).adjusted == Adjustment.LIMITED
@@ -248,10 +250,11 @@ class TestMistakes:
             (["x" * 300, "--against", "127.0.0.1:1"], "File name too long"),
             (["RECORDS", "--against", "REPO/tiny", "--policy", "x"], "wanted records of answered requests"),
             (["RECORDS", "--against", "REPO/tiny", "--tolerance", "2"], "tolerance"),
-            (["RECORDS", "--against", "127.0.0.1:1"], "no policy server answers"),
+            (["RECORDS", "--against", "127.0.0.1:1", "--timeout", str(HANG_S)], "no policy server answers"),
         ],
     )
-    def test_one_sentence_and_status_2(self, capsys, records, repo, arguments, message):
+    def test_one_sentence_and_status_2(self, capsys, monkeypatch, records, repo, arguments, message):
+        monkeypatch.setattr("rsm_serve.client.call.RETRY_S", math.inf)  # one attempt to connect
         places = {"RECORDS": str(records), "REPO": str(repo)}
         given = [places.get(word, word.replace("REPO/", f"{repo}/")) for word in arguments]
         status, out, err = run(capsys, *given)

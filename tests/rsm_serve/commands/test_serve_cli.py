@@ -33,6 +33,7 @@ from rsm_serve.engine.lane import Selection
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 
 READY = re.compile(r"rsm-serve ready: address=(\S+) policies=(\S+)\n")
 
@@ -78,7 +79,7 @@ def test_serving_a_repository_until_sigterm(own_repo):
         assert policies == "other:1,tiny:2"
         refused: list[Exception] = []
         stepped = threading.Event()
-        client = PolicyClient(address, policy="tiny", timeout_s=30)
+        client = PolicyClient(address, policy="tiny", timeout_s=HANG_S)
 
         def control_loop() -> None:
             seed = 0
@@ -93,10 +94,10 @@ def test_serving_a_repository_until_sigterm(own_repo):
 
         thread = threading.Thread(target=control_loop)
         thread.start()
-        assert stepped.wait(30)
+        assert stepped.wait(HANG_S)
         process.send_signal(signal.SIGTERM)
-        output, log = process.communicate(timeout=60)
-        thread.join(60)
+        output, log = process.communicate(timeout=HANG_S)
+        thread.join(HANG_S)
         client.close()
     assert process.returncode == 0, log
     assert output == ""  # the ready line was the only one
@@ -115,9 +116,9 @@ def test_a_server_that_waits_for_its_first_policy_says_that_it_listens(tmp_path)
             line = process.stdout.readline()
             match = re.fullmatch(r"rsm-serve ready: address=(\S+) policies=\n", line)
             assert match, line
-            assert client_cli.main(["health", "--address", match[1], "--timeout", "30"]) == 1
+            assert client_cli.main(["health", "--address", match[1], "--timeout", str(HANG_S)]) == 1
             process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=60)
+            _, log = process.communicate(timeout=HANG_S)
         finally:
             process.kill()
     assert process.returncode == 0, log
@@ -130,7 +131,7 @@ def test_the_backend_is_chosen_and_named_in_the_log(bundle_repo, backend):
     with serving(arguments) as (process, address, _), PolicyClient(address) as client:
         assert client.act(np.zeros(4)).action.shape == (2,)
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=HANG_S)
     assert re.search(rf"loaded tiny version 1 in .* s: {backend} [\d.]+, CPU\n", log)
     assert process.returncode == 0, log
 
@@ -153,12 +154,12 @@ def test_the_http_port_ends_the_ready_line_and_the_log_is_json(own_repo):
             ready = r"rsm-serve ready: address=(\S+) policies=tiny:1 http=(127\.0\.0\.1:\d+)\n"
             match = re.fullmatch(ready, line)
             assert match, line
-            with PolicyClient(match[1], timeout_s=30) as client:
+            with PolicyClient(match[1], timeout_s=HANG_S) as client:
                 client.act(np.full(4, 123.456))
-            with urllib.request.urlopen(f"http://{match[2]}/healthz", timeout=30) as answer:
+            with urllib.request.urlopen(f"http://{match[2]}/healthz", timeout=HANG_S) as answer:
                 assert answer.read() == b"serving\n"
             process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=60)
+            _, log = process.communicate(timeout=HANG_S)
         finally:
             process.kill()
     assert process.returncode == 0, log
@@ -175,11 +176,11 @@ def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
         act = channel.unary_unary("/rsm.v1.PolicyService/Act")
         for _ in range(200):
             with pytest.raises(grpc.RpcError):
-                act(b"\xff\xff", timeout=30)
-        with PolicyClient(address, timeout_s=30) as client:
+                act(b"\xff\xff", timeout=HANG_S)
+        with PolicyClient(address, timeout_s=HANG_S) as client:
             assert client.act(np.zeros(4)).action.shape == (2,)
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=HANG_S)
     assert "Traceback" not in log
     assert len(log) < 1000
 
@@ -197,7 +198,7 @@ def test_an_interrupt_while_loading_ends_an_observed_server_at_once(bundle_repo)
             assert process.stdout is not None
             assert process.stdout.readline() == "loading\n"
             process.send_signal(signal.SIGINT)
-            output, log = process.communicate(timeout=30)
+            output, log = process.communicate(timeout=HANG_S)
         finally:
             process.kill()
     assert (process.returncode, output, log) == (130, "", "rsm-serve: interrupted\n")
@@ -225,7 +226,7 @@ def test_sigterm_while_loading_ends_the_server(bundle_repo, first, http):
             assert process.stdout.readline() == "loading\n"
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             os.kill(int(children.read_text()) if first else process.pid, signal.SIGTERM)
-            output, log = process.communicate(timeout=30)
+            output, log = process.communicate(timeout=HANG_S)
         finally:
             process.kill()
     assert (process.returncode, output, log) == (143 if first else -signal.SIGTERM, "", "")
@@ -242,7 +243,7 @@ def test_a_policy_that_does_not_load_ends_an_observed_server_with_a_sentence(own
         "--http",
         "127.0.0.1:0",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "truncated" in done.stderr
     assert "Traceback" not in done.stderr
@@ -264,7 +265,7 @@ def test_a_second_server_on_the_port_fails_and_the_first_goes_on(bundle_repo):
             [sys.executable, "-m", "rsm_serve.commands.serve_cli", *arguments, address],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
             check=False,
         )
         assert second.returncode == 2
@@ -397,8 +398,13 @@ class TestClient:
         assert np.shape(json.loads(out)["action"]) == (3, 2)
 
     def test_health(self, capsys, address):
-        assert self.run(capsys, "health", "--address", address, "--timeout", "30")[:2] == (0, "SERVING\n")
-        status, out, _ = self.run(capsys, "health", "--address", address, "--policy", "x", "--timeout", "30")
+        assert self.run(capsys, "health", "--address", address, "--timeout", str(HANG_S))[:2] == (
+            0,
+            "SERVING\n",
+        )
+        status, out, _ = self.run(
+            capsys, "health", "--address", address, "--policy", "x", "--timeout", str(HANG_S)
+        )
         assert (status, out) == (1, "SERVICE_UNKNOWN\n")
 
     def test_bench(self, capsys, address):
@@ -472,9 +478,10 @@ class TestClient:
         assert status == 2
         assert f"no answer from {address} within 0.2 s" in err
 
-    def test_no_server(self, capsys):
+    def test_no_server(self, capsys, monkeypatch):
+        monkeypatch.setattr("rsm_serve.client.call.RETRY_S", math.inf)  # one attempt
         for name in ("info", "act", "health", "bench"):
-            status, out, err = self.run(capsys, name, "--address", "127.0.0.1:1")
+            status, out, err = self.run(capsys, name, "--address", "127.0.0.1:1", "--timeout", str(HANG_S))
             assert (status, out) == (2, "")
             assert "127.0.0.1:1" in err
             assert "rsm-serve" in err

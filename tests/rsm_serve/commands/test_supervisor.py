@@ -22,6 +22,7 @@ from rsm_serve.commands.supervisor import reserved
 from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.recording.format import read
+from tests.hang import HANG_S
 from tests.server_process import ServerProcess, running_server, samples, wait_until
 
 COMMAND = [sys.executable, "-m", "rsm_serve.commands.serve_cli", "--address", "127.0.0.1:0"]
@@ -55,14 +56,14 @@ def https(served: ServerProcess) -> list[str]:
 
 def answered(http: str) -> float:
     """Rows that the process with that HTTP port has answered."""
-    with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{http}/metrics", timeout=HANG_S) as page:
         values = samples(page.read().decode())
     return sum(value for key, value in values.items() if key.startswith("rsm_rows_total"))
 
 
 def ask(address: str, obs: np.ndarray, seed: int) -> np.ndarray:
     """By a connection of its own."""
-    with PolicyClient(address, timeout_s=30) as client:
+    with PolicyClient(address, timeout_s=HANG_S) as client:
         return client.act(obs, seed=seed).action
 
 
@@ -77,7 +78,7 @@ def test_all_processes_answer_the_same(served, bundle_repo):
     assert min(counts) > 0
     assert sum(counts) == 40
     served.process.terminate()
-    assert served.process.wait(30) == 0
+    assert served.process.wait(HANG_S) == 0
     assert not any(map(command_of, pids))
 
 
@@ -96,7 +97,7 @@ def test_a_process_that_dies_is_replaced(served):
 
     wait_until(the_new_one_answers, "answers of the new process")
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(30) == 0
+    assert served.process.wait(HANG_S) == 0
     assert f"process {before[0]} died" in served.log
 
 
@@ -152,7 +153,7 @@ def test_what_all_processes_recorded_is_read(bundle_repo, tmp_path):
 def test_what_is_wrong_is_said_once(own_repo):
     (own_repo / "tiny" / "1" / "model.onnx").write_bytes(b"no graph")
     command = [*COMMAND, "--repo", str(own_repo), "--processes", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("rsm-serve: bundle") == 1

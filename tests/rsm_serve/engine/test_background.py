@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from rsm_serve.engine.background import in_thread
+from tests.hang import HANG_S
 
 
 class TestThreads:
@@ -24,7 +25,7 @@ class TestThreads:
         gate, let_go = threading.Event(), threading.Event()
 
         def work() -> int:
-            assert gate.wait(30)
+            assert gate.wait(HANG_S)
             return 7
 
         async def main():
@@ -40,4 +41,4 @@ class TestThreads:
 
         asyncio.run(main())
         gate.set()
-        assert let_go.wait(30)
+        assert let_go.wait(HANG_S)

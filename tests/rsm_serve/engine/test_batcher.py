@@ -17,6 +17,7 @@ from rsm_common.errors import (
 from rsm_serve.engine.batcher import Batcher
 from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.observe.settled import Answered
+from tests.hang import HANG_S
 
 SMALL = BatchLimits(max_batch_size=4, max_queue_rows=8)
 
@@ -32,7 +33,7 @@ class Gate:
     def __call__(self, requests: Sequence[int]) -> list[int | RequestError]:
         self.batches.append(list(requests))
         self.entered.release()
-        assert self.open.wait(30)
+        assert self.open.wait(HANG_S)
         if 13 in requests:
             raise RuntimeError("secret detail")
         return [BackendError("unlucky") if request == 7 else 10 * request for request in requests]
@@ -48,13 +49,13 @@ def run_gated(scenario):
         finally:
             gate.open.set()
             batcher.close()
-            await asyncio.wait_for(batcher.drained(), 30)
+            await asyncio.wait_for(batcher.drained(), HANG_S)
 
     asyncio.run(main())
 
 
 async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.acquire, True, 30)
+    assert await asyncio.to_thread(gate.entered.acquire, True, HANG_S)
 
 
 def test_the_driver_batches_what_arrives_while_the_worker_is_busy():
@@ -155,6 +156,6 @@ def test_a_computation_that_loses_an_answer_fails_the_batch_only():
         with pytest.raises(BackendError):
             await batcher.put(1, 1)
         batcher.close()
-        await asyncio.wait_for(batcher.drained(), 30)
+        await asyncio.wait_for(batcher.drained(), HANG_S)
 
     asyncio.run(main())

@@ -19,6 +19,7 @@ from rsm_serve.engine.canary import Canary, check_shares, choose, lot
 from rsm_serve.engine.lane import Selection
 from rsm_serve.local import open_policy
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.versions import acting_version, add_version, point, run, serve, settled
 
 
@@ -99,7 +100,9 @@ class TestCanaries:
         name = next(name for name in map(str, range(99)) if lot("tiny", name, None) >= 0.9)
         with serve(own_repo, canaries=(Canary("tiny", 2, 0.9),)) as server:
             for _ in range(5):
-                with PolicyClient(server.addresses[0], policy="tiny", client_id=name, timeout_s=30) as client:
+                with PolicyClient(
+                    server.addresses[0], policy="tiny", client_id=name, timeout_s=HANG_S
+                ) as client:
                     assert client.act(np.zeros(4)).version == "1"
 
     def test_a_canary_comes_back_with_its_policy(self, own_repo):
@@ -119,7 +122,7 @@ class TestCanaries:
             for number in range(12):
                 name = f"robot-{number}"
                 with (
-                    PolicyClient(server.addresses[0], timeout_s=30, client_id=name) as client,
+                    PolicyClient(server.addresses[0], timeout_s=HANG_S, client_id=name) as client,
                     client.stream() as s,
                 ):
                     versions = {
@@ -134,7 +137,7 @@ class TestCanaries:
         add_version(own_repo, 2)
         with (
             serve(own_repo, canaries=(Canary("tiny", 2, 0.5),)) as server,
-            PolicyClient(server.addresses[0], timeout_s=30) as client,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
         ):
             local = {number: open_policy(own_repo / "tiny" / number, "onnxruntime") for number in ("1", "2")}
             for seed in range(20):

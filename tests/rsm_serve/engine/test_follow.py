@@ -18,6 +18,7 @@ from rsm_serve.bundle.contract import CURRENT_FILE
 from rsm_serve.client import PolicyClient, check_health
 from rsm_serve.engine.lane import Selection
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.commands.test_serve_cli import serving
 from tests.rsm_serve.test_server import wait_until
 from tests.rsm_serve.versions import (
@@ -128,7 +129,7 @@ class TestFailures:
             write_bundle(own_repo, make_spec("tiny", "2", obs_size=5))
             run(server, server.lifecycle.refresh())
             assert "version 2 takes or gives something else than version 1" in caplog.text
-            with PolicyClient(server.addresses[0], policy="tiny", timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], policy="tiny", timeout_s=HANG_S) as client:
                 assert client.act(np.zeros(5)).version == "2"
 
 
@@ -148,11 +149,13 @@ class TestPolling:
             wait_for_version(server, "3")
             add_version(own_repo, 1, "other")
             wait_for_version(server, "1", "other")
-            assert check_health(address[0], "other", timeout_s=30) == "SERVING"
+            assert check_health(address[0], "other", timeout_s=HANG_S) == "SERVING"
             shutil.rmtree(own_repo / "other")
             wait_until(lambda: server.registry.names == ["tiny"], "other to go")
-            wait_until(lambda: check_health(address[0], "other", timeout_s=30) == "NOT_SERVING", "its health")
-            assert check_health(address[0], timeout_s=30) == "SERVING"
+            wait_until(
+                lambda: check_health(address[0], "other", timeout_s=HANG_S) == "NOT_SERVING", "its health"
+            )
+            assert check_health(address[0], timeout_s=HANG_S) == "SERVING"
             assert acting_version(server) == "3"
             assert settled(server) == [("tiny", "3", "READY", "")]
 
@@ -202,12 +205,12 @@ class TestPolling:
         arguments = ["--repo", str(own_repo), "--address", "127.0.0.1:0", "--backend", "onnxruntime"]
         with (
             serving([*arguments, "--poll", "0.05"]) as (process, address, policies),
-            PolicyClient(address, policy="tiny", timeout_s=30) as client,
+            PolicyClient(address, policy="tiny", timeout_s=HANG_S) as client,
         ):
             assert policies == "tiny:1"
             add_version(own_repo, 2)
             wait_until(lambda: client.act(np.zeros(4)).version == "2", "version 2")
             process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=60)
+            _, log = process.communicate(timeout=HANG_S)
             assert process.returncode == 0, log
             assert "'tiny': version 2 is current, after version 1" in log

@@ -36,6 +36,7 @@ from rsm_serve.observe.settled import Answered
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.engine.test_action_guard import HELD, LIMITED, SPEC, actions
 from tests.rsm_serve.http.ask import scrape
 from tests.rsm_serve.observe.test_prometheus import Unsound
@@ -142,7 +143,7 @@ class TestServer:
     def test_every_protocol_and_stream_is_limited(self, bundle_repo, caplog):
         with guarded(bundle_repo, max_action_step=0.25) as (server, _):
             address = server.addresses[0]
-            with PolicyClient(address, client_id="arm", timeout_s=30) as client:
+            with PolicyClient(address, client_id="arm", timeout_s=HANG_S) as client:
                 first, second = client.act(LOW, seed=1), client.act(HIGH, seed=1)
                 assert first.adjusted is None
                 assert second.adjusted == LIMITED
@@ -156,7 +157,11 @@ class TestServer:
                 result = other.infer("tiny", [tensor], parameters={"client_id": "arm", "seed": 1})
                 assert np.allclose(result.as_numpy("action"), first.action + 3)
                 assert result.get_response().parameters["adjusted"].string_param == "limited"
-            with PolicyClient(address, timeout_s=30) as client, client.stream() as one, client.stream() as two:
+            with (
+                PolicyClient(address, timeout_s=HANG_S) as client,
+                client.stream() as one,
+                client.stream() as two,
+            ):
                 low = one.act(LOW, seed=1).action
                 assert np.allclose(two.act(HIGH, seed=1).action, 1, atol=1e-3)
                 assert np.allclose(one.act(HIGH, seed=1).action, low + 1)
@@ -178,7 +183,7 @@ class TestServer:
     def test_who_cannot_be_limited_is_told(self, bundle_repo):
         with guarded(bundle_repo, max_action_step=0.25) as (server, _):
             with (
-                PolicyClient(server.addresses[0], timeout_s=30) as client,
+                PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
                 pytest.raises(InvalidRequestError, match="wanted a client_id"),
             ):
                 client.act(LOW)
@@ -192,7 +197,7 @@ class TestServer:
         config = ServerConfig.from_options(repo=own_repo, addresses=ANY_PORT, max_action_step=0.25, poll=0.05)
         with (
             background_server(config) as server,
-            PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client,
+            PolicyClient(server.addresses[0], client_id="arm", timeout_s=HANG_S) as client,
         ):
             write_bundle(own_repo / ".new", make_spec("tiny", "2"))
             (own_repo / ".new" / "tiny" / "2").rename(own_repo / "tiny" / "2")
@@ -205,7 +210,7 @@ class TestServer:
     @pytest.mark.parametrize("kind", ["unsound", "failing"])
     def test_hold(self, bundle_repo, kind, caplog):
         with guarded(bundle_repo, fallback="hold") as (server, session):
-            with PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], client_id="arm", timeout_s=HANG_S) as client:
                 good = client.act(LOW, seed=1)
                 session.broken, session.failing = kind == "unsound", kind == "failing"
                 held = client.act(HIGH, seed=2)
@@ -216,7 +221,7 @@ class TestServer:
                 assert held.seed == 2
                 with pytest.raises(InvalidRequestError):  # what the caller got wrong is still told
                     client.act(np.zeros((65, 4)))
-            with PolicyClient(server.addresses[0], timeout_s=30) as client, pytest.raises(BackendError):
+            with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client, pytest.raises(BackendError):
                 client.act(LOW)
             found = scrape(server)
             assert found[f"rsm_fallback_answers_total{LANE}"] == 1
@@ -245,7 +250,7 @@ class TestServer:
 
     def test_one_connection_may_ask_for_several(self, bundle_repo):
         async def main(address: str) -> list[float]:
-            async with AsyncPolicyClient(address, client_id="arm", timeout_s=30) as client:
+            async with AsyncPolicyClient(address, client_id="arm", timeout_s=HANG_S) as client:
                 calls = [
                     client.act(LOW, seed=1),
                     client.act(HIGH, seed=1, client_id="leg"),
@@ -261,7 +266,7 @@ class TestServer:
     def test_fail_is_the_default(self, bundle_repo):
         with (
             guarded(bundle_repo) as (server, session),
-            PolicyClient(server.addresses[0], timeout_s=30) as client,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
         ):
             session.broken = True
             with pytest.raises(BackendError):
@@ -270,7 +275,7 @@ class TestServer:
     def test_records_have_the_policys_own_action_beside_the_one_given_out(self, bundle_repo, tmp_path):
         with (
             guarded(bundle_repo, max_action_step=0.25, fallback="hold", record=tmp_path) as (server, session),
-            PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client,
+            PolicyClient(server.addresses[0], client_id="arm", timeout_s=HANG_S) as client,
         ):
             first, second = client.act(LOW, seed=1), client.act(HIGH, seed=1)
             session.broken = True

@@ -23,6 +23,7 @@ from rsm_serve.observe.counts import ServerCounts
 from rsm_serve.observe.settled import Settled
 from rsm_serve.sessions.choice import open_session
 from rsm_serve.wire.caller import Caller
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import Gated
 
 SERVICE = "rsm.v1.PolicyService"
@@ -66,7 +67,7 @@ class Rig:
             finally:
                 self.session.open.set()
                 self.lane.batcher.close()
-                await asyncio.wait_for(self.lane.batcher.drained(), 30)
+                await asyncio.wait_for(self.lane.batcher.drained(), HANG_S)
 
         asyncio.run(main())
 
@@ -135,7 +136,7 @@ def test_a_request_that_is_given_up_is_neither_answered_nor_failed(rig):
         while rig.session.entered.acquire(blocking=False):
             pass
         first, second = rig.ask(rows(1)), rig.ask(rows(2))
-        assert await asyncio.to_thread(rig.session.entered.acquire, True, 30)
+        assert await asyncio.to_thread(rig.session.entered.acquire, True, HANG_S)
         second.cancel()
         rig.session.open.set()
         await first
@@ -151,7 +152,7 @@ def test_a_batch_is_counted_once_however_many_requests_it_has(rig):
         while rig.session.entered.acquire(blocking=False):
             pass
         first = rig.ask(rows(1))
-        assert await asyncio.to_thread(rig.session.entered.acquire, True, 30)
+        assert await asyncio.to_thread(rig.session.entered.acquire, True, HANG_S)
         others = [rig.ask(rows(1)) for _ in range(3)]
         rig.session.open.set()
         await asyncio.gather(first, *others)

@@ -19,6 +19,7 @@ from rsm_common.errors import (
 )
 from rsm_serve.client import check_health
 from rsm_serve.engine.lane import Lane, Selection
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import wait_until
 from tests.rsm_serve.versions import (
     acting_version,
@@ -51,7 +52,7 @@ def test_a_signal_while_a_version_loads_drains_and_ends_the_process(own_repo):
             add_version(own_repo, 2)
             assert process.stdout.readline() == "loading\n"
             process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=30)
+            _, log = process.communicate(timeout=HANG_S)
         finally:
             process.kill()
     assert process.returncode == 0, log
@@ -68,7 +69,7 @@ class TestControl:
             assert (acting_version(server), acting_version(server, version=1)) == ("2", "1")
             run(server, control.unload("tiny"))
             assert settled(server) == [("other", "1", "READY", ""), ("tiny", "", "UNAVAILABLE", "unloaded")]
-            assert check_health(address, "tiny", timeout_s=30) == "NOT_SERVING"
+            assert check_health(address, "tiny", timeout_s=HANG_S) == "NOT_SERVING"
             with pytest.raises(PolicyNotFoundError, match="'tiny', this server has other"):
                 acting_version(server)
             run(server, control.refresh())
@@ -76,7 +77,7 @@ class TestControl:
             add_version(own_repo, 3)
             run(server, control.load("tiny"))
             assert acting_version(server) == "3"
-            assert check_health(address, "tiny", timeout_s=30) == "SERVING"
+            assert check_health(address, "tiny", timeout_s=HANG_S) == "SERVING"
             assert settled(server) == [("other", "1", "READY", ""), ("tiny", "3", "READY", "")]
             run(server, control.unload("other"))
             run(server, control.unload("tiny"))
@@ -121,20 +122,20 @@ class TestControl:
 
             def slow(name: str, version: int) -> Lane:
                 entered.set()
-                assert gate.wait(30)
+                assert gate.wait(HANG_S)
                 return load(name, version)
 
             monkeypatch.setattr(server.lifecycle.versions, "load", slow)
             add_version(own_repo, 1, "other")
             pool = ThreadPoolExecutor(1)
             loading = pool.submit(run, server, server.lifecycle.refresh())
-            assert entered.wait(30)
+            assert entered.wait(HANG_S)
             assert server.lifecycle.index()[0] == ("other", "1", "LOADING", "")
             with pytest.raises(NotReadyError, match="'other' is being loaded"):
                 acting_version(server, "other")
             assert acting_version(server) == "1"
             gate.set()
-            loading.result(30)
+            loading.result(HANG_S)
             pool.shutdown()
             assert acting_version(server, "other") == "1"
 
@@ -144,12 +145,12 @@ class TestControl:
 
             def slow(name: str, version: int) -> Lane:
                 entered.set()
-                assert gate.wait(30)
+                assert gate.wait(HANG_S)
                 return load(name, version)
 
             async def impatient() -> None:
                 task = asyncio.create_task(server.lifecycle.load("tiny"))
-                await asyncio.to_thread(entered.wait, 30)
+                await asyncio.to_thread(entered.wait, HANG_S)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -170,14 +171,14 @@ class TestControl:
                 lane = load(name, version)
                 monkeypatch.setattr(lane, "close", lambda: closed.append(lane.spec.version))
                 entered.set()
-                assert gate.wait(30)
+                assert gate.wait(HANG_S)
                 return lane
 
             monkeypatch.setattr(server.lifecycle.versions, "load", slow)
             add_version(own_repo, 2)
-            assert entered.wait(30)
+            assert entered.wait(HANG_S)
             drain = pool.submit(run, server, server.drain())
-            assert drain.result(30) is True
+            assert drain.result(HANG_S) is True
             for refused in (server.lifecycle.load("tiny"), server.lifecycle.unload("tiny")):
                 with pytest.raises(NotReadyError, match="shutting down"):
                     run(server, refused)

@@ -26,8 +26,9 @@ from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.rpc import endpoint
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.wire.codec import ERROR_MARK, MAX_MESSAGE_BYTES
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, raw_stub
-from tests.server_process import HANG_S, wait_until
+from tests.server_process import wait_until
 
 
 def configured(repo: Any, **settings: Any) -> ServerConfig:
@@ -114,8 +115,8 @@ class TestRate:
         with background_server(configured(bundle_repo, max_rate=5)) as server:
             address, clock = server.addresses[0], clock_of(server)
             with (
-                PolicyClient(address, client_id="fast", timeout_s=30) as fast,
-                PolicyClient(address, client_id="slow", timeout_s=30) as slow,
+                PolicyClient(address, client_id="fast", timeout_s=HANG_S) as fast,
+                PolicyClient(address, client_id="slow", timeout_s=HANG_S) as slow,
                 fast.stream() as stream,
             ):
                 for _ in range(4):
@@ -140,9 +141,9 @@ class TestRate:
             act = policy_pb2_grpc.PolicyServiceStub(channel).Act
             infer = oip_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
             for _ in range(2):
-                act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30)
+                act(pb.ActRequest(rows=1, obs=ZEROS), timeout=HANG_S)
             with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED") as refused:
-                infer(oip_pb2.ModelInferRequest(model_name="tiny"), timeout=30)
+                infer(oip_pb2.ModelInferRequest(model_name="tiny"), timeout=HANG_S)
             assert dict(refused.value.trailing_metadata())["retry-after-ms"].isdecimal()
             assert server.monitor is not None
             assert server.monitor.counts.refusals == {("ModelInfer", "RESOURCE_EXHAUSTED", "limit"): 1}
@@ -152,7 +153,7 @@ class TestStreams:
     def test_no_more_than_were_allowed_over_both_protocols(self, bundle_repo):
         with background_server(configured(bundle_repo, max_streams=2)) as server:
             address = server.addresses[0]
-            with PolicyClient(address, timeout_s=30) as client, grpc.insecure_channel(address) as channel:
+            with PolicyClient(address, timeout_s=HANG_S) as client, grpc.insecure_channel(address) as channel:
                 first, second, third = client.stream(), client.stream(), client.stream()
                 first.act(np.zeros(4))
                 second.act(np.zeros(4))
@@ -160,7 +161,7 @@ class TestStreams:
                     third.act(np.zeros(4))
                 theirs = oip_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
                 with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-                    next(theirs(iter([oip_pb2.ModelInferRequest()]), timeout=30))
+                    next(theirs(iter([oip_pb2.ModelInferRequest()]), timeout=HANG_S))
                 client.act(np.zeros(4))  # a call is no stream
                 first.close()
 
@@ -177,8 +178,8 @@ class TestStreams:
     def test_those_of_one_connection_wait_for_each_other(self, bundle_repo):
         with (
             background_server(configured(bundle_repo, max_calls_per_connection=2)) as server,
-            PolicyClient(server.addresses[0], timeout_s=30) as client,
-            PolicyClient(server.addresses[0], timeout_s=30) as other,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as other,
         ):
             streams = [client.stream() for _ in range(2)]
             for stream in streams:
@@ -197,15 +198,15 @@ class TestConnections:
     def test_no_more_than_were_allowed(self, bundle_repo):
         with background_server(configured(bundle_repo, max_connections=2)) as server:
             address = server.addresses[0]
-            with PolicyClient(address, timeout_s=30) as first:
-                second = PolicyClient(address, timeout_s=30)
+            with PolicyClient(address, timeout_s=HANG_S) as first:
+                second = PolicyClient(address, timeout_s=HANG_S)
                 with pytest.raises(NotReadyError):
                     PolicyClient(address, connect_timeout_s=2)
                 first.act(np.zeros(4))
                 second.close()
 
                 def another_acts() -> bool:
-                    with contextlib.suppress(NotReadyError), PolicyClient(address, timeout_s=30) as third:
+                    with contextlib.suppress(NotReadyError), PolicyClient(address, timeout_s=HANG_S) as third:
                         third.act(np.zeros(4))
                         return True
                     return False
@@ -225,10 +226,10 @@ class TestSizes:
     def test_a_message_that_is_too_large(self, address):
         with raw_stub(address) as stub:
             with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-                stub.Act(pb.ActRequest(rows=1, obs=bytes(MAX_MESSAGE_BYTES)), timeout=30)
-            stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30)  # the connection is none the worse
+                stub.Act(pb.ActRequest(rows=1, obs=bytes(MAX_MESSAGE_BYTES)), timeout=HANG_S)
+            stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=HANG_S)  # the connection is none the worse
         with (
-            PolicyClient(address, timeout_s=30) as client,
+            PolicyClient(address, timeout_s=HANG_S) as client,
             pytest.raises(InvalidRequestError, match="too large"),
         ):
             client.act(np.zeros((2**20, 4), np.float32))
@@ -237,8 +238,8 @@ class TestSizes:
         with raw_stub(address) as stub:
             request = pb.ActRequest(rows=1, obs=ZEROS)
             with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
-                stub.Act(request, timeout=30, metadata=(("x", "y" * 20_000),))
-            stub.Act(request, timeout=30, metadata=(("x", "y" * 4000),))
+                stub.Act(request, timeout=HANG_S, metadata=(("x", "y" * 20_000),))
+            stub.Act(request, timeout=HANG_S, metadata=(("x", "y" * 4000),))
 
     @pytest.mark.parametrize("length", [3000, 5_000_000])
     def test_what_a_caller_wrote_comes_back_shortened(self, address, length):
@@ -260,16 +261,16 @@ class TestSizes:
             ]
             for call, request in calls:
                 with pytest.raises(grpc.RpcError) as refused:
-                    call(request, timeout=30)
+                    call(request, timeout=HANG_S)
                 assert ERROR_MARK in [tuple(pair) for pair in refused.value.trailing_metadata()]
                 assert len(refused.value.details()) < 400
             request = oip_pb2.ModelInferRequest(model_name=long, model_version=long, id="7")
-            answer = next(theirs.ModelStreamInfer(iter([request]), timeout=30))
+            answer = next(theirs.ModelStreamInfer(iter([request]), timeout=HANG_S))
             assert answer.infer_response.id == "7"
             assert answer.ByteSize() < 1000
             with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
                 channel.unary_unary("/grpc.health.v1.Health/Check")(
-                    oip_pb2.ModelReadyRequest(name=long).SerializeToString(), timeout=30
+                    oip_pb2.ModelReadyRequest(name=long).SerializeToString(), timeout=HANG_S
                 )
 
 

@@ -13,6 +13,7 @@ from rsm_common.errors import (
 from rsm_serve.engine.batcher import Batcher
 from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.engine.turns import Turns
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import wait_until
 
 ONE_BY_ONE = BatchLimits(max_batch_size=1, max_queue_rows=8)
@@ -33,7 +34,7 @@ class TestTurns:
             item = requests[0]
             order.append(item)
             left[item] -= 1
-            assert lined_up.wait(30), "the first one computes until all are there"
+            assert lined_up.wait(HANG_S), "the first one computes until all are there"
             # It takes as long as the others with work need to stand in line.
             others = sum(count > 0 for other, count in left.items() if other != item)
             wait_for_line(turns, others)
@@ -69,7 +70,7 @@ class TestTurns:
                 with lock:
                     running += 1
                     most = max(most, running)
-                pair.wait(30)  # two are inside at once, or this would time out
+                pair.wait(HANG_S)  # two are inside at once, or this would time out
                 with lock:
                     running -= 1
 
@@ -78,7 +79,7 @@ class TestTurns:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(60)
+                thread.join(HANG_S)
         assert most == 2
 
     def test_what_expires_in_line_for_a_turn_is_not_computed(self):

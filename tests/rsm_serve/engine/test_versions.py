@@ -31,6 +31,7 @@ from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.commands.test_serve_cli import serving
 from tests.rsm_serve.test_server import ANY_PORT, Gated, wait_until
 from tests.rsm_serve.versions import ON_LINUX, acting_version, add_version, damage, point, run, serve, settled
@@ -59,7 +60,7 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(HANG_S)
 
     def wait_for_answers(self, count: int = 30) -> None:
         before = len(self.answers)
@@ -69,7 +70,10 @@ class Fleet:
     def _loop(self, number: int, streams: bool) -> None:
         generator = np.random.default_rng(number)
         try:
-            with PolicyClient(self.address, policy="tiny", timeout_s=30) as client, client.stream() as stream:
+            with (
+                PolicyClient(self.address, policy="tiny", timeout_s=HANG_S) as client,
+                client.stream() as stream,
+            ):
                 act = stream.act if streams else client.act
                 while not self._stop.is_set():
                     obs = generator.normal(size=(int(generator.integers(1, 4)), 4)).astype(np.float32)
@@ -123,11 +127,11 @@ def test_an_answer_under_way_comes_from_the_version_that_was_asked(own_repo):
     session = Gated(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), BatchLimits(4, 8))
     config = ServerConfig.from_options(
-        repo=own_repo, addresses=ANY_PORT, backend="onnxruntime", drain_seconds=30
+        repo=own_repo, addresses=ANY_PORT, backend="onnxruntime", drain_seconds=HANG_S
     )
     with background_server(config, [lane]) as server:
-        old = PolicyClient(server.addresses[0], timeout_s=60)
-        pinned = PolicyClient(server.addresses[0], version=1, timeout_s=60)
+        old = PolicyClient(server.addresses[0], timeout_s=HANG_S)
+        pinned = PolicyClient(server.addresses[0], version=1, timeout_s=HANG_S)
         session.open.clear()
         while session.entered.acquire(blocking=False):
             pass
@@ -136,7 +140,7 @@ def test_an_answer_under_way_comes_from_the_version_that_was_asked(own_repo):
             threading.Thread(target=lambda: results.append(old.act(np.zeros(4)).version)) for _ in range(3)
         ]
         threads[0].start()
-        assert session.entered.acquire(timeout=30)
+        assert session.entered.acquire(timeout=HANG_S)
         for thread in threads[1:]:
             thread.start()
         wait_until(lambda: lane.batcher.queued_rows == 2, "two in the queue")
@@ -150,7 +154,7 @@ def test_an_answer_under_way_comes_from_the_version_that_was_asked(own_repo):
         closed = [session.closed]
         session.open.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(HANG_S)
         assert results == ["1", "1", "1"]
         assert settled(server) == [("tiny", "2", "READY", "")]
         closed.append(session.closed)
@@ -185,7 +189,7 @@ def test_memory_returns_to_its_baseline_after_50_reloads(own_repo):
     write_bundle(own_repo, spec, model=make_model(spec, work=20) + _padding(padding))
     # In a process of its own: what other tests left in the allocator moves by more than what is looked for.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        opened, closed, threads, grown_mb = process.submit(reload_60_times, own_repo).result(120)
+        opened, closed, threads, grown_mb = process.submit(reload_60_times, own_repo).result(HANG_S)
     assert (opened, closed, threads) == (60, 60, 0)
     assert grown_mb < 20, "fifty models of 2 MB and their sessions would be more than 150 MB"
 
@@ -203,7 +207,7 @@ def reload_60_times(repo: Path) -> tuple[int, int, int, float]:
     with (
         mock.patch.object(LocalPolicy, "close", close),
         serve(repo) as server,
-        PolicyClient(server.addresses[0], timeout_s=30) as client,
+        PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
     ):
 
         def reload() -> float:
@@ -251,7 +255,7 @@ def test_an_idle_server_costs_less_than_one_percent_of_a_core(own_repo, more):
     arguments = ["--repo", str(own_repo), "--address", "127.0.0.1:0", "--backend", "onnxruntime"]
     with (
         serving([*arguments, *more]) as (process, address, _),
-        PolicyClient(address, timeout_s=30) as client,
+        PolicyClient(address, timeout_s=HANG_S) as client,
         client.stream() as stream,
     ):
         stream.act(np.zeros(4))

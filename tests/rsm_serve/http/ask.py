@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 
 from rsm_serve.server import PolicyServer
+from tests.hang import HANG_S
 from tests.server_process import samples
 
 ANY_PORT = "127.0.0.1:0"
@@ -16,7 +17,7 @@ def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(f"http://{url}", headers=named), timeout=30
+            urllib.request.Request(f"http://{url}", headers=named), timeout=HANG_S
         ) as answer:
             return answer.status, answer.read().decode(), {k.lower(): v for k, v in answer.headers.items()}
     except urllib.error.HTTPError as error:

@@ -25,6 +25,7 @@ from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_probe, make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.http.ask import ANY_PORT, get, http_of
 from tests.rsm_serve.test_server import Gated, wait_until
 
@@ -56,18 +57,18 @@ class TestHealth:
         lane = Lane(LocalPolicy(bundle, session), BatchLimits())
         config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server, ThreadPoolExecutor(1) as pool:
-            with PolicyClient(server.addresses[0], timeout_s=60) as client:
+            with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                 session.open.clear()
                 while session.entered.acquire(blocking=False):
                     pass
                 held = pool.submit(client.act, np.zeros(4))
-                assert session.entered.acquire(timeout=30)
+                assert session.entered.acquire(timeout=HANG_S)
                 assert lane.batcher._loop is not None
                 drained = asyncio.run_coroutine_threadsafe(server.drain(), lane.batcher._loop)
                 wait_until(lambda: get(f"{http_of(server)}/healthz")[:2] == (503, "draining\n"), "draining")
                 session.open.set()
-                assert held.result(30).action.shape == (2,)
-                assert drained.result(30)
+                assert held.result(HANG_S).action.shape == (2,)
+                assert drained.result(HANG_S)
             with pytest.raises(OSError):
                 get(f"{http_of(server)}/healthz")
 
@@ -122,11 +123,11 @@ class TestSample:
             while session.entered.acquire(blocking=False):
                 pass
             drawn = pool.submit(get, f"{http_of(server)}/api/sample?n=20")
-            assert session.entered.acquire(timeout=30)
+            assert session.entered.acquire(timeout=HANG_S)
             status, body, _ = get(f"{http_of(server)}/api/sample?n=20")
             assert (status, "one sample at a time" in body) == (429, True)
             session.open.set()
-            assert drawn.result(30)[0] == 200
+            assert drawn.result(HANG_S)[0] == 200
             assert session.batches == [8, 8, 4]
 
     def test_no_observation_is_logged(self, server, caplog):
@@ -140,7 +141,7 @@ class TestSample:
 
         lane._policy._graph._session.run = fail
         assert get(f"{http_of(server)}/api/sample?n=1&obs=123.456,1,2,3")[0] == 500
-        with PolicyClient(server.addresses[0], timeout_s=30) as client, pytest.raises(BackendError):
+        with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client, pytest.raises(BackendError):
             client.act([123.456, 1, 2, 3])
         assert "a batch of 1 rows failed" in caplog.text
         assert "123.4" not in caplog.text
@@ -152,7 +153,7 @@ def test_the_status_has_what_the_page_shows(tmp_path):
     with background_server(
         ServerConfig.from_options(repo=tmp_path, addresses=(ANY_PORT,), http=ANY_PORT)
     ) as server:
-        with PolicyClient(server.addresses[0], policy="tiny", timeout_s=30) as client:
+        with PolicyClient(server.addresses[0], policy="tiny", timeout_s=HANG_S) as client:
             client.act(np.zeros((3, 4)))
         status = json.loads(get(f"{http_of(server)}/api/status")[1])
         spec = json.loads(get(f"{http_of(server)}/api/spec?policy=other:3")[1])

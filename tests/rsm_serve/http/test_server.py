@@ -19,6 +19,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.http import server as http_server
 from rsm_serve.http.server import HttpServer, Request, Response
 from rsm_serve.server import background_server
+from tests.hang import HANG_S
 from tests.rsm_serve.http.ask import ANY_PORT, get, http_of
 from tests.rsm_serve.test_server import wait_until
 
@@ -64,7 +65,7 @@ class TestPort:
     )
     def test_what_is_no_proper_request_is_refused(self, server, sent, status):
         host, _, port = http_of(server).rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with socket.create_connection((host, int(port)), timeout=HANG_S) as connection:
             connection.sendall(sent)
             assert connection.recv(4096).startswith(b"HTTP/1.1 %d " % status)
 
@@ -91,10 +92,10 @@ class TestPort:
             monkeypatch.setattr(http_server, "READ_S", 0.3)
             monkeypatch.setattr(http_server, "WRITE_S", 0.3)
             (silent, writer), (deaf, another) = await be_slow(address)
-            assert await asyncio.wait_for(silent.read(), 60) == b""
+            assert await asyncio.wait_for(silent.read(), HANG_S) == b""
             await asyncio.to_thread(wait_until, lambda: len(server._open) == 2, "the second two to be cut off")
             with pytest.raises((OSError, asyncio.IncompleteReadError)):
-                await asyncio.wait_for(deaf.readexactly(50_000_000), 60)
+                await asyncio.wait_for(deaf.readexactly(50_000_000), HANG_S)
             server.close()
             for open_writer in (writer, another, *(slow[1] for slow in first)):
                 open_writer.close()
@@ -103,13 +104,13 @@ class TestPort:
 
     def test_connections_are_limited_and_grpc_goes_on(self, server):
         host, _, port = http_of(server).rpartition(":")
-        idle = [socket.create_connection((host, int(port)), timeout=30) for _ in range(32)]
+        idle = [socket.create_connection((host, int(port)), timeout=HANG_S) for _ in range(32)]
         try:
             time.sleep(0.2)
-            another = socket.create_connection((host, int(port)), timeout=30)
+            another = socket.create_connection((host, int(port)), timeout=HANG_S)
             with another, contextlib.suppress(ConnectionResetError):
                 assert another.recv(1) == b""
-            with PolicyClient(server.addresses[0], timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                 assert client.act(np.zeros(4)).action.shape == (2,)
         finally:
             for connection in idle:

@@ -20,6 +20,7 @@ from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.server import PolicyServer, background_server
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.http.ask import ANY_PORT, get, http_of
 
 ROOT = Path(__file__).parents[3]
@@ -105,7 +106,7 @@ def server(tmp_path_factory) -> Iterator[PolicyServer]:
     with background_server(
         ServerConfig.from_options(repo=repo, addresses=(ANY_PORT,), http=ANY_PORT)
     ) as server:
-        with PolicyClient(server.addresses[0], timeout_s=30) as client:
+        with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
             for _ in range(30):
                 client.act(np.zeros((3, 4)))
         yield server
@@ -115,7 +116,7 @@ def browse(server: PolicyServer, profile: Path, fragment: str, *flags: str) -> s
     assert BROWSER is not None
     url = f"http://{http_of(server)}/{fragment}"
     command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", "--virtual-time-budget=4000", *flags, url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=True)
     assert "Content Security Policy" not in done.stderr
     return done.stdout
 

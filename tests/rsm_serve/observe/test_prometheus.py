@@ -33,6 +33,7 @@ from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
+from tests.hang import HANG_S
 from tests.rsm_serve.http.ask import ANY_PORT, get, http_of, scrape
 from tests.rsm_serve.test_server import Gated, wait_until
 from tests.server_process import samples
@@ -77,7 +78,7 @@ class TestMetrics:
         assert histogram.total == 8
 
     def test_requests_rows_and_executions_are_counted(self, server):
-        with PolicyClient(server.addresses[0], timeout_s=30) as client:
+        with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
             for _ in range(3):
                 client.act(np.zeros((2, 4)))
             with pytest.raises(InvalidRequestError):
@@ -89,7 +90,7 @@ class TestMetrics:
             stub = policy_pb2_grpc.PolicyServiceStub(channel)
             for name in ("secret-one", "secret-two"):
                 with pytest.raises(grpc.RpcError):
-                    stub.Act(pb.ActRequest(policy=name, rows=1, obs=ZEROS), timeout=30)
+                    stub.Act(pb.ActRequest(policy=name, rows=1, obs=ZEROS), timeout=HANG_S)
         wait_until(lambda: scrape(server)["rsm_streams_open{}"] == 0, "the stream's end")
         found = scrape(server)
         requests = {name: value for name, value in found.items() if name.startswith("rsm_requests_total")}
@@ -120,11 +121,11 @@ class TestMetrics:
             stub = oip_pb2_grpc.GRPCInferenceServiceStub(channel)
             request = oip_pb2.ModelInferRequest(model_name="tiny", raw_input_contents=[ZEROS])
             request.inputs.add(name="obs", datatype="FP32", shape=[1, 4])
-            stub.ModelInfer(request, timeout=30)
-            list(stub.ModelStreamInfer(iter([request, request]), timeout=30))
+            stub.ModelInfer(request, timeout=HANG_S)
+            list(stub.ModelStreamInfer(iter([request, request]), timeout=HANG_S))
             request.inputs[0].shape[1] = 5
             with pytest.raises(grpc.RpcError):
-                stub.ModelInfer(request, timeout=30)
+                stub.ModelInfer(request, timeout=HANG_S)
         found = {name: value for name, value in scrape(server).items() if name.startswith("rsm_requests_total")}
         lane = "policy=tiny,reason={},version=1}}"
         assert found == {
@@ -134,7 +135,7 @@ class TestMetrics:
         }
 
     def test_the_times_agree_with_those_of_the_answers(self, server):
-        with PolicyClient(server.addresses[0], timeout_s=30) as client:
+        with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
             timing = client.act(np.zeros(4)).timing
         found = scrape(server)
         one = "{policy=tiny,version=1}"
@@ -175,18 +176,18 @@ class TestMetrics:
         config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server, ThreadPoolExecutor(4) as pool:
             address = server.addresses[0]
-            with PolicyClient(address, timeout_s=60) as client:
+            with PolicyClient(address, timeout_s=HANG_S) as client:
                 session.open.clear()
                 while session.entered.acquire(blocking=False):
                     pass
                 first = pool.submit(client.act, np.zeros(4))
-                assert session.entered.acquire(timeout=30)
+                assert session.entered.acquire(timeout=HANG_S)
 
                 with PolicyClient(address, timeout_s=0.1) as hasty, pytest.raises(DeadlineExpiredError):
                     hasty.act(np.zeros((2, 4)))
 
                 async def cancel() -> None:
-                    async with AsyncPolicyClient(address, timeout_s=60) as client:
+                    async with AsyncPolicyClient(address, timeout_s=HANG_S) as client:
                         task = asyncio.create_task(client.act(np.zeros((3, 4))))
                         await asyncio.to_thread(wait_until, lambda: lane.batcher.queued_rows == 3, "3 rows")
                         assert scrape(server)["rsm_queue_rows{policy=tiny,version=1}"] == 3
@@ -199,8 +200,8 @@ class TestMetrics:
                 with pytest.raises(QueueFullError):
                     client.act(np.zeros(4))
                 session.open.set()
-                first.result(30)
-                queued.result(30)
+                first.result(HANG_S)
+                queued.result(HANG_S)
                 session.failure = RuntimeError("no")
                 with pytest.raises(BackendError):
                     client.act(np.zeros(4))
@@ -229,7 +230,7 @@ class TestMetrics:
         config = ServerConfig.from_options(repo=bundle_repo, addresses=(ANY_PORT,), http=ANY_PORT)
         with background_server(config, [lane]) as server:
             session.broken = True
-            with PolicyClient(server.addresses[0], timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                 with pytest.raises(BackendError):
                     client.act(np.zeros((2, 4)))
                 client.act(np.zeros(4))
@@ -262,6 +263,6 @@ class TestMetrics:
     def test_without_an_http_port_requests_are_counted_too(self, bundle_repo):
         with background_server(ServerConfig(repo=bundle_repo, addresses=(ANY_PORT,))) as server:
             assert server.monitor is None
-            with PolicyClient(server.addresses[0], timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                 client.act(np.zeros(4))
             assert [lane.counts.requests for lane in server.registry.lanes] == [{("Act", "OK", ""): 1}]

@@ -19,6 +19,7 @@ from rsm_serve.observe.tracing import Tracer
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.server import PolicyServer, background_server
+from tests.hang import HANG_S
 
 ZEROS = np.zeros(4, "<f4").tobytes()
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -39,7 +40,7 @@ def test_a_collector_that_is_gone_does_not_hold_up_the_exit(bundle_repo, monkeyp
     config = ServerConfig.from_options(repo=bundle_repo, addresses=("127.0.0.1:0",), otel=True)
     with background_server(config) as server, grpc.insecure_channel(server.addresses[0]) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
-        assert len(stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30).action) == 8
+        assert len(stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=HANG_S).action) == 8
         assert server._tracer is not None
         monkeypatch.setattr(server._tracer._provider, "shutdown", gone.wait)
     assert not gone.is_set(), "the server ends while the last spans are still being sent"
@@ -62,12 +63,12 @@ def test_a_request_is_a_span_with_queue_and_compute_under_the_callers(bundle_rep
         grpc.insecure_channel(server.addresses[0]) as channel,
     ):
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
-        stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30, metadata=metadata)
+        stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=HANG_S, metadata=metadata)
         requests = [pb.ActRequest(rows=1, obs=ZEROS)] * 2
-        assert len(list(stub.ActStream(iter(requests), timeout=30))) == 2
+        assert len(list(stub.ActStream(iter(requests), timeout=HANG_S))) == 2
         lane._policy.close()
         with pytest.raises(grpc.RpcError):
-            stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=30)
+            stub.Act(pb.ActRequest(rows=1, obs=ZEROS), timeout=HANG_S)
     spans = exporter.get_finished_spans()
     names = [span.name for span in spans]
     assert names.count("rsm.v1.PolicyService/ActStream") == 2

@@ -10,6 +10,7 @@ import textwrap
 
 from rsm_serve.recording.files import RotatingFiles
 from rsm_serve.recording.format import encode, numbered_files, read
+from tests.hang import HANG_S
 from tests.rsm_serve.recording.records import make_record
 
 
@@ -62,7 +63,7 @@ class TestFiles:
         )
         (tmp_path / "frame").write_bytes(encode(make_record()))
         arguments = [sys.executable, "-c", script, str(tmp_path / "records"), str(tmp_path / "frame")]
-        subprocess.run(arguments, check=True, timeout=60, env=os.environ)
+        subprocess.run(arguments, check=True, timeout=HANG_S, env=os.environ)
         reader = read(tmp_path / "records")
         assert (len(list(reader)), reader.unreadable) == (3, 0)
         assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -25,6 +25,7 @@ from rsm_serve.recording.files import RotatingFiles
 from rsm_serve.recording.format import numbered_files, read
 from rsm_serve.recording.recorder import MAX_PENDING_BYTES, Recorder
 from rsm_serve.server import background_server
+from tests.hang import HANG_S
 from tests.rsm_serve.commands.test_serve_cli import serving
 from tests.rsm_serve.http.ask import scrape
 from tests.rsm_serve.recording.records import OBS, recorded
@@ -53,7 +54,7 @@ class TestServer:
         noise = draw_noise(expand_seed(5, 2), (3, 2, 2))
         with background_server(config(bundle_repo, tmp_path / "new" / "records")) as server:
             address = server.addresses[0]
-            with PolicyClient(address, client_id="arm-7", timeout_s=30) as client:
+            with PolicyClient(address, client_id="arm-7", timeout_s=HANG_S) as client:
                 answers = [
                     client.act(OBS[0]),
                     client.act(OBS[:2], seed=7),
@@ -86,14 +87,14 @@ class TestServer:
 
     def test_failures_are_recorded_with_their_reason(self, bundle_repo, tmp_path):
         with background_server(config(bundle_repo, tmp_path)) as server:
-            with PolicyClient(server.addresses[0], client_id="arm", timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], client_id="arm", timeout_s=HANG_S) as client:
                 with pytest.raises(InvalidRequestError):
                     client.act(np.zeros((65, 4)))
                 client.act(OBS[0])
             with grpc.insecure_channel(server.addresses[0]) as channel:
                 act = policy_pb2_grpc.PolicyServiceStub(channel).Act
                 with pytest.raises(grpc.RpcError):
-                    act(pb.ActRequest(policy="x" * 1000, rows=1), timeout=30)
+                    act(pb.ActRequest(policy="x" * 1000, rows=1), timeout=HANG_S)
         refused, answered, unknown = recorded(tmp_path)
         assert (refused.code, refused.reason, refused.client_id) == ("INVALID_ARGUMENT", "invalid", "arm")
         assert (refused.policy, refused.version, refused.obs) == ("tiny", "1", None)
@@ -114,7 +115,7 @@ class TestServer:
     def test_a_restart_goes_on_in_a_new_file_and_metrics_count(self, bundle_repo, tmp_path):
         for count in (1, 2):
             with background_server(config(bundle_repo, tmp_path, http="127.0.0.1:0")) as server:
-                with PolicyClient(server.addresses[0], timeout_s=30) as client:
+                with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                     client.act(OBS[0])
                 wait_until(lambda: scrape(server)["rsm_records_total{}"] == 1, "the record")
                 assert scrape(server)["rsm_dropped_records_total{reason=disk}"] == 0
@@ -141,7 +142,7 @@ class TestServer:
         directory = tmp_path / "records"
         with (
             background_server(config(bundle_repo, directory, http="127.0.0.1:0")) as server,
-            PolicyClient(server.addresses[0], timeout_s=30) as client,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
         ):
             client.act(OBS[0])
             wait_until(lambda: scrape(server)["rsm_records_total{}"] == 1, "the record")
@@ -162,12 +163,12 @@ class TestServer:
     def test_the_answers_of_a_killed_server_are_there(self, bundle_repo, tmp_path):
         arguments = ["--repo", str(bundle_repo), "--address", "127.0.0.1:0"]
         with serving([*arguments, "--record", str(tmp_path)]) as (process, address, _):
-            with PolicyClient(address, timeout_s=30) as client:
+            with PolicyClient(address, timeout_s=HANG_S) as client:
                 for _ in range(20):
                     client.act(OBS[0])
                 wait_until(lambda: len(list(read(tmp_path))) == 20 if numbered_files(tmp_path) else False, "20")
             process.send_signal(signal.SIGKILL)
-            process.wait(30)
+            process.wait(HANG_S)
         assert len(list(read(tmp_path))) == 20
 
 
@@ -226,7 +227,7 @@ class TestRecorder:
 def test_the_policy_of_a_record_gives_its_action_again(bundle_repo, tmp_path):
     with (
         background_server(config(bundle_repo, tmp_path)) as server,
-        PolicyClient(server.addresses[0], timeout_s=30) as client,
+        PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
     ):
         client.act(OBS)
     (record,) = recorded(tmp_path)

@@ -15,6 +15,7 @@ from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.rpc.oip.ask import (
     CLIENTS,
     Infer,
@@ -70,7 +71,7 @@ def rig(bundle_repo) -> Iterator[Rig]:
     session.batches.clear()
     while session.entered.acquire(blocking=False):
         pass
-    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=HANG_S)
     with background_server(config, [lane]) as server:
         rig = Rig(server, session, lane)
         try:

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rsm_serve.config import ServerConfig
 from rsm_serve.server import PolicyServer, background_server
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.test_fuzz import PREFACE, frame
 from tests.rsm_serve.test_server import ANY_PORT
 from tests.server_process import wait_until
@@ -49,7 +50,7 @@ class Watcher:
                 self._states.put(STATES.Name(response.status))
 
     def next(self) -> str:
-        return self._states.get(timeout=30)
+        return self._states.get(timeout=HANG_S)
 
     def leave(self) -> None:
         self._call.cancel()
@@ -83,7 +84,7 @@ def watchers(server: PolicyServer) -> int:
 
 def unload(server: PolicyServer) -> None:
     assert server.lifecycle.loop is not None
-    asyncio.run_coroutine_threadsafe(server.lifecycle.unload("tiny"), server.lifecycle.loop).result(30)
+    asyncio.run_coroutine_threadsafe(server.lifecycle.unload("tiny"), server.lifecycle.loop).result(HANG_S)
 
 
 def test_every_watcher_hears_of_every_change_whoever_leaves(server):

@@ -23,6 +23,7 @@ from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.rpc.streams import STREAM_WINDOW
 from rsm_serve.server import background_server
 from tests.bundles import make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, raw_stub
 from tests.server_process import wait_until as wait_until
 
@@ -47,7 +48,7 @@ def address(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture
 def client(address) -> Iterator[PolicyClient]:
-    with PolicyClient(address, policy="tiny", version=1, timeout_s=30) as client:
+    with PolicyClient(address, policy="tiny", version=1, timeout_s=HANG_S) as client:
         yield client
 
 
@@ -145,10 +146,10 @@ class TestRefusals:
         good = pb.ActRequest(policy="tiny", rows=1, obs=ZEROS, request_id=8)
         with raw_stub(address) as stub:
             with pytest.raises(grpc.RpcError) as caught:
-                stub.Act(request, timeout=30)
+                stub.Act(request, timeout=HANG_S)
             assert caught.value.code().name == code
             assert re.search(message, caught.value.details())
-            answers = list(stub.ActStream(iter([request, good]), timeout=30))
+            answers = list(stub.ActStream(iter([request, good]), timeout=HANG_S))
         assert [answer.request_id for answer in answers] == [7, 8]
         assert (answers[0].error.code, answers[0].error.message) == (code, caught.value.details())
         assert len(answers[1].action) == 8
@@ -193,7 +194,7 @@ class TestStream:
         message = good.SerializeToString()
         sent = iter([*[message] * before, b"\xff" * 9, *[message] * after])
         with grpc.insecure_channel(address) as channel:
-            answers = channel.stream_stream(f"/{method}")(sent, timeout=30)
+            answers = channel.stream_stream(f"/{method}")(sent, timeout=HANG_S)
             for _ in range(before):
                 assert next(answers), "every message before it is answered"
             with pytest.raises(grpc.RpcError) as caught:
@@ -209,7 +210,7 @@ class TestStream:
             for n, row in enumerate(obs)
         ]
         with raw_stub(address) as stub:  # all at once: many are in flight
-            answers = list(stub.ActStream(iter(requests), timeout=60))
+            answers = list(stub.ActStream(iter(requests), timeout=HANG_S))
         assert [answer.request_id for answer in answers] == [1000 + n for n in range(200)]
         actions = np.array([np.frombuffer(answer.action, "<f4") for answer in answers])
         assert np.allclose(actions, local.act(obs, seed=list(range(200))).action, atol=1e-6)

@@ -36,9 +36,10 @@ from rsm_serve.security.access import Access, Role
 from rsm_serve.security.tokens import bearer, read_tokens
 from rsm_serve.security.watched_files import LOOK_S, Watched
 from rsm_serve.server import PolicyServer, background_server
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import ANY_PORT
 from tests.rsm_serve.versions import add_version, damage, point
-from tests.server_process import HANG_S, wait_until
+from tests.server_process import wait_until
 
 ACT, ADMIN, OLD, WRONG = (name * 8 for name in ("act-", "adm-", "old-", "bad-"))
 
@@ -68,7 +69,7 @@ def headers(token: str) -> dict[str, str]:
 def infer(client: triton.InferenceServerClient, token: str = "") -> Any:
     obs = triton.InferInput("obs", [1, 4], "FP32")
     obs.set_data_from_numpy(np.zeros((1, 4), np.float32))
-    return client.infer("tiny", [obs], headers=headers(token), client_timeout=30)
+    return client.infer("tiny", [obs], headers=headers(token), client_timeout=HANG_S)
 
 
 class TestActing:
@@ -76,11 +77,11 @@ class TestActing:
         with background_server(configured(bundle_repo, **files)) as server:
             address = server.addresses[0]
             for token in (ACT, OLD, ADMIN):
-                with PolicyClient(address, token=token, timeout_s=30) as client, client.stream() as stream:
+                with PolicyClient(address, token=token, timeout_s=HANG_S) as client, client.stream() as stream:
                     assert client.act(np.zeros(4)).action.shape == stream.act(np.zeros(4)).action.shape == (2,)
 
             async def act() -> None:
-                async with AsyncPolicyClient(address, token=ACT, timeout_s=30) as client:
+                async with AsyncPolicyClient(address, token=ACT, timeout_s=HANG_S) as client:
                     await client.act(np.zeros(4))
                     async with client.stream() as stream:
                         await stream.act(np.zeros(4))
@@ -92,7 +93,7 @@ class TestActing:
                 PolicyClient(address, token=WRONG)
             assert WRONG not in str(refused.value)
             monkeypatch.setenv("RSM_TOKEN", ACT)
-            with PolicyClient(address, timeout_s=30) as client, open_policy(f"grpc://{address}/tiny"):
+            with PolicyClient(address, timeout_s=HANG_S) as client, open_policy(f"grpc://{address}/tiny"):
                 client.act(np.zeros(4))
             with pytest.raises(UnauthenticatedError):
                 PolicyClient(address, token="")
@@ -122,19 +123,19 @@ class TestActing:
             with grpc.insecure_channel(address) as channel:
                 reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
                 asked = reflection_pb2.ServerReflectionRequest(list_services="")
-                assert next(iter(reflect(iter([asked]), timeout=30))).list_services_response.service
+                assert next(iter(reflect(iter([asked]), timeout=HANG_S))).list_services_response.service
                 stubs = (
                     policy_pb2_grpc.PolicyServiceStub(channel).ActStream,
                     oip_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer,
                 )
                 for stream in stubs:
                     with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
-                        next(stream(never(), timeout=30))  # before a message was sent
+                        next(stream(never(), timeout=HANG_S))  # before a message was sent
                 unknown = channel.unary_unary("/inference.GRPCInferenceService/LogSettings")
                 with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
-                    unknown(b"", timeout=30)
+                    unknown(b"", timeout=HANG_S)
                 with pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
-                    unknown(b"", timeout=30, metadata=bearer(ACT))
+                    unknown(b"", timeout=HANG_S, metadata=bearer(ACT))
 
     @pytest.mark.parametrize(
         "metadata",
@@ -156,13 +157,13 @@ class TestActing:
         ):
             get_spec = policy_pb2_grpc.PolicyServiceStub(channel).GetSpec
             with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
-                get_spec(pb.GetSpecRequest(), timeout=30, metadata=metadata)
-            get_spec(pb.GetSpecRequest(), timeout=30, metadata=(("authorization", f"bearer {ACT}"),))
+                get_spec(pb.GetSpecRequest(), timeout=HANG_S, metadata=metadata)
+            get_spec(pb.GetSpecRequest(), timeout=HANG_S, metadata=(("authorization", f"bearer {ACT}"),))
 
     def test_without_token_files_tokens_mean_nothing(self, bundle_repo):
         with (
             background_server(configured(bundle_repo)) as server,
-            PolicyClient(server.addresses[0], token=WRONG, timeout_s=30) as client,
+            PolicyClient(server.addresses[0], token=WRONG, timeout_s=HANG_S) as client,
         ):
             assert client.act(np.zeros(4)).action.shape == (2,)
 
@@ -171,7 +172,7 @@ class TestActing:
             with pytest.raises(UnauthenticatedError):
                 PolicyClient(server.addresses[0], token=WRONG)
             with grpc.insecure_channel(server.addresses[0]) as channel, pytest.raises(grpc.RpcError):
-                channel.unary_unary("/made.up/Name")(b"", timeout=30)
+                channel.unary_unary("/made.up/Name")(b"", timeout=HANG_S)
             assert server.monitor is not None
             refusals = server.monitor.counts.refusals
             assert refusals == {
@@ -184,7 +185,7 @@ class TestActing:
         with background_server(configured(bundle_repo, **files)) as server:
             connection = Connection.to(Target.parse(server.addresses[0]), token=ACT)
             with (
-                PolicyClient(server.addresses[0], token=ACT, timeout_s=30) as client,
+                PolicyClient(server.addresses[0], token=ACT, timeout_s=HANG_S) as client,
                 client.stream() as stream,
             ):
                 texts = [repr(vars(thing)) for thing in (client, stream, server) if thing] + [repr(connection)]
@@ -269,7 +270,7 @@ class TestLoading:
                 call.cancel()
                 with pytest.raises(grpc.FutureCancelledError):
                     call.result()
-            with PolicyClient(server.addresses[0], token=ACT, timeout_s=30) as client:
+            with PolicyClient(server.addresses[0], token=ACT, timeout_s=HANG_S) as client:
                 assert client.act(np.zeros(4)).version == "1"
                 may_end.set()
                 wait_until(lambda: client.act(np.zeros(4)).version == "2", "version 2")
@@ -281,10 +282,10 @@ class TestRotation:
         path = files["act_token_file"]
         with background_server(configured(bundle_repo, **files)) as server:
             address = server.addresses[0]
-            with PolicyClient(address, token=OLD, timeout_s=30) as robot, robot.stream() as control:
+            with PolicyClient(address, token=OLD, timeout_s=HANG_S) as robot, robot.stream() as control:
                 control.act(np.zeros(4))
                 secret(path, WRONG)
-                with PolicyClient(address, token=WRONG, timeout_s=30) as other:
+                with PolicyClient(address, token=WRONG, timeout_s=HANG_S) as other:
                     other.act(np.zeros(4))
                 with pytest.raises(UnauthenticatedError, match="does not know"):
                     robot.act(np.zeros(4))
@@ -293,7 +294,7 @@ class TestRotation:
             with caplog.at_level(logging.WARNING, "rsm_serve"):
                 for spoil in (path.unlink, lambda: secret(path, "short"), lambda: secret(path, "#")):
                     spoil()
-                    with PolicyClient(address, token=WRONG, timeout_s=30) as other:
+                    with PolicyClient(address, token=WRONG, timeout_s=HANG_S) as other:
                         other.act(np.zeros(4))
             assert [
                 record.getMessage().endswith("read before stays in use") for record in caplog.records
@@ -314,7 +315,7 @@ class TestRotation:
             heard = threading.Event()
             request = oip_pb2.ModelInferRequest(model_name="tiny")
             stream = oip_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(
-                requests(), timeout=30, metadata=bearer(ACT)
+                requests(), timeout=HANG_S, metadata=bearer(ACT)
             )
             assert next(stream).error_message  # no observation, but heard
             heard.set()
@@ -364,7 +365,7 @@ class TestTokenFiles:
 
     def test_rsm_clients_options(self, bundle_repo, files, monkeypatch, capsys):
         with background_server(configured(bundle_repo, **files)) as server:
-            arguments = ["--address", server.addresses[0], "--timeout", "30"]
+            arguments = ["--address", server.addresses[0], "--timeout", str(HANG_S)]
             assert client_cli.main(["act", *arguments]) == 2
             assert "RSM_TOKEN" in capsys.readouterr().err
             assert client_cli.main(["act", *arguments, "--token-file", str(files["act_token_file"])]) == 0

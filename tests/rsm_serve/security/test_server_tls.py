@@ -35,6 +35,7 @@ from rsm_serve.commands import serve_cli as cli
 from rsm_serve.config import ServerConfig
 from rsm_serve.server import PolicyServer, background_server
 from tests.certificates import Authority, openssl
+from tests.hang import HANG_S
 from tests.rsm_serve.commands.test_serve_cli import serving as process
 
 ANY_PORT = ("127.0.0.1:0",)
@@ -84,17 +85,24 @@ def tls_address(bundle_repo, authority) -> Iterator[str]:
 class TestEncryption:
     def test_every_client_acts(self, tls_address, authority, capsys):
         tls = Tls(authority.ca)
-        with PolicyClient(tls_address, tls=tls, timeout_s=30) as client, client.stream() as stream:
+        with PolicyClient(tls_address, tls=tls, timeout_s=HANG_S) as client, client.stream() as stream:
             wanted = client.act(np.zeros(4), seed=3).action
             assert np.array_equal(stream.act(np.zeros(4), seed=3).action, wanted)
 
         async def act() -> None:
-            async with AsyncPolicyClient(f"grpcs://{tls_address}/tiny:1", tls=tls, timeout_s=30) as client:
+            async with AsyncPolicyClient(f"grpcs://{tls_address}/tiny:1", tls=tls, timeout_s=HANG_S) as client:
                 assert np.array_equal((await client.act(np.zeros(4), seed=3)).action, wanted)
 
         asyncio.run(act())
         assert check_health(tls_address, tls=tls) == "SERVING"
-        arguments = ["--address", f"grpcs://{tls_address}", "--tls-ca", str(authority.ca), "--timeout", "30"]
+        arguments = [
+            "--address",
+            f"grpcs://{tls_address}",
+            "--tls-ca",
+            str(authority.ca),
+            "--timeout",
+            str(HANG_S),
+        ]
         assert client_cli.main(["act", *arguments]) == 0
         assert client_cli.main(["health", *arguments]) == 0
         theirs = triton.InferenceServerClient(tls_address, ssl=True, root_certificates=str(authority.ca))
@@ -122,7 +130,7 @@ class TestEncryption:
             with pytest.raises(UnauthenticatedError, match="wanted a certificate for 127.0.0.1"):
                 PolicyClient(address, tls=Tls(authority.ca))
             named = Tls(authority.ca, server_name="elsewhere.example")
-            with PolicyClient(address, tls=named, timeout_s=30) as client:
+            with PolicyClient(address, tls=named, timeout_s=HANG_S) as client:
                 client.act(np.zeros(4))
 
     def test_a_client_without_tls_is_told_of_it(self, tls_address):
@@ -140,8 +148,8 @@ class TestEncryption:
         addresses = (f"unix:{tmp_path}/s", *ANY_PORT)
         with (
             serving(bundle_repo, authority, addresses=addresses) as server,
-            PolicyClient(server.addresses[0], timeout_s=30) as client,
-            PolicyClient(server.addresses[1], timeout_s=30, tls=Tls(authority.ca)) as other,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
+            PolicyClient(server.addresses[1], timeout_s=HANG_S, tls=Tls(authority.ca)) as other,
         ):
             assert client.spec == other.spec
 
@@ -154,12 +162,12 @@ def mutual_address(bundle_repo, authority) -> Iterator[str]:
 
 class TestClientCertificates:
     def test_a_known_robot_acts(self, mutual_address, authority, monkeypatch):
-        with PolicyClient(mutual_address, tls=robot(authority), timeout_s=30) as client:
+        with PolicyClient(mutual_address, tls=robot(authority), timeout_s=HANG_S) as client:
             expected = client.act(np.zeros(4), seed=3).action
         for name, suffix in (("CERT", "pem"), ("KEY", "key")):
             monkeypatch.setenv(f"RSM_TLS_{name}", str(authority.folder / f"robot.{suffix}"))
         monkeypatch.setenv("RSM_TLS_CA", str(authority.ca))
-        with PolicyClient(f"grpcs://{mutual_address}", timeout_s=30) as client:
+        with PolicyClient(f"grpcs://{mutual_address}", timeout_s=HANG_S) as client:
             assert np.array_equal(client.act(np.zeros(4), seed=3).action, expected)
 
     def test_others_do_not(self, mutual_address, authority, stranger):
@@ -170,7 +178,7 @@ class TestClientCertificates:
 
 def served_certificate(address: str, ca: Path) -> str:
     host, _, port = address.rpartition(":")
-    return ssl.get_server_certificate((host, int(port)), ca_certs=str(ca), timeout=30)
+    return ssl.get_server_certificate((host, int(port)), ca_certs=str(ca), timeout=HANG_S)
 
 
 @pytest.mark.usefixtures("files_seen_at_once")
@@ -180,7 +188,7 @@ class TestRenewal:
         cert, key = authority.sign("server")
         with (
             serving(bundle_repo, authority) as server,
-            PolicyClient(server.addresses[0], tls=Tls(authority.ca), timeout_s=30) as client,
+            PolicyClient(server.addresses[0], tls=Tls(authority.ca), timeout_s=HANG_S) as client,
         ):
             address = server.addresses[0]
             assert served_certificate(address, authority.ca) == cert.read_text()
@@ -196,7 +204,7 @@ class TestRenewal:
             replace(key, new_key)
             assert served_certificate(address, authority.ca) == new
             client.act(np.zeros(4))  # over the connection that was there before
-            with PolicyClient(address, tls=Tls(authority.ca), timeout_s=30) as later:
+            with PolicyClient(address, tls=Tls(authority.ca), timeout_s=HANG_S) as later:
                 later.act(np.zeros(4))
 
     def test_so_are_other_authorities_of_clients(self, bundle_repo, authority, stranger, tmp_path):
@@ -205,11 +213,11 @@ class TestRenewal:
         with serving(bundle_repo, authority, tls_client_ca=trusted) as server:
             address = server.addresses[0]
             ours, theirs = robot(authority), robot(stranger, authority)
-            PolicyClient(address, tls=ours, timeout_s=30).close()
+            PolicyClient(address, tls=ours, timeout_s=HANG_S).close()
             with pytest.raises(NotReadyError):
                 PolicyClient(address, tls=theirs)
             replace(trusted, stranger.ca.read_bytes())
-            PolicyClient(address, tls=theirs, timeout_s=30).close()
+            PolicyClient(address, tls=theirs, timeout_s=HANG_S).close()
             with pytest.raises(NotReadyError):
                 PolicyClient(address, tls=ours)
 
@@ -222,9 +230,9 @@ def test_handshakes_that_fail_write_no_log(bundle_repo, authority):
         for tls in (None, Tls(authority.ca)):
             with pytest.raises(NotReadyError):
                 PolicyClient(address, tls=tls)
-        PolicyClient(address, tls=robot(authority), timeout_s=30).close()
+        PolicyClient(address, tls=robot(authority), timeout_s=HANG_S).close()
         server.send_signal(signal.SIGTERM)
-        _, log = server.communicate(timeout=60)
+        _, log = server.communicate(timeout=HANG_S)
     assert server.returncode == 0
     assert not [line for line in log.splitlines() if " rsm_serve" not in line]
 
@@ -285,7 +293,7 @@ class TestMistakes:
             return
         with (
             background_server(config) as server,
-            PolicyClient(server.addresses[0], tls=Tls(authority.ca), timeout_s=30) as client,
+            PolicyClient(server.addresses[0], tls=Tls(authority.ca), timeout_s=HANG_S) as client,
         ):
             assert client.act(np.zeros(4)).version == "1"
 
@@ -323,7 +331,7 @@ def test_rsm_client_says_one_sentence(tls_address, stranger):
         f"grpcs://{tls_address}",
     ]
     command += ["--tls-ca", str(stranger.ca)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"rsm-client: wanted a certificate signed by .*\n", done.stderr)
 
@@ -363,13 +371,13 @@ class TestExposure:
         config = ServerConfig.from_options(repo=bundle_repo, addresses=("0.0.0.0:0",), insecure=True)
         with background_server(config) as server:
             port = server.addresses[0].rpartition(":")[2]
-            with PolicyClient(f"127.0.0.1:{port}", timeout_s=30) as client:
+            with PolicyClient(f"127.0.0.1:{port}", timeout_s=HANG_S) as client:
                 assert client.act(np.zeros(4)).action.shape == (2,)
 
     def test_so_is_tls(self, bundle_repo, authority):
         with serving(bundle_repo, authority, addresses=("0.0.0.0:0",)) as server:
             port = server.addresses[0].rpartition(":")[2]
-            with PolicyClient(f"localhost:{port}", tls=Tls(authority.ca), timeout_s=30) as client:
+            with PolicyClient(f"localhost:{port}", tls=Tls(authority.ca), timeout_s=HANG_S) as client:
                 client.act(np.zeros(4))
             with pytest.raises(grpc.RpcError), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+                channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=HANG_S)

@@ -20,6 +20,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.security.x509 import Certificate, first_certificate, read_certificate, server_certificate
 from rsm_serve.server import background_server
 from tests.certificates import Authority
+from tests.hang import HANG_S
 
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d"
 DATES = rf"valid from {DATE} to {DATE}, while the clock of this machine says {DATE} \(UTC\)"
@@ -39,7 +40,11 @@ def shown_by_openssl(path: Path, option: str) -> datetime:
     program = shutil.which("openssl")
     assert program is not None
     line = subprocess.run(
-        [program, "x509", "-in", path, "-noout", option], check=True, capture_output=True, text=True, timeout=60
+        [program, "x509", "-in", path, "-noout", option],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     ).stdout
     moment = datetime.strptime(line.partition("=")[2].strip(), "%b %d %H:%M:%S %Y GMT")
     return moment.replace(tzinfo=timezone.utc)
@@ -108,7 +113,7 @@ def test_an_expired_certificate_of_the_server_is_named_with_its_dates_on_both_si
             pytest.raises(
                 UnauthenticatedError, match=f"from the server at {address}, got one {DATES}; set the clock"
             ),
-            PolicyClient(address, tls=Tls(authority.ca), timeout_s=30) as client,
+            PolicyClient(address, tls=Tls(authority.ca), timeout_s=HANG_S) as client,
         ):
             _ = client.spec
 
@@ -122,7 +127,7 @@ def test_an_expired_certificate_of_the_client_is_named_with_its_dates(authority,
             pytest.raises(
                 UnauthenticatedError, match=rf"client's certificate in \S+past.pem is {DATES}; set the"
             ),
-            PolicyClient(address, tls=expired, timeout_s=30) as client,
+            PolicyClient(address, tls=expired, timeout_s=HANG_S) as client,
         ):
             _ = client.spec
 

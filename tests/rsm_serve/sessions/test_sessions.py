@@ -30,6 +30,7 @@ from rsm_serve.sessions.choice import (
     require_backend,
 )
 from tests.bundles import make_model, make_probe, make_spec, reference_action
+from tests.hang import HANG_S
 from tests.rsm_serve.test_local import ACTION, FLOAT, NOISE, OBS, Q, graph_with
 
 SPEC = make_spec()
@@ -262,7 +263,7 @@ class TestOpenVINO:
     def test_a_signal_after_sessions_ended_in_the_order_they_began_is_handled(self):
         """As with every reload: the new one begins, then the old one ends."""
         ended = subprocess.run(
-            [sys.executable, "-c", RELOADED], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", RELOADED], capture_output=True, text=True, timeout=HANG_S, check=False
         )
         assert (ended.returncode, ended.stdout) == (0, "heard 15\n"), ended.stderr
 
@@ -327,7 +328,7 @@ def test_a_runtime_calls_nobody_and_writes_nothing_at_home(backend, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
         check=False,
     )
     assert listening.stdout == "[] ['socket.connect', 'os.fork'] False\n", listening.stderr

@@ -38,6 +38,7 @@ from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 from rsm_serve.sessions.tensorrt import TensorRTSession, bucket_sizes, why_unavailable
 from tests import tensorrt_fake
 from tests.bundles import make_model, make_probe, make_spec, write_bundle
+from tests.hang import HANG_S
 from tests.tensorrt_fake import FakeGpu, make_cudart, make_tensorrt
 from tests.tensorrt_names import bindings_file, missing_strings, real_names, used_names
 
@@ -427,7 +428,7 @@ def test_bindings_without_their_libraries_are_one_sentence(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
         check=True,
     )
     assert (
@@ -530,13 +531,13 @@ def test_of_two_starts_at_once_one_builds(gpu, tmp_path, monkeypatch):
     def slow_build(self, network, config):
         if gpu.counts["build"] == 0:
             other.start()
-            assert second_waits.wait(10), "the second start did not ask for the lock"
+            assert second_waits.wait(HANG_S), "the second start did not ask for the lock"
         return build(self, network, config)
 
     monkeypatch.setattr(tensorrt_fake.Builder, "build_serialized_network", slow_build)
     other = threading.Thread(target=lambda: answers.append(opened(tmp_path)))
     expect(opened(tmp_path), MODEL)
-    other.join(10)
+    other.join(HANG_S)
     assert gpu.counts["build"] == 1
     expect(answers[0], MODEL)
 

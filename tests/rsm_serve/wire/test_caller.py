@@ -21,6 +21,7 @@ from rsm_serve.local import LocalPolicy
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.server import background_server
 from rsm_serve.sessions.choice import open_session
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import ANY_PORT, ZEROS, Gated, Rig, raw_stub
 
 
@@ -30,7 +31,7 @@ def rig(bundle_repo):
     bundle = load_bundle(bundle_repo / "tiny")
     session = Gated(open_session(bundle, "onnxruntime"))
     lane = Lane(LocalPolicy(bundle, session), BatchLimits(4, 8, latest_wins=True))
-    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=30)
+    config = ServerConfig.from_options(repo=bundle_repo, addresses=ANY_PORT, drain_seconds=HANG_S)
     with background_server(config, [lane]) as server:
         rig = Rig(server, session, lane)
         try:
@@ -43,8 +44,8 @@ def rig(bundle_repo):
 class TestThroughTheServer:
     def test_a_clients_newer_request_supersedes_its_waiting_one(self, rig):
         with (
-            PolicyClient(rig.address, timeout_s=60) as other,
-            PolicyClient(rig.address, timeout_s=60, client_id="r2") as robot,
+            PolicyClient(rig.address, timeout_s=HANG_S) as other,
+            PolicyClient(rig.address, timeout_s=HANG_S, client_id="r2") as robot,
         ):
             first = rig.hold_worker(other)
             unary = rig.pool.submit(robot.act, np.zeros(4), seed=1)
@@ -52,22 +53,22 @@ class TestThroughTheServer:
             stream = robot.stream()
             older = rig.pool.submit(stream.act, np.zeros((2, 4)), seed=2)
             with pytest.raises(SupersededError, match="newer request of this client_id"):
-                unary.result(30)
+                unary.result(HANG_S)
             rig.wait_queued(2)
             newer = rig.pool.submit(robot.act, np.zeros((3, 4)), seed=3)
             with pytest.raises(SupersededError):
-                older.result(30)
+                older.result(HANG_S)
             rig.open()
-            assert first.result(30).action.shape == (2,)
-            assert newer.result(30).action.shape == (3, 2)
+            assert first.result(HANG_S).action.shape == (2,)
+            assert newer.result(HANG_S).action.shape == (3, 2)
             assert stream.act(np.zeros(4)).action.shape == (2,), "the stream goes on"
             stream.close()
         assert rig.session.batches == [1, 3, 1]
 
     def test_priority_decides_what_is_computed_next(self, rig):
         with (
-            PolicyClient(rig.address, timeout_s=60) as usual,
-            PolicyClient(rig.address, timeout_s=60, priority=3) as urgent,
+            PolicyClient(rig.address, timeout_s=HANG_S) as usual,
+            PolicyClient(rig.address, timeout_s=HANG_S, priority=3) as urgent,
         ):
             first = rig.hold_worker(usual)
             second = rig.pool.submit(usual.act, np.zeros((3, 4)))
@@ -76,11 +77,11 @@ class TestThroughTheServer:
             rig.wait_queued(7)
             rig.open()
             for future in (first, second, third):
-                future.result(30)
+                future.result(HANG_S)
         assert rig.session.batches == [1, 4, 3]
 
     def test_the_hint_reaches_the_client_alone_and_in_a_stream(self, rig):
-        with PolicyClient(rig.address, timeout_s=60) as client:
+        with PolicyClient(rig.address, timeout_s=HANG_S) as client:
             client.act(np.zeros(4))
             first = rig.hold_worker(client)
             others = [rig.pool.submit(client.act, np.zeros((4, 4))) for _ in range(2)]
@@ -92,7 +93,7 @@ class TestThroughTheServer:
                     assert (caught.value.retry_after_s or 0) >= 0.001
             rig.open()
             for future in (first, *others):
-                future.result(30)
+                future.result(HANG_S)
 
     def test_what_a_request_says_of_itself_is_checked_on_both_sides(self, rig):
         for arguments in ({"client_id": "x" * 129}, {"client_id": "é" * 65}, {"priority": 11}):
@@ -101,18 +102,20 @@ class TestThroughTheServer:
             with pytest.raises(InvalidRequestError, match="wanted a"):
                 AsyncPolicyClient(rig.address, **arguments)
             with raw_stub(rig.address) as stub:
-                (answer,) = stub.ActStream(iter([pb.ActRequest(rows=1, obs=ZEROS, **arguments)]), timeout=30)
+                (answer,) = stub.ActStream(
+                    iter([pb.ActRequest(rows=1, obs=ZEROS, **arguments)]), timeout=HANG_S
+                )
             assert answer.error.code == "INVALID_ARGUMENT"
 
     def test_the_asynchronous_client_says_it_too(self, rig):
         async def main():
             async with (
-                AsyncPolicyClient(rig.address, timeout_s=60, client_id="r") as robot,
-                AsyncPolicyClient(rig.address, timeout_s=60) as other,
+                AsyncPolicyClient(rig.address, timeout_s=HANG_S, client_id="r") as robot,
+                AsyncPolicyClient(rig.address, timeout_s=HANG_S) as other,
             ):
                 rig.shut()
                 first = asyncio.create_task(other.act(np.zeros(4)))
-                assert await asyncio.to_thread(rig.session.entered.acquire, True, 30)
+                assert await asyncio.to_thread(rig.session.entered.acquire, True, HANG_S)
                 older = asyncio.create_task(robot.act(np.zeros(4)))
                 await asyncio.to_thread(rig.wait_queued, 1)
                 async with robot.stream() as stream:

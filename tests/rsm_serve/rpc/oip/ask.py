@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from rsm_serve.engine.lane import Lane
 from rsm_serve.server import PolicyServer
+from tests.hang import HANG_S
 from tests.rsm_serve.test_server import Gated, wait_until
 
 DTYPES = {"float32": "FP32", "uint64": "UINT64", "float64": "FP64", "int64": "INT64"}
@@ -24,7 +25,7 @@ DTYPES = {"float32": "FP32", "uint64": "UINT64", "float64": "FP64", "int64": "IN
 OBS = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
 
 
-TIMEOUT_S = 30
+TIMEOUT_S = HANG_S
 
 
 @contextlib.contextmanager

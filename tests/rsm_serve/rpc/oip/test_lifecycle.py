@@ -13,6 +13,7 @@ from rsm_common.errors import InvalidRequestError
 from rsm_serve.engine.canary import Canary, lot
 from rsm_serve.pb import oip_pb2 as pb
 from rsm_serve.rpc.oip.requests import decode_caller
+from tests.hang import HANG_S
 from tests.rsm_serve.versions import acting_version, add_version, damage, run, serve, settled
 
 ZEROS = np.zeros((1, 4), np.float32)
@@ -22,7 +23,7 @@ def infer(client: triton.InferenceServerClient, parameters: dict[str, Any], vers
     """The version that acted."""
     obs = triton.InferInput("obs", list(ZEROS.shape), "FP32")
     obs.set_data_from_numpy(ZEROS)
-    result = client.infer("tiny", [obs], model_version=version, parameters=parameters, client_timeout=30)
+    result = client.infer("tiny", [obs], model_version=version, parameters=parameters, client_timeout=HANG_S)
     return str(result.get_response().model_version)
 
 

@@ -12,6 +12,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from rsm_serve.pb import oip_pb2
+from tests.hang import HANG_S
 
 OURS = oip_pb2.DESCRIPTOR.pool
 THEIRS = service_pb2.DESCRIPTOR.pool
@@ -156,7 +157,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
