@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from tests.bundles import make_spec, write_bundle
 
 # Two workers share two cores: a second thread of torch would wait for a core at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where the environment forbids bytecode, each process that a test starts would compile torch anew, for 5 s.
+if sys.dont_write_bytecode and sys.pycache_prefix is None:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # Tests that use onnxruntime without our session tell its vendor nothing either.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
