@@ -95,10 +95,10 @@ def test_every_key_is_documented_and_every_documented_key_is_written(tmp_path):
         }
         for section in sections
     }
-    common = documented["Every line"]
+    common = documented["Find the keys of every line"]
     for kind in ("train", "eval"):
         written = set().union(*(line for line in lines if line["kind"] == kind))
-        assert written == common | documented[f"kind `{kind}`"], kind
+        assert written == common | documented[f"Read the lines of kind `{kind}`"], kind
 
 
 def test_tensorboard_and_wandb_get_every_number_of_the_file(tmp_path, wandb):
