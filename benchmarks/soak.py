@@ -1,6 +1,9 @@
 """Put a server under mixed load, check every answer, and look for losses and growth.
 
     python benchmarks/soak.py --seconds 600 [--out FILE]
+    python benchmarks/soak.py --counts 8 4 1000 [--out FILE]
+
+The first form takes 600 s. The second one ends after 8 reloads, 4 kills and 1000 answers; no time limits it.
 
 One rsm-serve process follows a repository of three policies. Client processes of every kind send requests, some
 with short deadlines. Every few seconds another version of one policy, with another graph, becomes current,
@@ -43,7 +46,8 @@ from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.contract import CURRENT_FILE
 from rsm_serve.client import AsyncPolicyClient, PolicyClient
 from tests.bundles import make_model, make_spec, reference_action, write_bundle
-from tests.server_process import ServerProcess, running_server
+from tests.hang import HANG_S
+from tests.server_process import ServerProcess, running_server, wait_until
 
 ROOT = Path(__file__).parent.parent
 RELOAD_S = 5.0
@@ -61,8 +65,21 @@ MAX_BATCH = 16
 WORK = 150
 """Makes alpha slow enough that something waits when a version is replaced; see `make_model`."""
 TOLERANCE = 1e-5
-REPORT_S = 1.0
-STOP_S = 30.0
+REPORT_S = 0.25
+PATIENT: dict[str, Any] = {"timeout_s": HANG_S, "connect_timeout_s": HANG_S}
+"""A request that is not answered in this time is lost."""
+LEFT = 50
+"""Requests that are cancelled, and as many that are abandoned, before a soak by counts ends."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a soak contains that ends by counts and not by seconds."""
+
+    reloads: int
+    kills: int
+    """At most as many as reloads: a client is killed while a version is replaced."""
+    answers: int
 
 
 def spec_of(policy: str, version: int) -> PolicySpec:
@@ -126,7 +143,8 @@ class Ledger:
         """Write one line with all counts."""
         steps = self.steps if final else []
         line = {"started": self.started, "outcomes": self.outcomes, "details": self.details, "final": final}
-        print(json.dumps({**line, "steps": steps}), file=out, flush=True)
+        version = self.steps[-1][2] if self.steps else ""
+        print(json.dumps({**line, "steps": steps, "version": version}), file=out, flush=True)
 
 
 @dataclass
@@ -159,7 +177,7 @@ class Worker:
             self.report()
 
     def report(self) -> None:
-        """Report the counts, once a second."""
+        """Report the counts every `REPORT_S`."""
         if time.monotonic() > self.reported_s + REPORT_S:
             self.reported_s = time.monotonic()
             self.ledger.write(sys.stdout)
@@ -189,8 +207,8 @@ GONE = ("PolicyNotFoundError", "NotReadyError")
 def unary(worker: Worker) -> None:
     """Call `PolicyClient.act` on two policies, sometimes for the version that answered last."""
     with (
-        PolicyClient(worker.address, "alpha", timeout_s=30) as alpha,
-        PolicyClient(worker.address, "beta", timeout_s=30, priority=3) as beta,
+        PolicyClient(worker.address, "alpha", **PATIENT) as alpha,
+        PolicyClient(worker.address, "beta", priority=3, **PATIENT) as beta,
     ):
         for number in worker.steps(0.02):
             answer = worker.ask("alpha", worker.generator.randint(1, 4), alpha.act)
@@ -202,7 +220,7 @@ def unary(worker: Worker) -> None:
 def ask_by_version(worker: Worker, version: str) -> None:
     """A client of its own for one version."""
     try:
-        with PolicyClient(worker.address, "alpha", version, timeout_s=30) as client:
+        with PolicyClient(worker.address, "alpha", version, **PATIENT) as client:
             answer = worker.ask("alpha", 1, client.act, GONE)
             if answer is not None and answer.version != version:
                 worker.ledger.settle("unexpected", f"wanted version {version}, got {answer.version}")
@@ -213,7 +231,7 @@ def ask_by_version(worker: Worker, version: str) -> None:
 
 def steady(worker: Worker) -> None:
     """A control loop at 50 Hz on one stream, whose latency is recorded."""
-    with PolicyClient(worker.address, "alpha", timeout_s=30, priority=5) as client, client.stream() as stream:
+    with PolicyClient(worker.address, "alpha", priority=5, **PATIENT) as client, client.stream() as stream:
         for _ in worker.steps(0.0):
             time.sleep(0.02)
             answer = worker.ask("alpha", 1, stream.act)
@@ -227,7 +245,7 @@ def steady(worker: Worker) -> None:
 
 def vector(worker: Worker) -> None:
     """Send many rows in one request, as vectorised environments do, alone and in a stream."""
-    with PolicyClient(worker.address, "gamma", timeout_s=30) as client, client.stream() as stream:
+    with PolicyClient(worker.address, "gamma", **PATIENT) as client, client.stream() as stream:
         for number in worker.steps(0.05):
             worker.ask(
                 "gamma", worker.generator.choice((4, 8, MAX_BATCH)), (client.act, stream.act)[number % 2]
@@ -241,8 +259,8 @@ def many(worker: Worker) -> None:
 
 async def bursts(worker: Worker) -> None:
     async with (
-        AsyncPolicyClient(worker.address, "alpha", timeout_s=30, priority=-2) as patient,
-        AsyncPolicyClient(worker.address, "gamma", timeout_s=0.004) as hasty,
+        AsyncPolicyClient(worker.address, "alpha", priority=-2, **PATIENT) as patient,
+        AsyncPolicyClient(worker.address, "gamma", timeout_s=0.004, connect_timeout_s=HANG_S) as hasty,
     ):
         while not worker.stopped:
             count = worker.generator.choice((4, 16, 64))
@@ -289,7 +307,7 @@ def triton(worker: Worker) -> None:
             worker.ledger.started += 1
             client.async_stream_infer("alpha", [tensor(one)], request_id=request_id)
         for request_id, one in asked.items():
-            streamed, error = results.get(timeout=30)
+            streamed, error = results.get(timeout=HANG_S)
             if error is not None or streamed.get_response().id != request_id:
                 worker.ledger.settle("unexpected", f"{error} instead of the answer to {request_id}")
             else:
@@ -331,7 +349,7 @@ def leaver(worker: Worker) -> None:
             act = channel.stream_stream(
                 f"/{SERVICE}/ActStream", pb.ActRequest.SerializeToString, pb.ActResponse.FromString
             )
-            call = act(iter(todo.get, None), timeout=30)
+            call = act(iter(todo.get, None), timeout=HANG_S)
             read = worker.generator.randint(0, len(asked))
             for obs in asked[:read]:
                 answer = next(call)
@@ -394,21 +412,34 @@ class Client:
         """SIGKILL."""
         self.killed = True
         self._process.kill()
-        self._process.wait(STOP_S)
+        self._process.wait(HANG_S)
 
     def stop(self) -> None:
         """SIGTERM."""
         self._process.terminate()
 
+    @property
+    def answered(self) -> int:
+        """Answers that it has reported."""
+        return int(self.told()["outcomes"].get("answered", 0))
+
+    def wait_for_answer(self) -> None:
+        """Wait until it reports an answer."""
+        wait_until(lambda: self.answered > 0, f"an answer to {self.kind}")
+
     def result(self) -> dict[str, Any]:
-        """The last complete report."""
+        """The last report of a client that was told to stop."""
         try:
-            self._process.wait(STOP_S)
+            self._process.wait(HANG_S)
         except subprocess.TimeoutExpired:
             self.kill()
             self.killed = False  # not by plan: what it had not told is lost
+        return self.told()
+
+    def told(self) -> dict[str, Any]:
+        """The last complete report."""
         whole = [line for line in self._out.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        nothing = {"started": 0, "outcomes": {}, "details": [], "final": False, "steps": []}
+        nothing = {"started": 0, "outcomes": {}, "details": [], "final": False, "steps": [], "version": ""}
         return json.loads(whole[-1]) if whole else nothing
 
 
@@ -446,9 +477,15 @@ class Versions:
         write_file(self._repository / "alpha" / CURRENT_FILE, f"{wanted}\n".encode())
         self._before, self._current = self._current, wanted
 
+    @property
+    def current(self) -> str:
+        """The version that CURRENT names."""
+        return str(self._current)
 
-def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
-    """Run the soak; `failures` states the conditions on the result."""
+
+def soak(until: float | Counts, folder: Path, *, seed: str = "1") -> dict[str, Any]:
+    """Run the soak for some seconds or until it contains the counts; `failures` states the conditions."""
+    started = time.monotonic()
     repository = folder / "repository"
     for policy in ("alpha", "beta", "gamma"):
         write_policy(repository, policy, 1)
@@ -456,7 +493,11 @@ def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
     with running_server(repository, folder / "server.log", *arguments) as server:
         with clients_of(server, folder, seed) as clients:
             versions = Versions(repository)
-            samples, kills = conduct(server, clients, versions, seconds, folder, seed)
+            conductor = Conductor(server, clients, versions, folder, seed)
+            if isinstance(until, Counts):
+                conductor.conduct(until)
+            else:
+                conductor.conduct_for(until)
         loads = server.metric("rsm_loads_total", "policy=alpha", "result=ok")
         executions = server.metric("rsm_executions_total")
         streams = server.metric("rsm_streams_open")
@@ -464,16 +505,16 @@ def soak(seconds: float, folder: Path, *, seed: str = "1") -> dict[str, Any]:
     ledger = [(client, client.result()) for client in clients]
     reloads = {"switched": versions.switches, "published": versions.published, "loaded": int(loads)}
     return {
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - started, 1) if isinstance(until, Counts) else until,
         **summary(ledger),
-        "kills": kills,
+        "kills": conductor.kills,
         "reloads": reloads,
         "steady": steady_latency([step for client, told in ledger for step in told["steps"]]),
         "server": {
             "executions": int(executions),
             "streams_open_at_the_end": int(streams),
             "tracebacks": log.count("Traceback"),
-            **growth(samples),
+            **growth(conductor.samples),
         },
     }
 
@@ -493,26 +534,72 @@ def clients_of(server: ServerProcess, folder: Path, seed: str) -> Iterator[list[
             client.result()
 
 
-def conduct(
-    server: ServerProcess, clients: list[Client], versions: Versions, seconds: float, folder: Path, seed: str
-) -> tuple[list[Sample], int]:
-    """Reload, kill and sample until the time is up; returns the samples, one a second, and the kills."""
-    generator = random.Random(seed)
-    alive = {client.kind: client for client in clients}
-    started = time.monotonic()
-    kills, samples = 0, list[Sample]()
-    while (now := time.monotonic() - started) < seconds:
-        if now > (versions.switches + 1) * RELOAD_S and now < seconds - RELOAD_S / 2:
-            versions.change()
-        if now > (kills + 1) * KILL_S:
-            kind = generator.choice([kind for kind in alive if kind != "steady"])
-            alive[kind].kill()
-            alive[kind] = Client(kind, server.address, folder, len(clients), seed)
-            clients.append(alive[kind])
-            kills += 1
-        samples.append(Sample(server.rss_bytes / 2**20, server.threads, server.open_files))
-        time.sleep(max(0.0, started + len(samples) - time.monotonic()))
-    return samples, kills
+class Conductor:
+    """Replaces versions, kills clients and looks at the server.
+
+    Args:
+        clients: one of each kind, to which replacements are added.
+        folder: for the clients' reports.
+    """
+
+    def __init__(
+        self, server: ServerProcess, clients: list[Client], versions: Versions, folder: Path, seed: str
+    ) -> None:
+        self._server, self._clients, self._versions = server, clients, versions
+        self._folder, self._seed = folder, seed
+        self._generator = random.Random(seed)
+        self._alive = {client.kind: client for client in clients}
+        self.samples = list[Sample]()
+        self.kills = 0
+
+    def conduct_for(self, seconds: float) -> None:
+        """Reload, kill and sample, once a second, until the time is up."""
+        self._wait_for_clients()
+        started = time.monotonic()
+        while (now := time.monotonic() - started) < seconds:
+            if now > (self._versions.switches + 1) * RELOAD_S and now < seconds - RELOAD_S / 2:
+                self._versions.change()
+            if now > (self.kills + 1) * KILL_S:
+                self._kill()
+            self._sample()
+            time.sleep(max(0.0, started + len(self.samples) - time.monotonic()))
+
+    def conduct(self, counts: Counts) -> None:
+        """Reload and kill, each time until the answers show it, then wait for the rest of the answers."""
+        self._wait_for_clients()
+        steady = self._alive["steady"]
+        for number in range(counts.reloads):
+            self._versions.change()
+            if self.kills < counts.kills * (number + 1) // counts.reloads:
+                self._kill().wait_for_answer()
+            wait_until(lambda: steady.told()["version"] == self._versions.current, "the new version")
+            self._sample()
+        wait_until(lambda: sum(client.answered for client in self._clients) >= counts.answers, "answers")
+        wait_until(lambda: self._told("many", "cancelled") >= LEFT, "cancelled requests")
+        wait_until(lambda: self._told("leaver", "abandoned") >= LEFT, "abandoned requests")
+
+    def _wait_for_clients(self) -> None:
+        """Wait until all have answers: on a busy machine they take long to start."""
+        for client in self._clients:
+            client.wait_for_answer()
+
+    def _told(self, kind: str, outcome: str) -> int:
+        return sum(
+            int(client.told()["outcomes"].get(outcome, 0)) for client in self._clients if client.kind == kind
+        )
+
+    def _kill(self) -> Client:
+        """Kill a client other than the steady one; returns its replacement."""
+        kind = self._generator.choice([kind for kind in self._alive if kind != "steady"])
+        self._alive[kind].kill()
+        self._alive[kind] = Client(kind, self._server.address, self._folder, len(self._clients), self._seed)
+        self._clients.append(self._alive[kind])
+        self.kills += 1
+        return self._alive[kind]
+
+    def _sample(self) -> None:
+        server = self._server
+        self.samples.append(Sample(server.rss_bytes / 2**20, server.threads, server.open_files))
 
 
 def summary(ledger: list[tuple[Client, dict[str, Any]]]) -> dict[str, Any]:
@@ -619,6 +706,7 @@ def show(results: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--counts", nargs=3, type=int, metavar=("RELOADS", "KILLS", "ANSWERS"))
     parser.add_argument("--seed", default="1")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=3, metavar=("KIND", "ADDRESS", "SEED"), help=argparse.SUPPRESS)
@@ -627,7 +715,8 @@ def main() -> int:
         work(*arguments.worker)
         return 0
     with tempfile.TemporaryDirectory(prefix="rsm-soak-") as folder:
-        results = soak(arguments.seconds, Path(folder), seed=arguments.seed)
+        until = Counts(*arguments.counts) if arguments.counts else arguments.seconds
+        results = soak(until, Path(folder), seed=arguments.seed)
     write_record(results, arguments.out, show=False)
     show(results)
     return 1 if failures(results) else 0
