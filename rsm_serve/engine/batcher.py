@@ -65,6 +65,13 @@ class _Bell:
 Compute = Callable[[Sequence[Request]], Sequence[Answer | RequestError]]
 """Returns one answer per request of a batch, in order; a RequestError if one request failed alone."""
 
+Computed = Callable[[int, float, Sequence[Answer | RequestError] | None], object]
+"""Told of each batch: its rows, the seconds of `Compute`, and the answers; None in their place if it raised."""
+
+_Outcomes = list[tuple[asyncio.Future[Answered[Answer]], Answered[Answer] | RequestError]]
+_Account = tuple[int, float, Sequence[Answer | RequestError] | None]
+"""The arguments of `Computed`."""
+
 
 class Batcher(Generic[Request, Answer]):
     """Batches requests of one event loop for one worker thread.
@@ -76,6 +83,7 @@ class Batcher(Generic[Request, Answer]):
         name: of the thread, and in the log.
         clock: seconds, monotonic.
         turns: entered around every batch; bounds how many batchers compute at once.
+        computed: called in the event loop, after the callers of a batch have their answers.
     """
 
     def __init__(
@@ -86,8 +94,10 @@ class Batcher(Generic[Request, Answer]):
         name: str = "batcher",
         clock: Callable[[], float] = time.monotonic,
         turns: AbstractContextManager[object] | None = None,
+        computed: Computed[Answer] | None = None,
     ) -> None:
         self.limits = limits
+        self._computed = computed
         self._turns = turns or nullcontext()
         self._compute = compute
         self._name = name
@@ -175,8 +185,8 @@ class Batcher(Generic[Request, Answer]):
                 # Taken after the turn has come, so that requests that came, expired or were cancelled meanwhile
                 # count.
                 batch = self._take()
-                outcomes = self._answer(batch)
-            if outcomes and not self._deliver(self._settle, outcomes):
+                outcomes, account = self._answer(batch)
+            if outcomes and not self._deliver(self._settle, outcomes, account):
                 return
             if batch.entries:  # after the answers were delivered
                 with self._lock:
@@ -202,21 +212,19 @@ class Batcher(Generic[Request, Answer]):
         with self._lock:
             return self._queue.take(self._clock())
 
-    def _answer(
-        self, batch: Batch[_Job[Request, Answer]]
-    ) -> list[tuple[asyncio.Future[Answered[Answer]], Answered[Answer] | RequestError]]:
+    def _answer(self, batch: Batch[_Job[Request, Answer]]) -> tuple[_Outcomes[Answer], _Account[Answer] | None]:
         formed_s = self._clock()
-        outcomes: list[tuple[asyncio.Future[Answered[Answer]], Answered[Answer] | RequestError]] = [
-            (entry.item.future, expired()) for entry in batch.expired
-        ]
+        outcomes: _Outcomes[Answer] = [(entry.item.future, expired()) for entry in batch.expired]
         if not batch.entries:
-            return outcomes
+            return outcomes, None
         requests = [entry.item.request for entry in batch.entries]
         answers: Sequence[Answer | RequestError]
         try:
             answers = self._compute(requests)
             assert len(answers) == len(requests), "compute answers every request"
+            account: _Account[Answer] = (batch.rows, self._clock() - formed_s, answers)
         except Exception as error:
+            account = (batch.rows, self._clock() - formed_s, None)
             fields = {"lane": self._name}
             logger.exception("%s: a batch of %d rows failed", self._name, batch.rows, extra=fields)
             # One exception object per request, because each gets a traceback of its own.
@@ -226,7 +234,7 @@ class Batcher(Generic[Request, Answer]):
                 outcomes.append((entry.item.future, Answered(answer, 1e6 * (formed_s - entry.arrived_s))))
             else:
                 outcomes.append((entry.item.future, answer))
-        return outcomes
+        return outcomes, account
 
     def _deliver(self, callback: Callable[..., object], *args: object) -> bool:
         assert self._loop is not None
@@ -236,10 +244,7 @@ class Batcher(Generic[Request, Answer]):
             return False
         return True
 
-    @staticmethod
-    def _settle(
-        outcomes: list[tuple[asyncio.Future[Answered[Answer]], Answered[Answer] | RequestError]],
-    ) -> None:
+    def _settle(self, outcomes: _Outcomes[Answer], account: _Account[Answer] | None = None) -> None:
         for future, outcome in outcomes:
             if future.done():  # cancelled while it was computed
                 continue
@@ -247,6 +252,10 @@ class Batcher(Generic[Request, Answer]):
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+        if account is not None and self._computed is not None:
+            # Behind the callbacks of the futures, which send the answers.
+            assert self._loop is not None
+            self._loop.call_soon(self._computed, *account)
 
 
 def _superseded() -> SupersededError:

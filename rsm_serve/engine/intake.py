@@ -6,7 +6,7 @@
         future = arrival.submit(rows)
 
 The block is one step of the event loop. When the request is settled, answered or refused, it is counted, and
-every listener is told once.
+every listener is told once. An answer leaves first.
 
 This module knows nothing of gRPC; a call is any object that has gRPC's `time_remaining`, `peer` and
 `invocation_metadata`.
@@ -210,7 +210,11 @@ class Arrival:
         return future
 
     def _settled(self, done: Future) -> None:
+        # What waits for the answer is called in this turn of the event loop, the account in the next one.
         seconds = self._intake.clock() - self._started_s
+        done.get_loop().call_soon(self._account, done, seconds)
+
+    def _account(self, done: Future, seconds: float) -> None:
         code, reason = outcome(done, seconds, self._timeout_s)
         given = done.result() if code == OK else None
         self._tell(code, reason, seconds, given if done is self._sampled else _result(self._sampled), given)
@@ -263,4 +267,6 @@ def _result(future: Future | None) -> Answered[ActResult] | None:
 
 
 def _shorter(one_s: float | None, other_s: float | None) -> float | None:
-    return min((limit for limit in (one_s, other_s) if limit is not None), default=None)
+    if one_s is None or other_s is None:
+        return other_s if one_s is None else one_s
+    return min(one_s, other_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rsm_common.errors import BackendError, BundleError
+from rsm_common.errors import BackendError, BundleError, RequestError
 from rsm_common.policy import ActResult, ActRows
 from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.contract import check_policy_name, list_policies, list_versions, load_bundle
@@ -58,7 +57,11 @@ class Lane:
         self._policy = policy
         self.limits = limits
         self.batcher: Batcher[ActRows, ActResult] = Batcher(
-            self._act_batch, limits, name=f"{policy.spec.name}:{policy.spec.version}", turns=turns
+            policy.act_batch,
+            limits,
+            name=f"{policy.spec.name}:{policy.spec.version}",
+            turns=turns,
+            computed=self._computed,
         )
         self.counts = LaneCounts(
             self.spec.name, self.spec.version, self.runtime, lambda: self.batcher.queued_rows
@@ -80,17 +83,12 @@ class Lane:
         """Release the policy's session, once the batcher is drained; slow, may be called in any thread."""
         self._policy.close()
 
-    def _act_batch(self, requests: Sequence[ActRows]) -> Sequence[ActResult | BackendError]:
-        started_s = time.perf_counter()
-        try:
-            answers = self._policy.act_batch(requests)
-        except Exception:
+    def _computed(self, rows: int, seconds: float, answers: Sequence[ActResult | RequestError] | None) -> None:
+        if answers is None:
             self.counts.execution_failed()
-            raise
-        seconds = time.perf_counter() - started_s
-        unsound = sum(isinstance(answer, BackendError) for answer in answers)
-        self.counts.executed(sum(len(request.obs_BO) for request in requests), seconds, unsound)
-        return answers
+        else:
+            unsound = sum(isinstance(answer, BackendError) for answer in answers)
+            self.counts.executed(rows, seconds, unsound)
 
 
 def load_lane(

@@ -77,6 +77,7 @@ def wait_for_version(server: PolicyServer, version: str, policy: str = "tiny") -
 
 
 def settled(server: PolicyServer) -> list[IndexEntry]:
-    """The index when nothing drains any more."""
+    """The index when nothing drains any more and every answer is counted."""
     wait_until(lambda: not server.registry.draining, "drained lanes")
+    run(server, asyncio.sleep(0))  # answers are counted after they leave, in the next turn of the event loop
     return list(server.lifecycle.index())

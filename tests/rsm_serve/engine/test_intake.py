@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rsm_common.errors import BackendError, InvalidRequestError, LimitReachedError, PolicyNotFoundError
-from rsm_common.policy import ActRows, act_rows
+from rsm_common.policy import ActResult, ActRows, act_rows
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.engine.action_guard import GuardLimits
 from rsm_serve.engine.guarded_answers import GuardedAnswers
@@ -20,7 +20,7 @@ from rsm_serve.engine.queue import BatchLimits
 from rsm_serve.engine.registry import Registry
 from rsm_serve.local import LocalPolicy
 from rsm_serve.observe.counts import ServerCounts
-from rsm_serve.observe.settled import Settled
+from rsm_serve.observe.settled import Answered, Settled
 from rsm_serve.sessions.choice import open_session
 from rsm_serve.wire.caller import Caller
 from tests.hang import HANG_S
@@ -59,6 +59,12 @@ class Rig:
         with self.intake.receive(SERVICE, "Act", Call(), policy, "") as arrival:
             return arrival.submit(decode(arrival.find(caller)))
 
+    async def answer(self, decode: Callable[[Lane], ActRows]) -> Answered[ActResult]:
+        """Ask, and return the answer when it is counted."""
+        answered = await self.ask(decode)
+        await asyncio.sleep(0)
+        return answered
+
     def run(self, scenario: Callable[[], Any]) -> None:
         async def main() -> None:
             self.lane.batcher.start()
@@ -91,7 +97,7 @@ def refuse(lane: Lane) -> ActRows:
 
 def test_an_answer_is_one_event_with_the_request_and_both_answers(rig):
     async def scenario() -> None:
-        answered = await rig.ask(rows(2))
+        answered = await rig.answer(rows(2))
         (event,) = rig.events
         assert event.given is event.sampled is answered
         assert (event.service, event.method, event.policy, event.version) == (SERVICE, "Act", "tiny", "1")
@@ -128,6 +134,16 @@ def test_a_refusal_is_one_event_wherever_it_happens(rig):
     assert all(event.rows is None and event.given is None for event in rig.events)
     assert rig.counts.refusals == {("Act", "NOT_FOUND", "unknown_policy"): 1}
     assert sum(rig.lane.counts.requests.values()) == rig.lane.counts.failed.count == 2
+
+
+def test_an_answer_does_not_wait_until_it_is_counted(rig):
+    async def scenario() -> None:
+        await rig.ask(rows(2))
+        assert (rig.events, rig.lane.counts.requests, rig.lane.counts.compute_s.count) == ([], {}, 0)
+        await asyncio.sleep(0)
+        assert (rig.ended, rig.lane.counts.rows, rig.lane.counts.compute_s.count) == ([("OK", "")], 2, 1)
+
+    rig.run(scenario)
 
 
 def test_a_request_that_is_given_up_is_neither_answered_nor_failed(rig):
@@ -170,7 +186,7 @@ def test_a_fallback_is_an_answer_that_was_not_computed(bundle_repo):
     rig.session.failure = RuntimeError("no")
 
     async def scenario() -> None:
-        answered = await rig.ask(rows(2))
+        answered = await rig.answer(rows(2))
         (event,) = rig.events
         assert event.given is answered
         assert event.sampled is None
@@ -190,7 +206,7 @@ def test_a_listener_that_raises_changes_no_answer_and_no_error(rig, caplog):
     rig.intake.listeners = (broken, *rig.intake.listeners)
 
     async def scenario() -> None:
-        assert (await rig.ask(rows(1))).answer.action.shape == (1, 2)
+        assert (await rig.answer(rows(1))).answer.action.shape == (1, 2)
         with pytest.raises(InvalidRequestError, match="not like this"):
             rig.ask(refuse)
 

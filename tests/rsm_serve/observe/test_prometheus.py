@@ -36,6 +36,7 @@ from rsm_serve.sessions.choice import open_session
 from tests.hang import HANG_S
 from tests.rsm_serve.http.ask import ANY_PORT, get, http_of, scrape
 from tests.rsm_serve.test_server import Gated, wait_until
+from tests.rsm_serve.versions import settled
 from tests.server_process import samples
 
 ZEROS = np.zeros(4, "<f4").tobytes()
@@ -265,4 +266,5 @@ class TestMetrics:
             assert server.monitor is None
             with PolicyClient(server.addresses[0], timeout_s=HANG_S) as client:
                 client.act(np.zeros(4))
+            settled(server)
             assert [lane.counts.requests for lane in server.registry.lanes] == [{("Act", "OK", ""): 1}]
