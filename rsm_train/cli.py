@@ -120,9 +120,9 @@ def _named_algorithms(argv: Sequence[str]) -> list[str]:
 
 def _train(given: Mapping[str, Any], resume: bool) -> None:
     from rsm_train.config import resolve, run_directory
-    from rsm_train.run.loop import train
     from rsm_train.run.results import read_result
     from rsm_train.run.run_directory import resume_settings
+    from rsm_train.run.start import train
     from rsm_train.run.stopping import RunStopped
 
     if resume:

@@ -16,7 +16,7 @@
                 evaluation.json        returns of its evaluation, written when that has ended
                 probe.safetensors      "obs" [P, O] float32: observations the policy met
                 sha256.json            size and sha256 of these files, and of the replay files it needs
-                training.safetensors   what only --resume needs; see rsm_train.run.loop.Trainer.training_state
+                training.safetensors   what only --resume needs; see rsm_train.run.learner.Learner.state
 
 A checkpoint directory is complete or absent, and so is a replay file. When `--resume` goes on from an older
 checkpoint, it renames the damaged one to damaged_step_.... The newest checkpoints (setting

@@ -76,7 +76,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
         random_step_s = _measure_random_steps(trainer)
         step_s, update_s = _measure_learning(trainer)
         eval_step_s = _measure_evaluation(trainer)
-        agent = trainer.algorithm.agent
+        agent = trainer.learner.algorithm.agent
         networks = [value for params in agent.networks().values() for value in params.values()]
         gradients = [value.grad for value in networks if value.grad is not None]
         return Estimate(
@@ -87,11 +87,11 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
             update_s=update_s,
             eval_step_s=eval_step_s,
             eval_limit=_episode_limit(run),
-            replay_bytes=trainer.replay.nbytes,
+            replay_bytes=trainer.learner.replay.nbytes,
             network_bytes=_nbytes(networks),
             learning_bytes=_nbytes([*agent.state().values(), *gradients]),
             program_bytes=_program_bytes(),
-            checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(), trainer.training_state()),
+            checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(), trainer.learner.state()),
         )
     finally:
         trainer.close()
@@ -193,7 +193,7 @@ def _measure_random_steps(trainer: Trainer) -> float:
     seconds, count = 0.0, 0
     rounds = trainer.run.warmup_steps // trainer.run.num_envs
     for index in range(rounds):
-        spent = _timed(trainer.device, trainer.collect)
+        spent = _timed(trainer.device, trainer.learner.collect)
         if index >= min(_WARM_UP, rounds - 1):
             seconds, count = seconds + spent, count + 1
     return seconds / count
@@ -203,17 +203,17 @@ def _measure_learning(trainer: Trainer) -> tuple[float, float]:
     # On a GPU an update is captured when it has run a few times, with the policy's part and without.
     captured = trainer.device.type == "cuda"
     for _ in range(2 * (WARM_UP_CALLS + 1) if captured else _WARM_UP):
-        trainer.collect()
-        trainer.learn()
-    started, first = time.monotonic(), trainer.updates
+        trainer.learner.collect()
+        trainer.learner.learn()
+    started, first = time.monotonic(), trainer.learner.updates
     collecting = learning = 0.0
     rounds = 0
     # An even number: updates of the policy come with every second one of the critics, unless told otherwise.
     while rounds < 2 or rounds % 2 or time.monotonic() - started < BUDGET_S:
-        collecting += _timed(trainer.device, trainer.collect)
-        learning += _timed(trainer.device, trainer.learn)
+        collecting += _timed(trainer.device, trainer.learner.collect)
+        learning += _timed(trainer.device, trainer.learner.learn)
         rounds += 1
-    return collecting / rounds, learning / max(1, trainer.updates - first)
+    return collecting / rounds, learning / max(1, trainer.learner.updates - first)
 
 
 def _measure_evaluation(trainer: Trainer) -> float:

@@ -26,7 +26,7 @@ from rsm_eval.envs import make_env
 from rsm_eval.statistics import mean_interval
 from rsm_train.config import resolve, run_directory
 from rsm_train.run.checkpoint_files import list_checkpoints, read_state
-from rsm_train.run.loop import pick_device
+from rsm_train.run.machine import pick_device
 from rsm_train.run.results import EvalPoint, RunResult, read_result
 from rsm_train.run.run_directory import resume_settings
 from rsm_train.run.stopping import SIGNALS

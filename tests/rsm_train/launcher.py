@@ -68,7 +68,7 @@ def main() -> None:
     import torch._dynamo  # imported by the first optimiser, and slow; imports it all with it
 
     import rsm_train.cli
-    import rsm_train.run.loop  # noqa: F401
+    import rsm_train.run.start  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rsm_train.config import resolve
-from rsm_train.run.loop import train
+from rsm_train.run.start import train
 
 TINY: dict[str, Any] = {
     "env": "InvertedPendulum-v5",

@@ -127,7 +127,7 @@ def test_the_last_evaluation_is_made_up_for_too(tmp_path, capfd):
 def test_a_line_that_was_written_before_a_kill_is_not_there_twice(tmp_path, capfd, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as context:
-        context.setattr("rsm_train.run.loop.record_evaluation", lambda *_: 1 / 0)
+        context.setattr("rsm_train.run.saving.record_evaluation", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(options(out=run))
     assert [record["step"] for record in records(run) if record["kind"] == "eval"] == [40]

@@ -15,7 +15,8 @@ from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.policy import act_best_of_n, action_scale
 from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy, load_training, save_checkpoint
 from rsm_train.run.checkpoint_files import find_checkpoint, list_checkpoints, prune_checkpoints
-from rsm_train.run.loop import Trainer, pick_device
+from rsm_train.run.loop import Trainer
+from rsm_train.run.machine import pick_device
 from tests.rsm_train.runs import TINY, tiny_run
 
 
@@ -117,8 +118,8 @@ def test_steps_of_more_digits_come_after_those_of_less(run_dir, tmp_path):
 
 
 def test_a_missing_compiler_is_heard_of_before_environments_begin(tmp_path, monkeypatch):
-    monkeypatch.setattr("rsm_train.run.loop.can_compile", lambda device: False)
-    monkeypatch.setattr("rsm_train.run.loop.TrainingEnvs", None)
+    monkeypatch.setattr("rsm_train.run.machine.can_compile", lambda device: False)
+    monkeypatch.setattr("rsm_train.run.learner.TrainingEnvs", None)
     with pytest.raises(ConfigError, match="--compile off"):
         tiny_run(tmp_path / "run", compile="on")
 
@@ -256,7 +257,7 @@ def test_a_full_disk_in_training_is_one_sentence(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rsm_train.run.loop.save_checkpoint", full)
+    monkeypatch.setattr("rsm_train.run.saving.save_checkpoint", full)
     with pytest.raises(TrainingError, match="No space left on device; earlier checkpoints are intact"):
         tiny_run(tmp_path / "run")
 
@@ -264,15 +265,16 @@ def test_a_full_disk_in_training_is_one_sentence(tmp_path, monkeypatch):
 def test_random_warm_up_then_policy_actions(tmp_path):
     run, algorithm = resolve(TINY)
     trainer = Trainer(run, algorithm, tmp_path)
-    while trainer.step < run.warmup_steps:
-        trainer.collect()
-        trainer.learn()
-    assert trainer.updates == 0
-    actions = trainer.replay._data.action[:100, 0]
+    learner = trainer.learner
+    while learner.step < run.warmup_steps:
+        learner.collect()
+        learner.learn()
+    assert learner.updates == 0
+    actions = learner.replay._data.action[:100, 0]
     assert actions.min() < -0.8
     assert actions.max() > 0.8
     assert abs(actions.mean()) < 0.2
-    trainer.collect()
-    trainer.learn()
-    assert trainer.updates == 2
+    learner.collect()
+    learner.learn()
+    assert learner.updates == 2
     trainer.close()

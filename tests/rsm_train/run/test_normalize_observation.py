@@ -16,8 +16,9 @@ from rsm_train.config import resolve
 from rsm_train.model.normalizer import ObservationScale
 from rsm_train.run.checkpoint import Checkpoint, load_checkpoint, load_training
 from rsm_train.run.checkpoint_files import list_checkpoints
-from rsm_train.run.loop import Trainer, train
+from rsm_train.run.loop import Trainer
 from rsm_train.run.run_directory import resume_settings
+from rsm_train.run.start import train
 from tests.rsm_train.runs import TINY, tiny_run
 
 ALGORITHMS = ("dpmd", "sdac", "sac")
@@ -92,8 +93,9 @@ def test_the_exported_graph_takes_raw_observations(run, tmp_path):
 def test_the_networks_learn_from_normalised_observations(tmp_path, monkeypatch):
     run, algorithm = resolve(TINY | {"normalize_observation": True})
     trainer = Trainer(run, algorithm, tmp_path)
+    learner = trainer.learner
     drawn, learnt = [], []
-    sample, update = trainer.replay.sample, trainer.algorithm.update
+    sample, update = learner.replay.sample, learner.algorithm.update
 
     def recorded_sample(*arguments):
         drawn.append(sample(*arguments))
@@ -103,11 +105,11 @@ def test_the_networks_learn_from_normalised_observations(tmp_path, monkeypatch):
         learnt.append((batch, ObservationScale(**trainer.checkpoint().networks["normalizer"])))
         return update(batch, noise)
 
-    monkeypatch.setattr(trainer.replay, "sample", recorded_sample)
-    monkeypatch.setattr(trainer.algorithm, "update", recorded_update)
-    while trainer.step < 120:
-        trainer.collect()
-        trainer.learn()
+    monkeypatch.setattr(learner.replay, "sample", recorded_sample)
+    monkeypatch.setattr(learner.algorithm, "update", recorded_update)
+    while learner.step < 120:
+        learner.collect()
+        learner.learn()
     trainer.close()
     assert len(learnt) == len(drawn) == 20
     for raw, (batch, scale) in zip(drawn, learnt, strict=True):

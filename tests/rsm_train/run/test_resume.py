@@ -27,9 +27,11 @@ from rsm_train.cli import main
 from rsm_train.config import resolve
 from rsm_train.run.checkpoint import load_torch_policy
 from rsm_train.run.checkpoint_files import find_checkpoint, list_checkpoints
-from rsm_train.run.loop import Trainer, _prepare, train
+from rsm_train.run.learner import Learner
+from rsm_train.run.loop import Trainer
 from rsm_train.run.replay import ReplayBuffer, list_segments, load_segments
 from rsm_train.run.run_directory import lock, resume_command, resume_settings, trim_metrics
+from rsm_train.run.start import prepare, train
 from rsm_train.run.stopping import RunStopped
 from tests.rsm_train.launcher import ROOT, Launcher
 from tests.rsm_train.runs import TINY, tiny_run
@@ -107,15 +109,15 @@ def stop_at(monkeypatch):
     """A function that has signals sent to this process after given steps."""
 
     def install(*steps: int, number: int = signal.SIGTERM) -> None:
-        original, left = Trainer.collect, list(steps)
+        original, left = Learner.collect, list(steps)
 
-        def collect(self: Trainer) -> None:
+        def collect(self: Learner) -> None:
             original(self)
             if left and self.step >= left[0]:
                 left.pop(0)
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(Trainer, "collect", collect)
+        monkeypatch.setattr(Learner, "collect", collect)
 
     return install
 
@@ -420,11 +422,11 @@ def test_a_run_goes_on_without_anybody_to_read_what_it_prints(tmp_path):
 
 
 def test_the_second_signal_does_not_wait(tmp_path, monkeypatch):
-    def stuck(self: Trainer) -> None:
+    def stuck(self: Learner) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Trainer, "learn", stuck)
+    monkeypatch.setattr(Learner, "learn", stuck)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "run", **{**SETTINGS, "vector": "async"})
@@ -436,11 +438,11 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
 
-        def prepare(trainer: Trainer) -> None:
-            _prepare(trainer)
+        def prepare_and_stop(trainer: Trainer) -> None:
+            prepare(trainer)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr("rsm_train.run.loop._prepare", prepare)
+        patch.setattr("rsm_train.run.start.prepare", prepare_and_stop)
         message = stopped(lambda: tiny_run(run, total_steps=100))
     assert message == f"SIGTERM: stopped before the first step; begin again with: {resume_command(run)}"
     assert newest(run) == 0
@@ -449,11 +451,11 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
 
 
 def test_a_lost_terminal_sends_its_signal_twice(tmp_path, monkeypatch):
-    def hang_up(self: Trainer) -> None:
+    def hang_up(self: Learner) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr(Trainer, "learn", hang_up)
+    monkeypatch.setattr(Learner, "learn", hang_up)
     before = signal.getsignal(signal.SIGHUP)
     message = stopped(lambda: tiny_run(tmp_path / "run", **SETTINGS))
     assert message.startswith("SIGHUP: stopped and saved at step 2;")
@@ -621,7 +623,7 @@ def test_a_limit_on_file_sizes_is_one_sentence(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def save(self: Trainer, *arguments: Any) -> None:
-        limit = 10_000 if self.step >= 60 else resource.RLIM_INFINITY
+        limit = 10_000 if self.learner.step >= 60 else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
             original(self, *arguments)
