@@ -38,7 +38,7 @@ EXAMPLES = (
     (
         "Compare a run, its bundle and its server in the same episodes, with a report",
         "rsm-eval --policy runs/pendulum --policy bundles/pendulum \\\n"
-        "    --policy grpc://localhost:8500/pendulum --seeds 0-4 --report report.html",
+        "    --policy grpc://localhost:8001/pendulum --seeds 0-4 --report report.html",
     ),
 )
 
@@ -66,11 +66,11 @@ def _command(typed: str) -> click.Command:
         cls=GroupedOption,
         group="Policies",
         help="Run directory, checkpoint, bundle directory, model.onnx, grpc[s]://host:port/name or "
-        "grpc:unix:path/name; repeat to compare.",
+        "grpc:unix:path/name; repeat the option to compare policies.",
     )
     @dataclass_options(EvalConfig)
     def command(sources: tuple[str, ...], **settings: Any) -> int:
-        """Measure policies in a simulator: returns, latency per stage, and a report to look at."""
+        """Measure the returns and the latency of policies in a simulator, and write a report."""
         return _run(sources, EvalConfig(**settings), typed)
 
     return command

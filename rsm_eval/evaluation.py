@@ -36,15 +36,16 @@ class EvalConfig:
         default=None,
         metadata={
             "group": "Environment",
-            "help": "Environment id, or module:EnvId (a module installed or here); default: the policy's own.",
+            "help": "Environment id, or module:EnvId with an installed or local module.  [default: the "
+            "policy's own]",
         },
     )
     env_arg: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={
             "group": "Environment",
-            "help": "Argument of the environment's constructor, such as size=3; repeat for more. Default: "
-            "those that the policy was trained with.",
+            "help": "Argument of the environment's constructor, such as size=3; can be repeated.  [default: "
+            "the arguments of the training]",
         },
     )
     episodes: int = field(default=20, metadata={"group": "Episodes", "help": "Episodes per evaluation seed."})
@@ -58,20 +59,20 @@ class EvalConfig:
     )
     deterministic: bool = field(
         default=False,
-        metadata={"group": "Policies", "help": "Ask for deterministic actions instead of sampled ones."},
+        metadata={"group": "Policies", "help": "Request deterministic actions instead of sampled ones."},
     )
     latency_calls: int = field(
         default=500,
         metadata={
             "group": "Latency",
-            "help": "Timed single-observation calls per policy; 0 leaves latency out.",
+            "help": "Number of timed calls with one observation per policy; 0 skips the latency.",
         },
     )
     backend: Backend = field(
         default="auto",
         metadata={
             "group": "Policies",
-            "help": "Inference runtime of bundles; auto takes the best that is present.",
+            "help": "Inference runtime of bundles; auto takes the best that is installed.",
         },
     )
     run: Path | None = field(
@@ -79,10 +80,10 @@ class EvalConfig:
         metadata={"group": "Report", "help": "Training run whose learning curve the report shows."},
     )
     report: Path | None = field(
-        default=None, metadata={"group": "Report", "help": "Write a self-contained HTML report here."}
+        default=None, metadata={"group": "Report", "help": "Write a self-contained HTML report to this file."}
     )
     json: Path | None = field(
-        default=None, metadata={"group": "Report", "help": "Write everything that was measured here."}
+        default=None, metadata={"group": "Report", "help": "Write all measurements to this file."}
     )
 
     def __post_init__(self) -> None:

@@ -41,13 +41,15 @@ class VersionSettings:
     poll: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds between two looks for new, changed and removed policies and versions.  "
+            "help": "Seconds between two checks for new, changed and removed policies and versions.  "
             "[default: never]"
         },
     )
     keep_versions: int = field(
         default=0,
-        metadata={"help": "Replaced versions of each policy that stay loaded for requests that name them."},
+        metadata={
+            "help": "Number of replaced versions per policy that stay loaded, for requests that name them."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class BatchSettings:
     )
     latest_wins: bool = field(
         default=False,
-        metadata={"help": "Whether a new request replaces the waiting one of the same client_id."},
+        metadata={"help": "Replace the waiting request of a client_id by its newer request."},
     )
 
     def __post_init__(self) -> None:
@@ -232,7 +234,7 @@ class MonitorSettings:
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """The processes of a server, and their end.
+    """Number of server processes, and the time to drain them.
 
     Raises:
         ConfigError: a number is out of range.
@@ -242,8 +244,8 @@ class ProcessSettings:
         default=1,
         metadata={
             "option": "processes",
-            "help": "Server processes that share the port. Each has its own sessions, queues and limits. Helps "
-            "where one event loop is the limit.",
+            "help": "Server processes that share the port. Each has its own sessions, queues and limits. Use "
+            "them if one event loop limits the throughput.",
         },
     )
     shares_ports: bool = False

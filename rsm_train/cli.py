@@ -58,32 +58,33 @@ def _command(argv: Sequence[str]) -> click.Command:
         is_flag=True,
         cls=GroupedOption,
         group="Algorithm",
-        help="Show what every preset changes, and exit.",
+        help="Show the settings of every preset, and exit.",
     )
     @run_option(
         "--dry-run",
         is_flag=True,
-        help="Show the resolved configuration and an estimate of time, memory and disk, measured in a few "
-        "seconds after compilation; write nothing.",
+        help="Show the settings of the run and an estimate of its time, memory and disk. Write nothing. The "
+        "measurement takes a few seconds after compilation.",
     )
     @run_option(
         "--seeds",
-        help="Seeds such as 0-4 or 0,3,7: a process for each, with the result of a lone run with that --seed "
-        "and the same --threads, bit for bit. --threads is 1 on a CPU and cores / jobs on a GPU, unless given "
-        "by an option or the preset. An --out must contain {seed}. With --resume, runs that there are go on.",
+        help="Seeds such as 0-4 or 0,3,7. Each seed has a process. The result of a seed is the same, bit for "
+        "bit, as that of a single run with this --seed and the same --threads. The default of --threads is 1 "
+        "on a CPU and cores / jobs on a GPU. --out must contain {seed}. With --resume, existing runs continue.",
     )
     @run_option(
         "--jobs",
         type=click.IntRange(1),
-        help="Processes at once with --seeds.  [default: cores / threads; all of them on a GPU]",
+        help="Largest number of processes at the same time with --seeds.  [default: cores / threads; on a "
+        "GPU all seeds]",
     )
-    @run_option("--resume", is_flag=True, help="Go on with the run in --out, with its own settings.")
+    @run_option("--resume", is_flag=True, help="Continue the run in --out with its settings.")
     def command(
         list_presets: bool, dry_run: bool, seeds: str | None, jobs: int | None, resume: bool, **given: Any
     ) -> None:
-        """Learn a diffusion policy with Reweighted Score Matching.
+        """Train a diffusion policy with Reweighted Score Matching.
 
-        A preset sets defaults; every option given on the command line wins over it.
+        A preset sets defaults. An option on the command line replaces the value of the preset.
         """
         if list_presets:
             from rsm_train.run.describe import describe_presets

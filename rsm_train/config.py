@@ -51,22 +51,24 @@ class RunConfig:
         default="auto", metadata={"group": "Machine", "help": "One of auto, cpu, cuda and cuda:N."}
     )
     out: str | None = field(
-        default=None, metadata={"group": "Run", "help": "Run directory; default runs/ENV-ALGO-PRESET-sSEED."}
+        default=None, metadata={"group": "Run", "help": "Run directory; default: runs/ENV-ALGO-PRESET-sSEED."}
     )
     total_steps: int = field(
-        default=1_000_000, metadata={"group": "Run", "help": "Environment steps, of all environments."}
+        default=1_000_000, metadata={"group": "Run", "help": "Total number of steps of all environments."}
     )
     warmup_steps: int = field(
         default=30_000, metadata={"group": "Run", "help": "Steps with random actions at the start."}
     )
     num_envs: int = field(
-        default=5, metadata={"group": "Environment", "help": "Environments stepped together."}
+        default=5,
+        metadata={"group": "Environment", "help": "Number of environments that are stepped together."},
     )
     vector: VectorName = field(
         default="sync",
         metadata={
             "group": "Environment",
-            "help": "How environments are stepped: sync, async (processes), or envpool (C++ threads).",
+            "help": "Stepping of the environments: sync (one after the other), async (processes) or envpool "
+            "(C++ threads).",
         },
     )
     updates_per_step: float = field(
@@ -86,19 +88,22 @@ class RunConfig:
         default=5_000,
         metadata={
             "group": "Checkpoints",
-            "help": "Steps between checkpoints; every evaluation makes one as well.",
+            "help": "Steps between checkpoints. Each evaluation also writes one.",
         },
     )
     eval_one_particle: bool = field(
         default=True,
         metadata={
             "group": "Evaluation",
-            "help": "Evaluate N=1 too: as many episodes without the critics' choice.",
+            "help": "Evaluate with N=1 too, in as many episodes, to measure the effect of the critics' choice.",
         },
     )
     keep_checkpoints: int = field(
         default=3,
-        metadata={"group": "Checkpoints", "help": "Newest checkpoints kept; the best is always kept as well."},
+        metadata={
+            "group": "Checkpoints",
+            "help": "Number of newest checkpoints that are kept. The best one is always kept too.",
+        },
     )
     log_every: int = field(
         default=1_000, metadata={"group": "Run", "help": "Steps between lines in metrics.jsonl."}
@@ -107,7 +112,7 @@ class RunConfig:
         default=False,
         metadata={
             "group": "Environment",
-            "help": "Normalise observations by the running mean and variance of those that were stored, "
+            "help": "Normalise observations by the running mean and variance of the stored observations, "
             "clipped to 10 standard deviations. The statistics belong to the policy and to its exported graph.",
         },
     )
@@ -115,22 +120,25 @@ class RunConfig:
         default="fp32",
         metadata={
             "group": "Machine",
-            "help": "Of the products while sampling: fp32, tf32 (on CUDA, everywhere) or bf16.",
+            "help": "Precision of matrix products in sampling. tf32 needs CUDA and also applies to the "
+            "updates.",
         },
     )
     compile: CompileMode = field(
         default="auto",
         metadata={
             "group": "Machine",
-            "help": "Compile the sampling; auto: where there is a compiler. It takes up to a minute, once.",
+            "help": "Compile the sampling; auto compiles if a compiler is installed. This takes up to a "
+            "minute per run.",
         },
     )
     threads: int | None = field(
-        default=None, metadata={"group": "Machine", "help": "CPU threads of torch; default as torch decides."}
+        default=None,
+        metadata={"group": "Machine", "help": "CPU threads of torch; default: the number that torch chooses."},
     )
     wandb: str | None = field(
         default=None,
-        metadata={"group": "Run", "help": "Project of Weights & Biases that gets the metrics too."},
+        metadata={"group": "Run", "help": "Project of Weights & Biases that also gets the metrics."},
     )
 
     def __post_init__(self) -> None:

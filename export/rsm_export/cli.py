@@ -92,11 +92,11 @@ class DefaultGroup(click.Group):
 @click.group("rsm-export", cls=DefaultGroup, context_settings={"max_content_width": 110})
 @click.version_option(package_name="rsm-toolkit")
 def commands() -> None:
-    """Make a bundle from a checkpoint, or say what is in a bundle.
+    """Make a bundle from a checkpoint, or print the content of a bundle.
 
-    Unrolls a policy into one ONNX graph and writes it as the next version in a repository. The graph must
-    act like the checkpoint, or nothing is written. Of a run, the checkpoint with the best evaluation is taken.
-    A bare model.onnx becomes a bundle again.
+    The command writes a policy as one ONNX graph, in the next version of a repository. It first checks that
+    the graph and the checkpoint give the same actions. If a check fails, it writes no bundle. From a run, it
+    takes the checkpoint with the best evaluation. It also makes a bundle from a bare model.onnx.
     """
 
 
@@ -108,10 +108,10 @@ def commands() -> None:
     group="Bundle",
     required=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Directory of bundles, also a Triton model repository; created if needed.",
+    help="Repository: the directory of all bundles. It is created if needed. Triton can read it too.",
 )
 @click.option(
-    "--name", cls=GroupedOption, group="Bundle", help="Name of the policy; by default that of the run."
+    "--name", cls=GroupedOption, group="Bundle", help="Name of the policy.  [default: the name of the run]"
 )
 @dataclass_options(ExportConfig, SearchConfig)
 @click.option(
@@ -119,15 +119,16 @@ def commands() -> None:
     is_flag=True,
     cls=GroupedOption,
     group="Search",
-    help="Search for the fastest chain (--steps, --sampler and --particles, where not given) whose return is "
-    "within --tolerance of the full policy's.",
+    help="Search for the fastest chain whose return is within --tolerance of the full policy's. The search "
+    "varies --steps, --sampler and --particles, except those that you give.",
 )
 @click.option(
     "--tensorrt",
     is_flag=True,
     cls=GroupedOption,
     group="Precision and runtime",
-    help="Build the TensorRT engine, check the graph in it and keep it for rsm-serve: --backend tensorrt.",
+    help="The same as --backend tensorrt: build the TensorRT engine, check the graph in it and keep it for "
+    "rsm-serve.",
 )
 def export(source: Path, repo: Path, name: str | None, auto: bool, tensorrt: bool, **settings: Any) -> None:
     """Make a bundle from a run, a checkpoint or a bare model.onnx."""
@@ -229,11 +230,11 @@ def _adopt(source: Path, repo: Path, name: str | None) -> None:
     click.echo(f"bundle: {adopt_graph(source, repo, name)}")
 
 
-@commands.command("inspect", short_help="Print what is in a bundle, and whether it is intact.")
+@commands.command("inspect", short_help="Print the content of a bundle, and check its files.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="For programs; names every element.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the name of every element.")
 def inspect(bundle: Path, as_json: bool) -> int:
-    """Print all there is to know of a bundle: sizes and bounds, sampling, accuracy, evaluation, origin, graph.
+    """Print the content of a bundle: sizes and bounds, sampling, accuracy, evaluation, origin, graph.
 
     BUNDLE is a version directory, a policy directory (its current version) or a bare model.onnx. The exit
     status is 0 only if every hash is right and it can be run.

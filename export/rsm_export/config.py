@@ -14,7 +14,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 SamplerName = Literal["ddpm", "ddim"]
 
 MAX_PARTICLES = 4096
-"""More would not fit into memory where the graph is checked on batches of 64, and help nobody."""
+"""More particles do not fit into memory in the check on batches of 64, and do not improve the policy."""
 
 
 @dataclass(frozen=True)
@@ -29,58 +29,59 @@ class ExportConfig:
         default=None,
         metadata={
             "group": "Chain",
-            "help": "Denoising steps to take, evenly spread over those that were trained.",
+            "help": "Number of denoising steps, evenly spread over the trained steps.",
         },
     )
     sampler: SamplerName | None = field(
         default=None,
         metadata={
             "group": "Chain",
-            "help": "Reverse steps with the noise of DDPM, or DDIM, which adds --eta times as much.  "
-            "[default: ddpm]",
+            "help": "Denoising with the noise of DDPM, or with --eta times this noise (ddim).  [default: ddpm]",
         },
     )
     eta: float | None = field(
         default=None,
         metadata={
             "group": "Chain",
-            "help": "For ddim: from 0 (no noise but the initial one) to 1 (ddpm).  [default: 0]",
+            "help": "Factor of the noise of ddim, from 0 (only the initial noise) to 1 (the same as ddpm).  "
+            "[default: 0]",
         },
     )
     particles: int | None = field(
         default=None,
         metadata={
             "group": "Chain",
-            "help": "Candidates of which the critics choose the best; 1 drops the critics.",
+            "help": "Number of candidate actions; the critics choose the best. 1 removes the critics.",
         },
     )
     prior_std: float | None = field(
         default=None,
         metadata={
             "group": "Chain",
-            "help": "Standard deviation of the initial noise; smaller is a lower temperature.",
+            "help": "Standard deviation of the initial noise; a smaller value is a lower temperature.",
         },
     )
     precision: Precision = field(
         default="fp32",
         metadata={
             "group": "Precision and runtime",
-            "help": "Of the hidden layers; int8 stores weights only. What leaves the graph is float32.",
+            "help": "Precision of the hidden layers; int8 applies to the weights only. Outputs are float32.",
         },
     )
     backend: Backend | None = field(
         default=None,
         metadata={
             "group": "Precision and runtime",
-            "help": "Runtime in which the graph is checked and timed.  [default: onnxruntime, or what runs "
-            "bf16]",
+            "help": "Runtime in which the graph is checked and timed.  [default: onnxruntime, or for bf16 a "
+            "runtime "
+            "with bf16]",
         },
     )
     verify: bool = field(
         default=True,
         metadata={
             "group": "Checks",
-            "help": "Check the graph against the checkpoint before anything is written.",
+            "help": "Check the graph against the checkpoint before the bundle is written.",
         },
     )
 
@@ -111,28 +112,30 @@ class SearchConfig:
         default=0.02,
         metadata={
             "group": "Search",
-            "help": "Loss of return that is allowed, as a fraction of the full policy's mean return.",
+            "help": "Largest loss of return, as a fraction of the full policy's mean return.",
         },
     )
     env: str | None = field(
         default=None,
         metadata={
             "group": "Checks",
-            "help": "Act in this environment (an id, or module:EnvId with a module installed or here): --auto "
-            "searches in it, by default in the "
-            "policy's own; without --auto the return is one of the checks.",
+            "help": "Environment for --auto: an id, or module:EnvId with an installed or local module. "
+            "Without --auto, "
+            "the return in this environment becomes a check.  [default with --auto: the policy's own]",
         },
     )
     env_arg: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={
             "group": "Checks",
-            "help": "Argument of that environment's constructor, such as size=3; repeat for more. In the "
-            "policy's own environment the default is what it was trained with.",
+            "help": "Argument of the environment's constructor, such as size=3; can be repeated. The "
+            "policy's own "
+            "environment has the arguments of the training by default.",
         },
     )
     episodes: int = field(
-        default=20, metadata={"group": "Checks", "help": "Episodes that the returns are compared on."}
+        default=20,
+        metadata={"group": "Checks", "help": "Number of episodes in which the returns are compared."},
     )
     plot: Path | None = field(
         default=None,
@@ -143,7 +146,7 @@ class SearchConfig:
     )
     json: Path | None = field(
         default=None,
-        metadata={"group": "Search", "help": "With --auto: write all that was measured to this file."},
+        metadata={"group": "Search", "help": "With --auto: write all measurements to this file."},
     )
 
     def __post_init__(self) -> None:

@@ -100,28 +100,28 @@ class Client:
         return pb.GetSpecRequest(policy=self.target.policy, version=self.target.version)
 
     def _take(self, info: pb.GetSpecResponse) -> None:
-        """Be connected, with the server's answer to `_spec_request`."""
+        """Store the server's answer to `_spec_request`; the client is then connected."""
         spec = PolicySpec.from_json(info.spec_json)
         self._connected = Call(self._connection, spec, self.client_id, self.priority)
         self.max_batch_size = info.max_batch_size
         self.server_version = info.server_version
 
     def _limit_s(self, timeout_s: float | None) -> float:
-        """The deadline of a stream's steps."""
+        """Return the deadline in seconds of a stream's steps."""
         return self.timeout_s if timeout_s is None else check_timeout(timeout_s)
 
     def _let_go(self) -> None:
-        """Send nothing any more, on no stream either."""
+        """Close the client for further requests, on its streams too."""
         if self._connected is not None:
             self._connected.closed = True
 
 
 class Attempts:
-    """The attempts to connect, until one succeeds, fails for good, or the time is over.
+    """The attempts to connect; they end with a success, a permanent error or the deadline.
 
     Args:
         connection: to the server.
-        timeout_s: time for all attempts together.
+        timeout_s: total time of all attempts in seconds.
     """
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:

@@ -1,10 +1,10 @@
-"""The synchronous client of `rsm.v1.PolicyService`: a remote policy is a `Policy` like any other.
+"""The synchronous client of `rsm.v1.PolicyService`: a remote policy with the interface `Policy`.
 
     with PolicyClient("127.0.0.1:8001", policy="pendulum") as policy:
         action = policy.act(obs).action
 
-Needs only numpy, grpcio and protobuf. Every call has a deadline, and no call is retried: a late action is worse
-than an error for a control loop. Create clients after fork, not before.
+The client needs only numpy, grpcio and protobuf. Every call has a deadline. The client does not retry a call,
+because a late action is worse than an error in a control loop. Create clients after a fork, not before it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from rsm_serve.pb import policy_pb2 as pb
 
 
 class PolicyClient(Client):
-    """A policy on a server, as a `Policy`; connects when constructed, and may be used from several threads.
+    """A policy on a server, with the interface `Policy`; several threads may use one client.
 
-    Takes the arguments of `Client`. The constructor waits up to `connect_timeout_s` for a server that is
-    starting, not there yet, or loading.
+    The constructor takes the arguments of `Client`, and connects. It waits up to `connect_timeout_s` for a
+    server that is not running yet, starting or loading.
 
     Raises:
         InvalidRequestError: an argument is out of range.
-        UnauthenticatedError: the server does not know the token, or its certificate is not to be trusted.
+        UnauthenticatedError: the token is unknown, or the server's certificate is not trusted.
         NotReadyError: no server answers at the address, or it is shutting down.
-        DeadlineExpiredError: a server took the connection and did not answer.
-        PolicyNotFoundError: no such policy or version.
+        DeadlineExpiredError: the server accepted the connection and did not answer.
+        PolicyNotFoundError: the server does not have the policy or the version.
     """
 
     def _start(self) -> None:
@@ -66,14 +66,14 @@ class PolicyClient(Client):
     ) -> ActResult:
         """Sample actions; see `rsm_common.policy.Policy.act`.
 
-        `client_id` says who asks this time, for a caller that asks for several; None: the client itself.
+        `client_id` replaces the client's own `client_id` for this call, for example for one of several robots.
 
         Raises:
             InvalidRequestError: wrong shape, dtype or count, or NaN or Inf.
             DeadlineExpiredError: no answer within `timeout_s`.
             NotReadyError: no server answers, or it is shutting down.
-            QueueFullError: the server sheds load; its `retry_after_s` says when to try again.
-            SupersededError: the server has --latest-wins, and a newer request of this `client_id` came.
+            QueueFullError: the server is overloaded; `retry_after_s` is the time to wait in seconds.
+            SupersededError: a newer request of this `client_id` replaced this one (--latest-wins).
             BackendError: the policy failed.
         """
         started = time.perf_counter()
@@ -85,10 +85,10 @@ class PolicyClient(Client):
         return self._call.result(rows, request, response, started)
 
     def stream(self, *, timeout_s: float | None = None) -> PolicyStream:
-        """A stream to the policy, for a control loop: less overhead per step than `act`.
+        """Open a stream for a control loop; it has less overhead per step than `act`.
 
         Args:
-            timeout_s: deadline of every step in seconds; None for the client's.
+            timeout_s: deadline of every step in seconds; None takes the client's `timeout_s`.
 
         Raises:
             InvalidRequestError: `timeout_s` is out of range.
@@ -108,10 +108,10 @@ class PolicyClient(Client):
 
 
 class PolicyStream:
-    """One step after the other over one bidirectional stream; a `Policy` for one thread.
+    """A `Policy` for one thread that sends its steps over one bidirectional stream.
 
-    The next step after an expired deadline or a lost connection opens a new stream. The server keeps nothing
-    between steps, and a late answer is never taken for the answer to a later step.
+    After an expired deadline or a lost connection, the next step opens a new stream. A late answer is therefore
+    never returned for a later step.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class PolicyStream:
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy takes and gives."""
+        """The specification of the policy: observation, action and sampling."""
         return self._call.spec
 
     def act(
@@ -138,7 +138,7 @@ class PolicyStream:
         noise: NDArray[np.float32] | None = None,
         deterministic: bool = False,
     ) -> ActResult:
-        """Sample actions for one control step; arguments and errors as `PolicyClient.act`."""
+        """Sample actions for one control step; arguments and errors are those of `PolicyClient.act`."""
         started = time.perf_counter()
         rows, request = self._call.request(obs, seed, noise, deterministic)
         if self._closed:
@@ -151,7 +151,7 @@ class PolicyStream:
             response = next(self._responses)
         except BaseException as error:
             expired = self._watchdog.disarm()
-            self._drop()  # also when interrupted: the next step must not read the answer that is under way
+            self._drop()  # after an interrupt too: the next step must not read this late answer
             if expired:
                 raise too_late(self._call.target, self._timeout_s) from None
             if isinstance(error, StopIteration):
@@ -160,7 +160,7 @@ class PolicyStream:
                 raise self._call.failed(error, self._timeout_s) from None
             raise
         if self._watchdog.disarm():
-            self._drop()  # cancelled just as the answer came: the answer is good, the stream is not
+            self._drop()  # the deadline passed after the answer: the answer is valid, the stream is not
         return self._call.result(rows, request, response, started)
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class PolicyStream:
         self._responses = self._open_stream(iter(self._requests.get, None))
 
     def _drop(self) -> None:
-        self._requests.put(None)  # lets gRPC's sending thread end
+        self._requests.put(None)  # ends gRPC's sending thread
         if self._responses is not None:
             self._responses.cancel()
             self._responses = None

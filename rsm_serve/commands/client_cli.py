@@ -124,10 +124,14 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
             "timeout_s",
             default=5.0,
             show_default=True,
-            help="Seconds to connect, and per call.",
+            help="Deadline in seconds, for the connection and for each call.",
         ),
-        _option(CONNECTION, "--version", default=None, help="Version of the policy.  [default: the current]"),
-        _option(CONNECTION, "--policy", default=None, help="Name; needed if the server has several."),
+        _option(
+            CONNECTION, "--version", default=None, help="Version of the policy.  [default: the current version]"
+        ),
+        _option(
+            CONNECTION, "--policy", default=None, help="Name of the policy; needed if the server has several."
+        ),
         _option(
             CONNECTION,
             "--address",
@@ -143,7 +147,7 @@ def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.group("rsm-client", context_settings={"max_content_width": 110})
 @click.version_option(package_name="rsm-toolkit")
 def command() -> None:
-    """Ask a policy server."""
+    """Send requests to a policy server."""
     # Our errors explain what is wrong with a connection, so gRPC need not log it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
@@ -186,9 +190,9 @@ def info(address: str, policy: str | None, version: str | None, timeout_s: float
     REQUEST,
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
-    help="The seed of an answer replays it.",
+    help="Seed of the noise. The seed of an answer repeats the answer.",
 )
-@_option(REQUEST, "--deterministic", is_flag=True, help="Use the documented constant seed.")
+@_option(REQUEST, "--deterministic", is_flag=True, help="Use the constant seed of deterministic actions.")
 @_client_id
 def act(
     address: str,
@@ -217,7 +221,7 @@ def act(
     ),
 )
 @_option(CONNECTION, "--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
-@_option(CONNECTION, "--policy", default="", help="Ask for one policy instead of the whole server.")
+@_option(CONNECTION, "--policy", default="", help="Check one policy instead of the whole server.")
 @_option(CONNECTION, "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to wait.")
 @_credentials
 def health(address: str, policy: str, timeout_s: float) -> int:
@@ -236,14 +240,21 @@ def health(address: str, policy: str, timeout_s: float) -> int:
 )
 @_connection
 @_option(REQUEST, "--mode", type=click.Choice(["act", "stream", "both"]), default="both", show_default=True)
-@_option(REQUEST, "--steps", type=click.IntRange(1), default=1000, show_default=True, help="Measured calls.")
+@_option(
+    REQUEST,
+    "--steps",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Number of measured calls.",
+)
 @_option(
     REQUEST,
     "--warm-up",
     type=click.IntRange(0),
     default=100,
     show_default=True,
-    help="Calls before measuring.",
+    help="Number of calls before the measurement.",
 )
 @_option(REQUEST, "--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
 @_option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
@@ -290,21 +301,22 @@ def bench(
     "--against",
     required=True,
     metavar="TARGET",
-    help="Who answers now: host:port, unix:/path, grpc://host:port/NAME[:VERSION], or a bundle's directory.",
+    help="Server or bundle that answers the requests: host:port, unix:/path, "
+    "grpc://host:port/NAME[:VERSION], or a bundle's directory.",
 )
 @_option(
     CONNECTION,
     "--policy",
     default="",
-    help="Policy of the records.  [default: the target's, or all]",
+    help="Policy of the records.  [default: the policy of --against, or all]",
 )
 @_option(
     CONNECTION,
     "--version",
     default="",
-    help="Version to ask.  [default: the recorded version]",
+    help="Version that answers.  [default: the recorded version]",
 )
-@_option(REQUEST, "--limit", type=click.IntRange(1), help="Number of records to ask at most.  [default: all]")
+@_option(REQUEST, "--limit", type=click.IntRange(1), help="Largest number of records.  [default: all]")
 @_option(
     OUTPUT,
     "--tolerance",
@@ -317,7 +329,7 @@ def bench(
     "timeout_s",
     default=30.0,
     show_default=True,
-    help="Seconds to connect, and per call.",
+    help="Deadline in seconds, for the connection and for each call.",
 )
 @_option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
 @_credentials
@@ -331,9 +343,10 @@ def replay(
     timeout_s: float,
     as_json: bool,
 ) -> int:
-    """Ask the requests again that rsm-serve --record wrote, and compare the actions.
+    """Send recorded requests again, and compare the actions with the recorded ones.
 
-    The exit status is 0 if all actions agree, and 1 if some do not.
+    The records are those of rsm-serve --record. The exit status is 0 if all actions agree, 1 if an action
+    differs, and 2 if no record could be compared.
     """
     reader = recording.read(*records)
     report = replay_report.Report(against, tolerance)

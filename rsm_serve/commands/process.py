@@ -1,4 +1,4 @@
-"""One server process, from loading to its exit status."""
+"""Run one server process: load, serve, drain and return the exit status."""
 
 from __future__ import annotations
 
@@ -27,38 +27,39 @@ logger = logging.getLogger(__name__)
 EXIT_NOT_DRAINED = 1
 
 Stop = Callable[[str], None]
-"""Stops a server, in its event loop; takes the reason."""
+"""Function that stops a server, called in its event loop with the reason."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Where a server serves, and what."""
+    """Addresses and policies of a server that is ready."""
 
     addresses: tuple[str, ...]
     policies: tuple[str, ...]
-    """NAME:VERSION of each."""
+    """NAME:VERSION of each policy."""
     https: tuple[str, ...]
-    """Addresses of its HTTP port, if it has one."""
+    """Addresses of the HTTP ports; empty without --http."""
 
     @classmethod
     def of(cls, server: PolicyServer) -> Ready:
-        """Of a server that has started."""
+        """Return the addresses and policies of a started server."""
         names = [f"{lane.spec.name}:{lane.spec.version}" for lane in server.registry.lanes]
         http = () if server.monitor is None else (server.monitor.address,)
         return cls(server.addresses, tuple(names), http)
 
     def print(self) -> None:
-        """The one machine-readable line on stdout."""
+        """Print the machine-readable line on stdout."""
         http = f" http={','.join(self.https)}" if self.https else ""
         addresses, policies = ",".join(self.addresses), ",".join(self.policies)
         print(f"rsm-serve ready: address={addresses} policies={policies}{http}", flush=True)
 
 
 def run_process(config: ServerConfig) -> int:
-    """Serve in this process until a signal; returns the exit status."""
+    """Serve in this process until a signal arrives; return the exit status."""
     from rsm_serve.server import run_loop
 
-    # Until there is something to drain. As the first process of a container it would not be ended otherwise.
+    # SIGTERM ends the process while it loads. Without a handler, the first process of a
+    # container ignores SIGTERM.
     signal.signal(signal.SIGTERM, _end)
     try:
         status: int = run_loop(lambda: serve(config, Ready.print, on_signals))
@@ -70,32 +71,33 @@ def run_process(config: ServerConfig) -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    """End the process by the signal, or, where that has no effect, with the status that shells know it by."""
+    """End the process by the signal, or exit with 128 + the signal number if the signal is ignored."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 
 def on_signals(stop: Stop) -> None:
-    """Stop at SIGTERM or SIGINT."""
+    """Call `stop` at each SIGTERM and SIGINT."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
 
 
 async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: Callable[[Stop], None]) -> int:
-    """Load, announce, serve until stopped; returns the exit status.
+    """Load the policies and serve them until the server is stopped; return the exit status.
 
     Args:
-        config: what to serve.
-        announce: told where, when it serves.
-        stops: given the function that stops the server; a second call stops it at once.
+        config: settings of the server.
+        announce: called with the addresses and policies when the server is ready.
+        stops: called with the function that stops the server; a second call of this function stops it at once.
     """
     server = await _load(config)
     await server.start()
     reasons: asyncio.Queue[str] = asyncio.Queue()
     stops(reasons.put_nowait)
-    # What has been loaded stays: the collector need not walk it again, a pause of milliseconds each time.
+    # Loaded objects stay alive. The freeze excludes them from later garbage collections, each of which would
+    # otherwise take milliseconds more.
     gc.collect()
     gc.freeze()
     announce(Ready.of(server))
@@ -116,7 +118,7 @@ async def serve(config: ServerConfig, announce: Callable[[Ready], None], stops: 
 
 
 async def _load(config: ServerConfig) -> PolicyServer:
-    """Load, while the event loop answers signals, and the HTTP port says that the server is loading."""
+    """Load the policies in a thread; meanwhile the event loop handles signals and the HTTP port."""
     from rsm_serve.server import PolicyServer
 
     monitor = None
@@ -129,7 +131,7 @@ async def _load(config: ServerConfig) -> PolicyServer:
 
 
 def leave_if_loading(status: int, message: str = "") -> None:
-    """End the process at once: a runtime that is torn down in the midst of a load would abort it."""
+    """End the process at once if a load is in progress; a normal exit would abort in the runtime."""
     if any(thread.name == LOADER for thread in threading.enumerate()):
         if message:
             click.echo(message, err=True)

@@ -1,8 +1,8 @@
 """Several server processes behind one port: `rsm-serve --processes K`.
 
-The kernel gives every new connection to one of the processes (SO_REUSEPORT), where it stays, its streams with
-it. Each process is a whole server: event loop, batchers, sessions. So nothing is shared that could be contended
-for, and the death of one costs the connections of that one, until it is there again.
+The kernel assigns every new connection to one of the processes (SO_REUSEPORT). The connection and its streams
+stay in this process. Each process is a complete server with its own event loop, batchers and sessions. The
+processes share no locks. If a process dies, only its connections are lost, and the supervisor starts it again.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from rsm_serve.config import ServerConfig
 logger = logging.getLogger(__name__)
 
 RESTART_AFTER_S = 1.0
-"""From a process's death to its next start: one that dies at once must not keep a core busy."""
+"""Time between the end of a process and its next start; a process that fails at once then uses little CPU."""
 
 
 def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> int:
-    """Serve in several processes until a signal; returns the exit status.
+    """Serve in several processes until a signal arrives; return the exit status.
 
     Args:
-        config: what to serve, and in how many processes.
-        set_up_logging: called in each of them; is pickled.
+        config: settings of the server, with the number of processes.
+        set_up_logging: called in each process; it must be picklable.
 
     Raises:
-        AddressError: an address is in use, or is not one.
+        AddressError: an address is in use or malformed.
         ConfigError: this system cannot share a port.
     """
     if not hasattr(socket, "SO_REUSEPORT"):
@@ -56,7 +56,7 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
         ]
         signals = stack.enter_context(_Signals())
         ready = []
-        for process in processes:  # one after the other: what is wrong is then said once, by the first
+        for process in processes:  # one after the other, so that only the first process prints an error
             found = process.start_and_wait(signals)
             if found is None:
                 _stop(processes, signals)
@@ -66,7 +66,7 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
         while not signals.came:
             due_s = [process.due_s for process in processes if process.due_s is not None]
             timeout_s = max(0.0, min(due_s) - time.monotonic()) if due_s else None
-            # Of one that has died meanwhile too: its sentinel ends the wait.
+            # The sentinel of a process that has already died ends the wait at once.
             running = [process.sentinel for process in processes if process.due_s is None]
             wait([signals.fd, *running], timeout_s)
             for process in processes:
@@ -75,14 +75,14 @@ def run_processes(config: ServerConfig, set_up_logging: Callable[[], None]) -> i
 
 
 def _share_of(config: ServerConfig, index: int) -> ServerConfig:
-    """What one process serves: an HTTP port and a directory for records of its own."""
+    """Return the settings of one process, with its own HTTP port and its own directory of records."""
     http, record = config.monitor.http, config.recording.directory
     if http is not None:
         port = split_address(http)[1]
         http = with_port(http, port + index if port else 0)
     if record is not None:
         record = record / str(index)
-    max_mb = max(1, config.recording.max_mb // config.process.count)  # where nothing is recorded, too
+    max_mb = max(1, config.recording.max_mb // config.process.count)  # also valid without recording
     return replace(
         config,
         monitor=replace(config.monitor, http=http),
@@ -91,11 +91,11 @@ def _share_of(config: ServerConfig, index: int) -> ServerConfig:
 
 
 class _Process:
-    """One of the servers, started as often as it dies.
+    """One server process; it is started again whenever it dies.
 
     Args:
-        config: of this process.
-        set_up_logging: called in it first.
+        config: settings of this process.
+        set_up_logging: the first function that the process calls.
     """
 
     def __init__(self, config: ServerConfig, set_up_logging: Callable[[], None]) -> None:
@@ -104,7 +104,7 @@ class _Process:
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
         self.due_s: float | None = None
-        """When to start it again, of `time.monotonic`; None while it runs."""
+        """Time of the next start, on the clock of `time.monotonic`; None while the process runs."""
 
     @property
     def alive(self) -> bool:
@@ -117,12 +117,12 @@ class _Process:
 
     @property
     def status(self) -> int:
-        """Its exit status; if it was killed, as a shell tells it."""
+        """Exit status of the process; 128 + the signal number if a signal ended it, as in a shell."""
         code = None if self._process is None else self._process.exitcode
         return EXIT_NOT_DRAINED if code is None else 128 - code if code < 0 else code
 
     def start_and_wait(self, signals: _Signals) -> Ready | None:
-        """Start it, and wait until it serves; None if it does not, or a signal came."""
+        """Start the process and wait until it serves; None if it ends first or if a signal arrives."""
         self._start()
         assert self._pipe is not None
         while self.alive and not signals.came:
@@ -134,7 +134,7 @@ class _Process:
         return None
 
     def tend(self) -> None:
-        """Start it again if it has died, a while later."""
+        """Start a dead process again after RESTART_AFTER_S."""
         if self.due_s is None and not self.alive:
             assert self._process is not None
             logger.error("process %s died (status %s); starting another", self._process.pid, self.status)
@@ -144,7 +144,7 @@ class _Process:
             self._start()
 
     def terminate(self) -> None:
-        """Let it drain; a second time: let it stop at once."""
+        """Send SIGTERM: the first one drains the process, and the second one stops it at once."""
         if self.alive:
             assert self._process is not None
             self._process.terminate()
@@ -155,7 +155,7 @@ class _Process:
         self._process = context.Process(
             target=_serve, args=(self._config, self._set_up_logging, other_end), daemon=True
         )
-        # A terminal sends SIGINT to all processes; this one alone decides what it means.
+        # A terminal sends SIGINT to all processes. Only the supervisor handles it.
         heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             self._process.start()
@@ -165,7 +165,7 @@ class _Process:
 
 
 class _Signals:
-    """SIGTERM and SIGINT as something to wait for; a context manager."""
+    """Context manager that makes SIGTERM and SIGINT available as a file descriptor for `wait`."""
 
     def __enter__(self) -> _Signals:
         self.fd, self._written = os.pipe()
@@ -182,7 +182,7 @@ class _Signals:
         os.close(self._written)
 
     def clear(self) -> None:
-        """Wait for the next one."""
+        """Forget the signal, so that the next one can be waited for."""
         self.came = False
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 64)
@@ -198,7 +198,7 @@ def _sentinels(processes: Sequence[_Process]) -> list[int]:
 
 
 def _stop(processes: Sequence[_Process], signals: _Signals) -> int:
-    """Drain all; returns the exit status."""
+    """Drain all processes; return the exit status."""
     while sentinels := _sentinels(processes):
         for process in processes:
             process.terminate()
@@ -212,10 +212,10 @@ def _stop(processes: Sequence[_Process], signals: _Signals) -> int:
 
 @contextlib.contextmanager
 def reserved(address: str) -> Iterator[str]:
-    """The address, with a port that no other program can take until the end of the block.
+    """Reserve an address: no other program can take its port until the end of the block.
 
     Raises:
-        AddressError: it is in use, or is not one.
+        AddressError: the address is in use or malformed.
     """
     check_free(address)
     host, port = split_address(address)
@@ -223,20 +223,20 @@ def reserved(address: str) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         for family, kind, _, _, where in found if port else found[:1]:
             held = stack.enter_context(socket.socket(family, kind))
-            # It does not listen, so it is given no connection.
+            # This socket does not listen, so the kernel gives it no connections.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             try:
                 held.bind(where)
             except OSError:
-                # It was free a moment ago: connections of a server that shared no port linger there, which the
-                # servers themselves may ignore, and this socket not.
+                # `check_free` found the port free. Closed connections of an earlier server can still block this
+                # socket. They do not block the servers, so a fixed port is accepted.
                 if not port:
                     raise
         yield with_port(address, port or held.getsockname()[1])
 
 
 def _serve(config: ServerConfig, set_up_logging: Callable[[], None], pipe: Any) -> None:
-    """What a process does: serve until SIGTERM, or until the process that started it is gone."""
+    """Serve until SIGTERM arrives or the supervisor ends; the main function of a process."""
     from rsm_serve.server import run_loop
 
     set_up_logging()

@@ -40,21 +40,21 @@ def decode_request(spec: PolicySpec, request: pb.ActRequest, max_rows: int) -> A
     """Validate a request.
 
     Raises:
-        InvalidRequestError: the byte counts are not those of the rows, too many rows, NaN or Inf, or wrong
-            seeds.
+        InvalidRequestError: a byte count does not fit the rows, there are too many rows, a value is NaN or Inf,
+            or a seed is wrong.
     """
     rows = request.rows
     if rows < 1:
         raise InvalidRequestError("wanted rows >= 1, got 0; set it to the number of observations in obs")
     obs = _from_bytes("obs", request.obs, (rows, spec.observation.size))
-    check_rows(rows, max_rows)  # before anything is done with as many
+    check_rows(rows, max_rows)  # before work that grows with the rows
     if request.noise:
         if request.seeds or request.deterministic:
             raise InvalidRequestError("wanted noise or a seed, got both; leave one of them out")
         return act_rows(spec, obs, noise=_from_bytes("noise", request.noise, (rows, *spec.noise_shape)))
     count = len(request.seeds)
     seed = None if count == 0 else request.seeds[0] if count == 1 else np.array(request.seeds[:], np.uint64)
-    require_finite("observation", obs)  # all that `act_rows` has left to check: shape and dtype are ours
+    require_finite("observation", obs)  # shape and dtype are already correct
     return ActRows(obs, resolve_seeds(seed, rows, deterministic=request.deterministic), None, single=False)
 
 
@@ -68,7 +68,7 @@ def encode_request(
     client_id: str = "",
     priority: int = 0,
 ) -> pb.ActRequest:
-    """The message for a validated call; rows without seeds and noise leave both to the server."""
+    """Return the message of a validated call. Without seeds and noise in `rows`, the server draws the seeds."""
     request = pb.ActRequest(
         policy=policy,
         version=version,

@@ -67,13 +67,16 @@ class ActorCriticConfig(AlgorithmConfig):
     )
     particles: int = field(
         default=32,
-        metadata={"group": "Diffusion policy", "help": "N, particles per action; the critics choose the best."},
+        metadata={
+            "group": "Diffusion policy",
+            "help": "N, candidate actions (particles); the critics choose the best.",
+        },
     )
     target_particles: int = field(
         default=32,
         metadata={
             "group": "Diffusion policy",
-            "help": "Particles of which the critics choose the action of the TD target.",
+            "help": "Particles for the action of the TD target; the critics choose the best.",
         },
     )
     schedule: ScheduleName = field(
@@ -83,7 +86,7 @@ class ActorCriticConfig(AlgorithmConfig):
         default=1.0,
         metadata={
             "group": "Diffusion policy",
-            "help": "Standard deviation of the initial latent; below 1, a lower temperature.",
+            "help": "Standard deviation of the initial noise; a value below 1 is a lower temperature.",
         },
     )
     width: int = field(
@@ -106,7 +109,7 @@ class ActorCriticConfig(AlgorithmConfig):
         default="min",
         metadata={
             "group": "Networks",
-            "help": "One value from the ensemble: min, mean, or mean + critic_std_factor * std.",
+            "help": "Value of the ensemble: min, mean, or mean + critic_std_factor * std (mean_std).",
         },
     )
     critic_std_factor: float = field(
@@ -120,22 +123,25 @@ class ActorCriticConfig(AlgorithmConfig):
         default=3e-4,
         metadata={
             "group": "Optimisation",
-            "help": "Learning rate of the policy; with sac also of the temperature.",
+            "help": "Learning rate of the policy; in sac also of the temperature.",
         },
     )
     policy_lr_final: float | None = field(
         default=None,
         metadata={
             "group": "Optimisation",
-            "help": "Where the policy's learning rate ends; default: it is constant.",
+            "help": "Final learning rate of the policy after a linear decay; default: no decay.",
         },
     )
     policy_lr_decay_start: int = field(
         default=25_000,
-        metadata={"group": "Optimisation", "help": "Policy update at which the linear decay begins."},
+        metadata={
+            "group": "Optimisation",
+            "help": "Policy update at which the decay of the learning rate begins.",
+        },
     )
     policy_lr_decay_updates: int = field(
-        default=50_000, metadata={"group": "Optimisation", "help": "Policy updates that the decay takes."}
+        default=50_000, metadata={"group": "Optimisation", "help": "Number of policy updates of the decay."}
     )
     critic_lr: float = field(
         default=3e-4, metadata={"group": "Optimisation", "help": "Learning rate of the critics."}
@@ -144,7 +150,8 @@ class ActorCriticConfig(AlgorithmConfig):
         default=1,
         metadata={
             "group": "Optimisation",
-            "help": "How often the critics' gradient of one update is applied; deviation 2 is 2.",
+            "help": "Number of times that each critic gradient is applied; the published program uses 2 "
+            "(deviation 2).",
         },
     )
     gamma: float = field(default=0.99, metadata={"group": "Optimisation", "help": "Discount factor."})
@@ -156,48 +163,57 @@ class ActorCriticConfig(AlgorithmConfig):
     )
     policy_every: int = field(
         default=2,
-        metadata={"group": "Optimisation", "help": "Critic updates per policy, target and average update."},
+        metadata={
+            "group": "Optimisation",
+            "help": "Number of critic updates per update of the policy, the target and the average.",
+        },
     )
     temperature_schedule: TemperatureSchedule = field(
         default="entropy",
         metadata={
             "group": "Temperature",
-            "help": "How the temperature alpha moves: constant, the published entropy schedule, or by dual "
-            "ascent to keep KL(weights || uniform) at target_kl.",
+            "help": "Schedule of the temperature alpha: constant, the published entropy schedule, or dual "
+            "ascent "
+            "that keeps KL(weights || uniform) at target_kl (kl).",
         },
     )
-    temperature: float = field(default=5.0, metadata={"group": "Temperature", "help": "alpha at the start."})
+    temperature: float = field(
+        default=5.0, metadata={"group": "Temperature", "help": "Temperature alpha at the start."}
+    )
     temperature_scale: float = field(
         default=1.0,
-        metadata={"group": "Temperature", "help": "lambda / alpha; lambda divides Q in the weights."},
+        metadata={"group": "Temperature", "help": "Ratio lambda / alpha; the weights use Q / lambda."},
     )
     target_entropy: float = field(
         default=-1.5,
         metadata={
             "group": "Temperature",
-            "help": "Target of the entropy schedule (sac: of the entropy), per action dimension.",
+            "help": "Target of the entropy schedule per action element; in sac the target of the entropy.",
         },
     )
     target_kl: float = field(
         default=2.0,
         metadata={
             "group": "Temperature",
-            "help": "Target of the schedule kl, in nats; below log of the actions weighted.",
+            "help": "Target of the schedule kl in nats; it must be below log K.",
         },
     )
     exploration_noise: float = field(
         default=0.1,
-        metadata={"group": "Exploration", "help": "Standard deviation of the noise added when exploring."},
+        metadata={"group": "Exploration", "help": "Standard deviation of the exploration noise."},
     )
     exploration_units: Literal["temperature", "absolute"] = field(
         default="temperature",
-        metadata={"group": "Exploration", "help": "Unit of exploration_noise: alpha, or 1."},
+        metadata={
+            "group": "Exploration",
+            "help": "Unit of exploration_noise: alpha (temperature) or 1 (absolute).",
+        },
     )
     noisy_backup: bool = field(
         default=False,
         metadata={
             "group": "Exploration",
-            "help": "Add exploration noise, unclipped, to best-of-N actions that are learnt from: deviation 4.",
+            "help": "Add unclipped exploration noise to the best-of-N actions in the updates (deviation 4).",
         },
     )
 

@@ -48,43 +48,47 @@ class DPMDConfig(ActorCriticConfig):
 
     policy_samples: int = field(
         default=32,
-        metadata={"group": "Policy loss of dpmd", "help": "K, actions per state that the policy loss weights."},
+        metadata={"group": "Policy loss of dpmd", "help": "K, number of actions per state in the policy loss."},
     )
     proposal_noise: float = field(
         default=0.0,
         metadata={
             "group": "Policy loss of dpmd",
-            "help": "Std of the noise added to the K actions; keeps them apart.",
+            "help": "Standard deviation of the noise that is added to the K actions, so that they differ.",
         },
     )
     old_policy_every: int = field(
         default=0,
         metadata={
             "group": "Policy loss of dpmd",
-            "help": "pi_k is the policy as it was at every so many updates; 0: it is the averaged policy.",
+            "help": "Number of updates between copies of the policy to pi_k; 0 uses the averaged policy as "
+            "pi_k.",
         },
     )
     policy_actions: Literal["policy", "backup"] = field(
         default="policy",
         metadata={
             "group": "Policy loss of dpmd",
-            "help": "a_0 of the policy loss: K actions of pi_k at s, or the TD target's (s', a'): deviation 3.",
+            "help": "Actions a_0 of the policy loss: K actions of pi_k at s, or (s', a') of the TD target "
+            "(backup, deviation 3).",
         },
     )
     weighting: Literal["softmax", "exp"] = field(
         default="softmax",
         metadata={
             "group": "Policy loss of dpmd",
-            "help": "w: softmax over the K actions of a state, or exp(Q / lambda) as it is.",
+            "help": "Weights w: softmax over the K actions of a state, or exp(Q / lambda) without "
+            "normalisation (exp).",
         },
     )
     q_scaling: QScaling = field(
         default="raw",
         metadata={
             "group": "Policy loss of dpmd",
-            "help": "Q in the weights: raw; standardised over the K actions of each state (state); by running "
-            "statistics, clipped to +-3 (running); so, with the published slip q - mean / std: deviation 1 "
-            "(running_slip).",
+            "help": "Scaling of Q in the weights: none (raw); standardised over the K actions of a state "
+            "(state); "
+            "standardised by running statistics and clipped to +-3 (running); like running, but with the "
+            "published error q - mean / std (running_slip, deviation 1).",
         },
     )
 

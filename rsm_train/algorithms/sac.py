@@ -68,7 +68,7 @@ class SACConfig(AlgorithmConfig):
         default=3e-4,
         metadata={
             "group": "Optimisation",
-            "help": "Learning rate of the policy; with sac also of the temperature.",
+            "help": "Learning rate of the policy; in sac also of the temperature.",
         },
     )
     critic_lr: float = field(
@@ -83,14 +83,19 @@ class SACConfig(AlgorithmConfig):
     )
     policy_every: int = field(
         default=1,
-        metadata={"group": "Optimisation", "help": "Critic updates per policy, target and average update."},
+        metadata={
+            "group": "Optimisation",
+            "help": "Number of critic updates per update of the policy, the target and the average.",
+        },
     )
-    temperature: float = field(default=1.0, metadata={"group": "Temperature", "help": "alpha at the start."})
+    temperature: float = field(
+        default=1.0, metadata={"group": "Temperature", "help": "Temperature alpha at the start."}
+    )
     target_entropy: float = field(
         default=-1.0,
         metadata={
             "group": "Temperature",
-            "help": "Target of the entropy schedule (sac: of the entropy), per action dimension.",
+            "help": "Target of the entropy schedule per action element; in sac the target of the entropy.",
         },
     )
 

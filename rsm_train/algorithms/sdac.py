@@ -38,28 +38,29 @@ class SDACConfig(ActorCriticConfig):
 
     temperature_scale: float = field(
         default=0.2,
-        metadata={"group": "Temperature", "help": "lambda / alpha; lambda divides Q in the weights."},
+        metadata={"group": "Temperature", "help": "Ratio lambda / alpha; the weights use Q / lambda."},
     )
     proposal_particles: int = field(
         default=1,
         metadata={
             "group": "Policy loss of sdac",
-            "help": "Particles of which the critics choose the action that is noised to a_t.",
+            "help": "Particles for the action that is noised to a_t; the critics choose the best.",
         },
     )
     reverse_samples: int = field(
         default=64,
         metadata={
             "group": "Policy loss of sdac",
-            "help": "K, clean actions drawn per noisy action by inverting the noise.",
+            "help": "K, number of clean actions that are drawn for each noisy action.",
         },
     )
     reverse_draws: Literal["truncated", "clipped"] = field(
         default="truncated",
         metadata={
             "group": "Policy loss of sdac",
-            "help": "Clean actions: drawn inside the box, or anywhere, valued at the box's nearest action and "
-            "regressed on as drawn: deviation 5 (clipped).",
+            "help": "Clean actions: drawn inside the action bounds (truncated), or drawn without bounds and "
+            "clipped only "
+            "for Q (clipped, deviation 5).",
         },
     )
 

@@ -139,7 +139,7 @@ def test_help_shows_both_commands_and_a_wrong_call_says_so(capsys):
         "RUN_OR_CHECKPOINT --repo DIR",
         "inspect BUNDLE [--json]",
         "--name TEXT",
-        "Print what is in a",
+        "Print the content of a",
     ):
         assert words in out
     assert main(["inspect", "--help"]) == 0
