@@ -1,7 +1,7 @@
 """Compare the speed of this source tree with that of an earlier one, in pairs.
 
     git worktree add /tmp/before COMMIT
-    python benchmarks/pairs.py --before /tmp/before [--only SECTION]... [--rounds 20] [--out FILE]
+    python benchmarks/pairs.py --before /tmp/before [--only SECTION]... [--setting NAME]... [--out FILE]
 
 Both trees run with the packages of this environment. They take turns, so that a slow minute of the machine
 slows both. A ratio is after / before of one turn; the report has the median and the quartiles of the turns.
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,12 @@ def measure_clients(trees: dict[str, Path], rounds: int, directory: Path) -> dic
     return report
 
 
-def measure_learner(trees: dict[str, Path], rounds: int, directory: Path) -> dict[str, Any]:
+def measure_learner(
+    trees: dict[str, Path], rounds: int, directory: Path, settings: Sequence[str]
+) -> dict[str, Any]:
     """Compare updates and actions of the learner."""
     report: dict[str, Any] = {}
-    for setting in ("dpmd", "sdac", "quick"):
+    for setting in settings:
         found: dict[str, dict[str, list[float]]] = {}
         for number in range(rounds):
             for name, tree in trees.items():
@@ -143,16 +146,23 @@ def compare(values: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    measures = {"serving": measure_serving, "clients": measure_clients, "learner": measure_learner}
     parser.add_argument("--before", type=Path, required=True, help="source tree to compare with")
-    parser.add_argument("--only", action="append", choices=sorted(measures), help="may be repeated  [all]")
+    sections = ("serving", "clients", "learner")
+    parser.add_argument("--only", action="append", choices=sections, help="may be repeated  [all]")
+    parser.add_argument("--setting", action="append", help="of benchmarks/learner.py  [dpmd, sdac, quick]")
     parser.add_argument("--rounds", type=int, default=20, help="at least 2")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    settings = options.setting or ("dpmd", "sdac", "quick")
+    measures: dict[str, Callable[[dict[str, Path], int, Path], dict[str, Any]]] = {
+        "serving": measure_serving,
+        "clients": measure_clients,
+        "learner": partial(measure_learner, settings=settings),
+    }
     before = options.before.resolve()
     trees = {"before": before, "after": AFTER, "before, again": before}
     report: dict[str, Any] = {"rounds": options.rounds}
-    for section in options.only or measures:
+    for section in options.only or sections:
         with tempfile.TemporaryDirectory() as directory:
             report[section] = measures[section](trees, options.rounds, Path(directory))
     write_record(report, options.out)
