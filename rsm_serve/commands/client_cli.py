@@ -6,43 +6,36 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
-from rsm_common.commandline import EXIT_OK, GroupedCommand, GroupedOption, run_command
+from rsm_common.commandline import EXIT_OK, GroupedCommand, run_command
 from rsm_common.errors import UsageError
-from rsm_common.policy import ActResult, Adjustment
-from rsm_common.spec import PolicySpec
-from rsm_serve.client import PolicyClient, check_health
-from rsm_serve.client.connection import (
-    CA_VARIABLE,
-    CERT_VARIABLE,
-    KEY_VARIABLE,
-    TOKEN_VARIABLE,
-    Tls,
-)
+from rsm_serve.client import check_health
 from rsm_serve.client.target import TLS_SCHEME, Target
 from rsm_serve.commands import replay as replaying
 from rsm_serve.commands import replay_report, replay_targets
 from rsm_serve.commands.bench import measure, table
+from rsm_serve.commands.client_options import (
+    CONNECTION,
+    DEFAULT_ADDRESS,
+    OUTPUT,
+    REQUEST,
+    client_id_option,
+    connect,
+    connection_options,
+    credentials,
+    option,
+    tls_of_options,
+)
+from rsm_serve.commands.client_values import answer_json, read_observation
 from rsm_serve.recording import format as recording
-from rsm_serve.security.tokens import read_tokens
 
 EXIT_NOT_SERVING = 1
 EXIT_DIFFERENT = 1
-DEFAULT_ADDRESS = "127.0.0.1:8001"
-CONNECTION, REQUEST, SECURITY, OUTPUT = "Connection", "Request", "Security", "Output"
-"""Sections of the help texts."""
-
-
-def _option(group: str, *names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An option in a section of the help text."""
-    return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
 def _command(*examples: tuple[str, str]) -> Callable[[Callable[..., Any]], click.Command]:
@@ -52,96 +45,6 @@ def _command(*examples: tuple[str, str]) -> Callable[[Callable[..., Any]], click
         examples: (purpose, command line) of each example in its help text.
     """
     return command.command(cls=GroupedCommand, examples=examples)
-
-
-def _credentials(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of TLS and token, which go past the subcommand to `_client`.
-
-    No option takes a token itself: every user of the machine sees the arguments of its processes.
-    """
-
-    def keep(context: click.Context, option: click.Parameter, value: Path | None) -> None:
-        context.ensure_object(dict)[option.name] = value
-
-    for name, text in (
-        ("--token-file", f"File with a token.  [default: {TOKEN_VARIABLE}, if set]"),
-        # The variables do not switch TLS on: a token would travel in plaintext where that was believed.
-        ("--tls-key", f"PEM private key of the certificate.  [default: with TLS, {KEY_VARIABLE}]"),
-        (
-            "--tls-cert",
-            f"PEM certificate chain of this client; switches TLS on.  [default: with TLS, {CERT_VARIABLE}]",
-        ),
-        (
-            "--tls-ca",
-            f"PEM certificates of trusted authorities; switches TLS on, as {TLS_SCHEME} in the address does.  "
-            f"[default: with TLS, {CA_VARIABLE}]",
-        ),
-    ):
-        path = click.Path(path_type=Path)
-        function = _option(SECURITY, name, type=path, help=text, expose_value=False, callback=keep)(function)
-    return function
-
-
-def _tls() -> Tls | None:
-    """What the options say on top of the environment; None without options."""
-    given = {name: click.get_current_context().obj[f"tls_{name}"] for name in ("ca", "cert", "key")}
-    chosen = {name: path for name, path in given.items() if path is not None}
-    return replace(Tls.from_environment(), **chosen) if chosen else None
-
-
-def _client(
-    address: str, policy: str | None, version: str | None, timeout_s: float, client_id: str = ""
-) -> PolicyClient:
-    path = click.get_current_context().obj["token_file"]
-    token = None if path is None else read_tokens(path)[0]
-    return PolicyClient(
-        address,
-        policy,
-        version,
-        timeout_s=timeout_s,
-        connect_timeout_s=timeout_s,  # the first call is a call, too
-        client_id=client_id,
-        tls=_tls(),
-        token=token,
-    )
-
-
-_client_id = _option(
-    REQUEST,
-    "--client-id",
-    default="",
-    help="Name of this client; a server with --max-action-step needs it.  [default: none]",
-)
-
-
-def _connection(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every subcommand shares; Connection is the first section of the help."""
-    function = _credentials(function)
-    for option in (
-        _option(
-            CONNECTION,
-            "--timeout",
-            "timeout_s",
-            default=5.0,
-            show_default=True,
-            help="Deadline in seconds, for the connection and for each call.",
-        ),
-        _option(
-            CONNECTION, "--version", default=None, help="Version of the policy.  [default: the current version]"
-        ),
-        _option(
-            CONNECTION, "--policy", default=None, help="Name of the policy; needed if the server has several."
-        ),
-        _option(
-            CONNECTION,
-            "--address",
-            default=DEFAULT_ADDRESS,
-            show_default=True,
-            help="host:port, unix:/path or grpc://host:port/NAME[:VERSION]; grpcs:// for TLS.",
-        ),
-    ):
-        function = option(function)
-    return function
 
 
 @click.group("rsm-client", context_settings={"max_content_width": 110})
@@ -159,10 +62,10 @@ def command() -> None:
         "rsm-client info --address grpcs://robots.example:8001/pendulum:3",
     ),
 )
-@_connection
+@connection_options
 def info(address: str, policy: str | None, version: str | None, timeout_s: float) -> int:
     """Print the specification of a policy as JSON."""
-    with _client(address, policy, version, timeout_s) as client:
+    with connect(address, policy, version, timeout_s) as client:
         content = json.loads(client.spec.to_json())
         content["server"] = {
             "address": client.target.address,
@@ -183,17 +86,17 @@ def info(address: str, policy: str | None, version: str | None, timeout_s: float
         "rsm-client act --address unix:/run/rsm.sock --obs-file obs.npy",
     ),
 )
-@_connection
-@_option(REQUEST, "--obs", default=None, help="One observation, comma separated.  [default: zeros]")
-@_option(REQUEST, "--obs-file", type=click.Path(path_type=Path), help="A .npy file of shape [O] or [B, O].")
-@_option(
+@connection_options
+@option(REQUEST, "--obs", default=None, help="One observation, comma separated.  [default: zeros]")
+@option(REQUEST, "--obs-file", type=click.Path(path_type=Path), help="A .npy file of shape [O] or [B, O].")
+@option(
     REQUEST,
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
     help="Seed of the noise. The seed of an answer repeats the answer.",
 )
-@_option(REQUEST, "--deterministic", is_flag=True, help="Use the constant seed of deterministic actions.")
-@_client_id
+@option(REQUEST, "--deterministic", is_flag=True, help="Use the constant seed of deterministic actions.")
+@client_id_option
 def act(
     address: str,
     policy: str | None,
@@ -206,10 +109,10 @@ def act(
     client_id: str,
 ) -> int:
     """Sample an action and print it as JSON."""
-    with _client(address, policy, version, timeout_s, client_id) as client:
-        rows = _observation(client.spec, obs, obs_file)
+    with connect(address, policy, version, timeout_s, client_id) as client:
+        rows = read_observation(client.spec, obs, obs_file)
         result = client.act(rows, seed=seed, deterministic=deterministic)
-    click.echo(json.dumps(_as_json(result), indent=2))
+    click.echo(json.dumps(answer_json(result), indent=2))
     return EXIT_OK
 
 
@@ -220,13 +123,13 @@ def act(
         "rsm-client health --address 192.0.2.7:8001 --policy pendulum",
     ),
 )
-@_option(CONNECTION, "--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
-@_option(CONNECTION, "--policy", default="", help="Check one policy instead of the whole server.")
-@_option(CONNECTION, "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to wait.")
-@_credentials
+@option(CONNECTION, "--address", default=DEFAULT_ADDRESS, show_default=True, help="host:port or unix:/path.")
+@option(CONNECTION, "--policy", default="", help="Check one policy instead of the whole server.")
+@option(CONNECTION, "--timeout", "timeout_s", default=1.0, show_default=True, help="Seconds to wait.")
+@credentials
 def health(address: str, policy: str, timeout_s: float) -> int:
     """Exit with 0 if the server is ready, 1 if it is not, and 2 if no server answers."""
-    status = check_health(address, policy, timeout_s=timeout_s, tls=_tls())
+    status = check_health(address, policy, timeout_s=timeout_s, tls=tls_of_options())
     click.echo(status)
     return EXIT_OK if status == "SERVING" else EXIT_NOT_SERVING
 
@@ -238,9 +141,9 @@ def health(address: str, policy: str, timeout_s: float) -> int:
         "rsm-client bench --mode stream --steps 5000 --rows 8 --json",
     ),
 )
-@_connection
-@_option(REQUEST, "--mode", type=click.Choice(["act", "stream", "both"]), default="both", show_default=True)
-@_option(
+@connection_options
+@option(REQUEST, "--mode", type=click.Choice(["act", "stream", "both"]), default="both", show_default=True)
+@option(
     REQUEST,
     "--steps",
     type=click.IntRange(1),
@@ -248,7 +151,7 @@ def health(address: str, policy: str, timeout_s: float) -> int:
     show_default=True,
     help="Number of measured calls.",
 )
-@_option(
+@option(
     REQUEST,
     "--warm-up",
     type=click.IntRange(0),
@@ -256,9 +159,9 @@ def health(address: str, policy: str, timeout_s: float) -> int:
     show_default=True,
     help="Number of calls before the measurement.",
 )
-@_option(REQUEST, "--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
-@_option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
-@_client_id
+@option(REQUEST, "--rows", type=click.IntRange(1), default=1, show_default=True, help="Observations per call.")
+@option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
+@client_id_option
 def bench(
     address: str,
     policy: str | None,
@@ -273,7 +176,7 @@ def bench(
 ) -> int:
     """Measure the latency of one client in a closed loop."""
     report: dict[str, Any] = {"steps": steps, "rows": rows}
-    with _client(address, policy, version, timeout_s, client_id) as client:
+    with connect(address, policy, version, timeout_s, client_id) as client:
         obs = np.zeros((rows, client.spec.observation.size), np.float32)
         report["policy"] = f"{client.spec.name}:{client.spec.version}"
         if mode in ("act", "both"):
@@ -296,7 +199,7 @@ def bench(
     ),
 )
 @click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR_OR_FILES...")
-@_option(
+@option(
     CONNECTION,
     "--against",
     required=True,
@@ -304,26 +207,26 @@ def bench(
     help="Server or bundle that answers the requests: host:port, unix:/path, "
     "grpc://host:port/NAME[:VERSION], or a bundle's directory.",
 )
-@_option(
+@option(
     CONNECTION,
     "--policy",
     default="",
     help="Policy of the records.  [default: the policy of --against, or all]",
 )
-@_option(
+@option(
     CONNECTION,
     "--version",
     default="",
     help="Version that answers.  [default: the recorded version]",
 )
-@_option(REQUEST, "--limit", type=click.IntRange(1), help="Largest number of records.  [default: all]")
-@_option(
+@option(REQUEST, "--limit", type=click.IntRange(1), help="Largest number of records.  [default: all]")
+@option(
     OUTPUT,
     "--tolerance",
     type=click.FloatRange(0, 1),
     help="Largest difference, as a fraction of the action range.  [default: the policy's]",
 )
-@_option(
+@option(
     CONNECTION,
     "--timeout",
     "timeout_s",
@@ -331,8 +234,8 @@ def bench(
     show_default=True,
     help="Deadline in seconds, for the connection and for each call.",
 )
-@_option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
-@_credentials
+@option(OUTPUT, "--json", "as_json", is_flag=True, help="Print JSON.")
+@credentials
 def replay(
     records: tuple[Path, ...],
     against: str,
@@ -375,7 +278,7 @@ def _answering(against: str, version: str, timeout_s: float) -> replay_targets.A
         return replay_targets.Bundles(Path(against), version)
     target = Target.parse(against, version=version or None)
     address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
-    return replay_targets.Server(target, lambda name, number: _client(address, name, number, timeout_s))
+    return replay_targets.Server(target, lambda name, number: connect(address, name, number, timeout_s))
 
 
 def _nothing_compared(report: replay_report.Report) -> str:
@@ -385,62 +288,6 @@ def _nothing_compared(report: replay_report.Report) -> str:
         f"wanted records of answered requests, got none among {report.records} ({report.other_policies} of "
         f"other policies, {report.unreadable} unreadable); check the path and --policy"
     )
-
-
-def _observation(spec: PolicySpec, text: str | None, path: Path | None) -> NDArray[Any]:
-    if text is not None and path is not None:
-        raise UsageError("wanted --obs or --obs-file, got both; leave one of them out")
-    if path is not None:
-        try:
-            array = np.load(path, allow_pickle=False)
-            if isinstance(array, np.ndarray):
-                return array
-            reason = "an archive of arrays"
-            array.close()
-        # A damaged file can be a BadZipFile, a MemoryError, a TokenError, ..., and no list of them is complete.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"wanted a .npy file of numbers, got {str(path)!r} ({reason:.200}); check the file")
-    if text is None:
-        return np.zeros(spec.observation.size, np.float32)
-    try:
-        return np.array([float(number) for number in text.split(",")], np.float32)
-    except ValueError:
-        raise UsageError(f"wanted numbers such as 0.1,0,-2 for --obs, got {text!r}") from None
-
-
-def _as_json(result: ActResult) -> dict[str, Any]:
-    return {
-        "action": result.action.tolist(),
-        "q": None if result.q is None else _numbers(result.q),
-        **({} if result.adjusted is None else {"adjusted": _names(result.adjusted)}),
-        # Text, because JSON readers round numbers beyond 2**53.
-        "seed": None if result.seed is None else _each(result.seed, str),
-        "version": result.version,
-        "timing_us": {
-            "queue": round(result.timing.queue_us, 1),
-            "batch": round(result.timing.batch_us, 1),
-            "compute": round(result.timing.compute_us, 1),
-            "total": round(result.timing.total_us, 1),
-            "batch_rows": result.timing.batch_rows,
-        },
-    }
-
-
-def _numbers(values: NDArray[np.float32]) -> Any:
-    """As JSON has it: null for what is not a number, such as the value of a fallback."""
-    return _each(values, lambda value: None if np.isnan(value) else float(value))
-
-
-def _names(adjusted: NDArray[np.int32]) -> Any:
-    names = {kind.value: kind.name.lower() for kind in Adjustment}
-    # A newer server may know another one.
-    return _each(adjusted, lambda value: names.get(value, str(value)))
-
-
-def _each(array: NDArray[Any], convert: Callable[[Any], Any]) -> Any:
-    """The converted numbers, in lists as deep as the array."""
-    return np.vectorize(convert, otypes=[object])(array).tolist()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rsm_train.algorithms.actor_critic import QUICK_DIFFUSION, ActorCritic, ActorCriticConfig
+from rsm_train.algorithms.actor_critic import ActorCritic
+from rsm_train.algorithms.actor_critic_config import QUICK_DIFFUSION, ActorCriticConfig
 from rsm_train.algorithms.common import (
     AlgorithmConfig,
     Batch,
