@@ -87,7 +87,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise ConfigError(f"wanted seeds such as 0-4 or 0,3,7 (from 0 to 2**64 - 1), got {text!r}")
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"wanted every seed once, got {text!r}; what it stands for would count twice")
+        raise ConfigError(f"wanted every seed once, got {text!r}; remove the repeated seed")
     return tuple(seeds)
 
 

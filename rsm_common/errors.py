@@ -67,15 +67,15 @@ class MissingExtraError(UsageError):
 class AddressError(UsageError):
     """The server cannot listen on the address.
 
-    The address is malformed or in use, or other machines reach it and TLS is off.
+    The address is malformed or in use, or TLS is off and other machines can reach the address.
     """
 
 
 class EnvFaultError(RsmError):
     """The environment failed while it ran.
 
-    It raised an exception, its process died, or it returned an invalid value. For example, an observation has
-    another shape than the observation space, or a reward is NaN.
+    It raised an exception, its process died, or it returned an invalid value. Invalid values are,
+    for example, a reward of NaN and an observation of the wrong shape.
     """
 
 
@@ -89,20 +89,20 @@ class TrainingError(RsmError):
 class CheckpointError(RsmError):
     """A training checkpoint cannot be used.
 
-    It is missing or damaged, another version wrote it, or it has no training state to resume from.
+    It is missing or damaged, it has the format of another version, or it has no training state for `--resume`.
     """
 
 
 class DamagedCheckpointError(CheckpointError):
     """A file of a training checkpoint is missing or damaged.
 
-    The message names the file or the array. `rsm-train --resume` continues from the newest checkpoint that is
-    undamaged.
+    The message names the file or the array. `rsm-train --resume` continues from the newest undamaged
+    checkpoint.
     """
 
 
 class BundleError(RsmError):
-    """A policy bundle is missing, damaged or of another schema version."""
+    """A policy bundle is missing or damaged, or it has another schema version."""
 
 
 class ParityError(BundleError):
@@ -181,7 +181,7 @@ class LimitReachedError(QueueFullError):
 class DeadlineExpiredError(RequestError):
     """The deadline passed before the action was computed.
 
-    The server does not compute a request whose deadline passed in the queue.
+    If the deadline passes in the queue, the server does not compute the request.
     """
 
 
@@ -192,7 +192,7 @@ class SupersededError(RequestError):
 class RequestCancelledError(RequestError):
     """The caller cancelled the request.
 
-    The server does not compute a request that was cancelled in the queue. gRPC reports the same status if more
+    If the request is still in the queue, the server does not compute it. gRPC reports the same status if more
     than 10,000 calls wait to be read. The client then raises NotReadyError.
     """
 
@@ -204,7 +204,7 @@ class NotOfferedError(RequestError):
 class RepositoryError(RequestError):
     """A policy could not be loaded or unloaded.
 
-    The versions that were loaded before stay loaded.
+    The loaded versions stay loaded.
     """
 
 

@@ -65,4 +65,4 @@ def check_record(name: str, content: bytes, record: FileRecord) -> None:
             f"{name} is truncated or changed (it has {len(content)} bytes, not {record.get('size')!r:.30})"
         )
     if file_record(content) != record:
-        raise ValueError(f"{name} is damaged or changed (its sha256 is not the recorded one)")
+        raise ValueError(f"{name} is damaged or changed (its sha256 differs from the recorded one)")

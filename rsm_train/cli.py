@@ -92,9 +92,7 @@ def _command(argv: Sequence[str]) -> click.Command:
             click.echo(describe_presets())
             return
         if dry_run and resume:
-            raise ConfigError(
-                "wanted --dry-run or --resume, got both; a dry run estimates a run from its start, drop one"
-            )
+            raise ConfigError("wanted --dry-run or --resume, got both; leave one of them out")
         if jobs is not None and seeds is None:
             raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
         plan = None

@@ -191,7 +191,7 @@ def load_bundle(path: str | Path) -> Bundle:
             or a model.onnx without a bundle, which is used without verification, with a warning.
 
     Raises:
-        BundleError: a file is missing, or its size or hash is not the manifest's, or its content is not
+        BundleError: a file is missing, or its size or hash differs from the manifest, or its content is not
             what the contract says.
     """
     if _is_file(Path(path)):
@@ -324,7 +324,7 @@ def _read_verified(path: Path, record: FileRecord) -> bytes:
         )
     if file_record(content) != record:
         raise BundleError(
-            f"{where}: the sha256 of {path.name} is not the manifest's; "
+            f"{where}: the sha256 of {path.name} differs from that in the manifest; "
             "the file is damaged or changed, copy the bundle again"
         )
     return content

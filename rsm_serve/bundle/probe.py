@@ -103,7 +103,7 @@ def _read_array(archive: zipfile.ZipFile, key: str, row_shape: tuple[int, ...]) 
         raise _wrong_array(key, (rows, *row_shape), dtype, shape)
     data = buffer.read()
     if len(data) != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"{key} has {len(data)} bytes of data, which is not its shape's {list(shape)}")
+        raise ValueError(f"{key} has {len(data)} bytes of data, which do not fit its shape {list(shape)}")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
     return array.astype(np.float32, order="C")
 

@@ -77,7 +77,7 @@ def compare(number: int, record: Record, result: ActResult, spec: PolicySpec, to
     then = record.policy_action
     assert then is not None, "only records of answered requests are compared"
     if result.adjusted is not None and result.adjusted.any():
-        raise RequestError("the policy failed, and the server gave out something else")
+        raise RequestError("the policy failed, and the server answered with its fallback")
     if result.action.shape != then.shape:
         raise RequestError(f"wanted actions {list(then.shape)} as then, got {list(result.action.shape)}")
     action_BA = np.abs(result.action - then) / (spec.action_high - spec.action_low)

@@ -260,5 +260,5 @@ class Batcher(Generic[Request, Answer]):
 
 def _superseded() -> SupersededError:
     return SupersededError(
-        "a newer request of this client_id took the place of this one in the queue; use the newer one's answer"
+        "a newer request of this client_id replaced this one in the queue; use the answer to the newer request"
     )

@@ -100,7 +100,7 @@ class Intake:
         if change > 0 and self._max_streams is not None and counts.open_streams >= self._max_streams:
             error = LimitReachedError(
                 f"wanted at most {self._max_streams} open streams, got another; "
-                "close some, or try again or elsewhere"
+                "close a stream, try again later, or connect to another server"
             )
             counts.refused("", *status(error))
             raise error

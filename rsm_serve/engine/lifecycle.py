@@ -216,7 +216,7 @@ class LifeCycle:
 
     def _refuse_when_stopping(self) -> None:
         if self.versions.stopping:
-            raise NotReadyError("the server is shutting down and loads nothing any more; use another")
+            raise NotReadyError("the server is shutting down and cannot load a policy; use another server")
 
 
 def _with(old: Wishes, name: str, version: int | None) -> Wishes:

@@ -117,7 +117,7 @@ class BatchQueue(Generic[Item]):
         """
         limits = self._limits
         if self._closed:
-            raise NotReadyError("the policy is shutting down and takes no more requests; use another server")
+            raise NotReadyError("the policy is shutting down and refuses new requests; use another server")
         # The decoder has refused other requests (wire.caller).
         assert 1 <= rows <= limits.max_batch_size, "a request fits into one batch"
         assert -MAX_PRIORITY <= priority <= MAX_PRIORITY, "there is such a priority"

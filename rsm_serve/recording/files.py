@@ -119,7 +119,7 @@ class RotatingFiles:
             os.ftruncate(self._descriptor, self._size)
         except OSError:
             self._leave()
-        raise OSError(f"only {written} of {len(content)} bytes could be written, as if the disk were full")
+        raise OSError(f"only {written} of {len(content)} bytes could be written; the disk may be full")
 
     def _leave(self) -> None:
         if self._path is not None:

@@ -158,7 +158,7 @@ class TestAgreement:
             session.broken = True
             status, found = report(capsys, tmp_path, "--against", server.addresses[0])
             assert (status, found["compared"]) == (1, 0)
-            assert found["failed_now"] == {"the policy failed, and the server gave out something else": 2}
+            assert found["failed_now"] == {"the policy failed, and the server answered with its fallback": 2}
 
 
 class TestDifference:

@@ -53,7 +53,7 @@ class TestFailures:
             assert len(lines) == 1
             sentence = lines[0].getMessage()
             assert "'tiny' version 2 did not load, version 1 goes on: " in sentence
-            assert "sha256 of model.onnx is not the manifest's" in sentence
+            assert "sha256 of model.onnx differs from that in the manifest" in sentence
             assert "\n" not in sentence
             assert lines[0].exc_info in (None, False, (None, None, None))
             (one, two) = server.lifecycle.index()
