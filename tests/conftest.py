@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -50,6 +51,12 @@ def own_repo(tmp_path: Path) -> Path:
 def files_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers that are made afterwards look at their certificates and tokens at every use."""
     monkeypatch.setattr(watched_files, "LOOK_S", 0.0)
+
+
+@pytest.fixture
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients try to connect once, and wait for no server that is not there."""
+    monkeypatch.setattr("rsm_serve.client.call.RETRY_S", math.inf)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -907,13 +907,15 @@ def test_callers_that_send_and_never_read(server, method):
 
             call = channel.stream_stream(method.path)(requests(), timeout=TIMEOUT_S)
             left_open.callback(call.cancel)
-        before = -1
-        while sent.total() != before:  # until nobody can send any more
-            before = sent.total()
-            time.sleep(0.5)
+        wait_until(lambda: server.metric("rsm_streams_open") == 20, "all streams")
+        before, same = (-1.0, -1), 0
+        while same < 20:  # until no caller can send any more, and the server answers nothing but scrapes
+            now = server.metric("rsm_requests_total"), sent.total()
+            before, same = now, same + 1 if now == before else 0
+            time.sleep(0.02)
         assert max(sent.values()) < 20_000, "flow control stops a caller that does not read"
         assert server.metric("rsm_streams_open") == 20
-        assert server.metric("rsm_queue_rows") == 0
+        wait_until(lambda: server.metric("rsm_queue_rows") == 0, "an empty queue")
         assert_answers(server.address)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from rsm_common.errors import NotReadyError, PolicyNotFoundError
 from rsm_serve.client import AsyncPolicyClient, PolicyClient, check_health
+from rsm_serve.client.call import Attempts
 from rsm_serve.client.connection import CHANNEL_OPTIONS, PROXY_VARIABLES, RECONNECT_OPTIONS, Connection
 from rsm_serve.client.target import Target
 from rsm_serve.config import ServerConfig
@@ -149,11 +150,11 @@ class TestProxies:
                 assert check_health(address, timeout_s=HANG_S) == "SERVING"
 
     @pytest.mark.parametrize("name", PROXY_VARIABLES)
-    def test_a_proxy_that_fails_is_named(self, name, monkeypatch):
+    def test_a_proxy_that_fails_is_named(self, name, monkeypatch, one_attempt):
         proxy = free_port()
         monkeypatch.setenv(name, f"http://user:secret@{proxy}")
         with pytest.raises(NotReadyError) as caught:
-            PolicyClient("192.0.2.1:8001", connect_timeout_s=0.3)
+            PolicyClient("192.0.2.1:8001", connect_timeout_s=HANG_S)
         assert f"through the proxy {proxy} of the environment variable {name}" in str(caught.value)
         assert "add 192.0.2.1 to no_proxy" in str(caught.value)
         assert "secret" not in str(caught.value)
@@ -218,6 +219,15 @@ class TestWaitingForAServer:
                 PolicyClient(address, connect_timeout_s=HANG_S)
             assert len(asked) == 1
 
-    def test_the_reason_is_told_when_the_time_is_over(self):
+    def test_the_reason_is_told_when_the_time_is_over(self, monkeypatch):
+        """The last attempt begins when the time is over; the test says when that is."""
+        attempts: list[float] = []
+
+        def left_s(self: Attempts) -> float:
+            attempts.append(HANG_S if len(attempts) < 4 else 1e-3)
+            return attempts[-1]
+
+        monkeypatch.setattr(Attempts, "left_s", property(left_s))
         with pytest.raises(NotReadyError, match="no policy server answers at .*start one with rsm-serve"):
-            PolicyClient(free_port(), connect_timeout_s=0.3)
+            PolicyClient(free_port(), connect_timeout_s=HANG_S)
+        assert len(attempts) > 4, "it was tried more than once"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,8 +252,7 @@ class TestMistakes:
             (["RECORDS", "--against", "127.0.0.1:1", "--timeout", str(HANG_S)], "no policy server answers"),
         ],
     )
-    def test_one_sentence_and_status_2(self, capsys, monkeypatch, records, repo, arguments, message):
-        monkeypatch.setattr("rsm_serve.client.call.RETRY_S", math.inf)  # one attempt to connect
+    def test_one_sentence_and_status_2(self, capsys, one_attempt, records, repo, arguments, message):
         places = {"RECORDS": str(records), "REPO": str(repo)}
         given = [places.get(word, word.replace("REPO/", f"{repo}/")) for word in arguments]
         status, out, err = run(capsys, *given)

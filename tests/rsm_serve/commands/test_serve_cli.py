@@ -478,8 +478,7 @@ class TestClient:
         assert status == 2
         assert f"no answer from {address} within 0.2 s" in err
 
-    def test_no_server(self, capsys, monkeypatch):
-        monkeypatch.setattr("rsm_serve.client.call.RETRY_S", math.inf)  # one attempt
+    def test_no_server(self, capsys, one_attempt):
         for name in ("info", "act", "health", "bench"):
             status, out, err = self.run(capsys, name, "--address", "127.0.0.1:1", "--timeout", str(HANG_S))
             assert (status, out) == (2, "")

@@ -195,13 +195,13 @@ class TestStreams:
 
 
 class TestConnections:
-    def test_no_more_than_were_allowed(self, bundle_repo):
+    def test_no_more_than_were_allowed(self, bundle_repo, one_attempt):
         with background_server(configured(bundle_repo, max_connections=2)) as server:
             address = server.addresses[0]
             with PolicyClient(address, timeout_s=HANG_S) as first:
                 second = PolicyClient(address, timeout_s=HANG_S)
                 with pytest.raises(NotReadyError):
-                    PolicyClient(address, connect_timeout_s=2)
+                    PolicyClient(address, connect_timeout_s=HANG_S)
                 first.act(np.zeros(4))
                 second.close()
 

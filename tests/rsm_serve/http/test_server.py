@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from rsm_serve.addresses import is_loopback
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
 from rsm_serve.http import server as http_server
-from rsm_serve.http.server import HttpServer, Request, Response
+from rsm_serve.http.server import MAX_CONNECTIONS, HttpServer, Request, Response
 from rsm_serve.server import background_server
 from tests.hang import HANG_S
 from tests.rsm_serve.http.ask import ANY_PORT, get, http_of
@@ -102,11 +101,13 @@ class TestPort:
 
         asyncio.run(main())
 
-    def test_connections_are_limited_and_grpc_goes_on(self, server):
+    def test_connections_are_limited_and_grpc_goes_on(self, server, monkeypatch):
+        monkeypatch.setattr(http_server, "READ_S", HANG_S)
+        open_here = server.monitor._http._open
         host, _, port = http_of(server).rpartition(":")
-        idle = [socket.create_connection((host, int(port)), timeout=HANG_S) for _ in range(32)]
+        idle = [socket.create_connection((host, int(port)), timeout=HANG_S) for _ in range(MAX_CONNECTIONS)]
         try:
-            time.sleep(0.2)
+            wait_until(lambda: len(open_here) == MAX_CONNECTIONS, "all to be accepted")
             another = socket.create_connection((host, int(port)), timeout=HANG_S)
             with another, contextlib.suppress(ConnectionResetError):
                 assert another.recv(1) == b""

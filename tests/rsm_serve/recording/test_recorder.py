@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from rsm_common.errors import ConfigError, DeadlineExpiredError, InvalidRequestError
+from rsm_common.errors import ConfigError, InvalidRequestError
 from rsm_common.seeds import draw_noise, expand_seed
+from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import PolicyClient
 from rsm_serve.config import ServerConfig
-from rsm_serve.local import open_policy
+from rsm_serve.engine.lane import Lane
+from rsm_serve.engine.queue import BatchLimits
+from rsm_serve.local import LocalPolicy, open_policy
 from rsm_serve.observe.settled import Settled
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.pb import policy_pb2_grpc
@@ -25,11 +28,12 @@ from rsm_serve.recording.files import RotatingFiles
 from rsm_serve.recording.format import numbered_files, read
 from rsm_serve.recording.recorder import MAX_PENDING_BYTES, Recorder
 from rsm_serve.server import background_server
+from rsm_serve.sessions.choice import open_session
 from tests.hang import HANG_S
 from tests.rsm_serve.commands.test_serve_cli import serving
 from tests.rsm_serve.http.ask import scrape
 from tests.rsm_serve.recording.records import OBS, recorded
-from tests.rsm_serve.test_server import ANY_PORT, wait_until
+from tests.rsm_serve.test_server import ANY_PORT, Gated, Rig, miss_a_deadline, wait_until, watch_queue
 
 
 def config(repo: Path, directory: Path, **settings) -> ServerConfig:
@@ -102,15 +106,26 @@ class TestServer:
         assert (unknown.code, unknown.policy) == ("NOT_FOUND", "x" * 128)
 
     def test_a_request_that_is_given_up_is_recorded_with_its_observation(self, own_repo, tmp_path):
+        bundle = load_bundle(own_repo / "tiny")
+        session = Gated(open_session(bundle))
+        lane = Lane(LocalPolicy(bundle, session), BatchLimits())
         with (
-            background_server(config(own_repo, tmp_path / "r", max_queue_delay_us=300_000)) as server,
-            PolicyClient(server.addresses[0], timeout_s=0.05) as client,
-            pytest.raises(DeadlineExpiredError),
+            background_server(config(own_repo, tmp_path / "r"), [lane]) as server,
+            PolicyClient(server.addresses[0], timeout_s=HANG_S) as client,
         ):
-            client.act(OBS[0])
-        (record,) = recorded(tmp_path / "r")
-        assert (record.code, record.action) == ("DEADLINE_EXCEEDED", None)
-        assert np.array_equal(record.obs[0], OBS[0])
+            rig = Rig(server, session, lane)
+            first = rig.hold_worker(client)
+            waiting = watch_queue(lane.batcher)
+            missed = miss_a_deadline(lambda hasty: hasty.act(OBS[0]), rig.address, lambda: bool(waiting))
+            rig.wait_queued(0)
+            rig.open()
+            first.result(HANG_S)
+            rig.pool.shutdown()
+        late = [record for record in recorded(tmp_path / "r") if not record.ok]
+        assert 1 <= len(late) <= missed
+        for record in late:
+            assert (record.code, record.action) == ("DEADLINE_EXCEEDED", None)
+        assert np.array_equal(late[-1].obs[0], OBS[0])
 
     def test_a_restart_goes_on_in_a_new_file_and_metrics_count(self, bundle_repo, tmp_path):
         for count in (1, 2):
