@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hang import HANG_S
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -56,7 +58,7 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=HANG_S,
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}"
@@ -87,7 +89,7 @@ class Session:
         """End the servers by SIGTERM; each must drain and report success."""
         for server in self._servers:
             server.send_signal(signal.SIGTERM)
-        statuses = [server.wait(timeout=30) for server in self._servers]
+        statuses = [server.wait(timeout=HANG_S) for server in self._servers]
         assert not any(statuses), statuses
 
 
@@ -164,7 +166,6 @@ def returns(outputs: dict[str, str]) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_readme_and_tutorial_are_true_from_training_to_the_client(tmp_path):
     """One test for both documents, because they share one training."""
     with session(tmp_path) as shell:

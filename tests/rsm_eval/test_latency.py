@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +14,15 @@ from tests.rsm_eval.policies import FunctionPolicy
 from tests.rsm_eval.tiny_env import ENV_ID
 
 
-def test_network_is_what_the_other_stages_do_not_explain():
+def test_network_is_what_the_other_stages_do_not_explain(monkeypatch):
+    now_s = 0.0
+
     def slow(obs, noise):
-        time.sleep(0.004)
+        nonlocal now_s
+        now_s += 0.004
         return noise * 0
+
+    monkeypatch.setattr("rsm_eval.latency.time", SimpleNamespace(perf_counter=lambda: now_s))
 
     policy = FunctionPolicy(ENV_ID, slow, Timing(queue_us=1000, batch_us=500, compute_us=1500, total_us=9))
     latency = measure_latency(policy, ENV_ID, calls=12, warmup_calls=3)
@@ -25,8 +30,8 @@ def test_network_is_what_the_other_stages_do_not_explain():
     assert latency.calls == 12
     for stage, expected in (("queue", 1.0), ("batch", 0.5), ("compute", 1.5)):
         assert latency.samples_ms[stage].tolist() == [expected] * 12
-    assert latency.samples_ms["total"].min() >= 4.0
-    np.testing.assert_allclose(latency.samples_ms["network"], latency.samples_ms["total"] - 3.0)
+    np.testing.assert_allclose(latency.samples_ms["total"], 4.0)
+    np.testing.assert_allclose(latency.samples_ms["network"], 1.0)
 
 
 def test_network_is_never_negative():

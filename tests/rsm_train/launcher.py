@@ -3,7 +3,8 @@
     python -m tests.rsm_train.launcher
 
 Each line of standard input is a JSON object: "argv" of rsm-train, "stderr" the file for what it prints, and
-"kill_at": after how many operations on files it shall kill itself (null: never). The answer is its process
+"kill_at": after how many operations on files it shall kill itself (null: never), and "hold": a step at which
+it waits and the file that lets it go on (null: it waits for nothing). The answer is its process
 id, and when it has ended a line with its status, negative for a signal.
 """
 
@@ -14,10 +15,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
+
+from tests.hang import HANG_S
 
 ROOT = Path(__file__).parents[2]
 FILE_EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "tempfile.mkstemp")
@@ -36,9 +40,17 @@ class Launcher:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
 
-    def start(self, argv: Sequence[str], stderr: Path, kill_at: int | None = None) -> int:
+    def start(
+        self,
+        argv: Sequence[str],
+        stderr: Path,
+        kill_at: int | None = None,
+        *,
+        hold: tuple[int, Path] | None = None,
+    ) -> int:
         """Start rsm-train in a process group of its own; its process id."""
-        request = {"argv": list(argv), "stderr": str(stderr), "kill_at": kill_at}
+        held = hold and (hold[0], str(hold[1]))
+        request = {"argv": list(argv), "stderr": str(stderr), "kill_at": kill_at, "hold": held}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -98,6 +110,8 @@ def _run(request: dict[str, Any]) -> NoReturn:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+    if request["hold"] is not None:
+        _hold(*request["hold"])
     status = 1
     try:
         status = rsm_train(request["argv"])
@@ -105,6 +119,22 @@ def _run(request: dict[str, Any]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _hold(step: int, file: str) -> None:
+    """Have a training wait after a step until the file is there."""
+    from rsm_train.run.learner import Learner
+
+    collect = Learner.collect
+
+    def held(self: Learner) -> None:
+        collect(self)
+        for _ in range(100 * HANG_S if self.step >= step else 0):
+            if Path(file).exists():
+                break
+            time.sleep(0.01)
+
+    Learner.collect = held  # type: ignore[method-assign]
 
 
 def _other(event: str, arguments: tuple[Any, ...]) -> bool:

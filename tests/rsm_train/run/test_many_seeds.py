@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -19,6 +20,7 @@ from rsm_common.errors import ConfigError
 from rsm_train.cli import main
 from rsm_train.run.checkpoint_files import list_checkpoints
 from rsm_train.run.many_seeds import Worker, failures, format_results, interrupted, plan, run_seeds, unfinished
+from tests.hang import HANG_S
 from tests.rsm_train.runs import tiny_run
 
 ENV = "InvertedPendulum-v5"
@@ -167,7 +169,7 @@ def test_stopped_seeds_are_saved_and_resumed_by_the_printed_command(tmp_path, ca
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, err
     assert re.search(r"^0 +stopped at step [\d,]+ +- +- +- +-$", out, re.M)
     assert re.search(r"^2 +not started +-", out, re.M)
@@ -226,23 +228,35 @@ def script(tmp_path, seed, code):
     return Worker(seed, tmp_path / f"s{seed}", (sys.executable, "-uc", code))
 
 
+HELD = f"""
+import os, signal, sys, time
+def held(name):
+    for _ in range({100 * HANG_S}):
+        if os.path.exists(name): return
+        time.sleep(0.01)
+    sys.exit("hung")
+"""
+"""`held(name)` goes on when the test has made the file."""
+
 SAVES = """
-import signal, sys, time
 def save(number, frame):
-    print("saving"); time.sleep(0.3); print("saved"); sys.exit(0)
+    print("saving"); held({go!r}); print("saved"); sys.exit(0)
 signal.signal(signal.{name}, save)
 print("running")
-while True: time.sleep(30)
+while True: time.sleep(0.01)
 """
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_reaches_every_worker_and_waits_for_them(tmp_path, name):
-    workers = [script(tmp_path, seed, SAVES.replace("{name}", name)) for seed in range(3)]
+    go = tmp_path / "go"
+    workers = [script(tmp_path, seed, HELD + SAVES.format(go=str(go), name=name)) for seed in range(3)]
     said: list[str] = []
 
     def say(line):
         said.append(line)
+        if said.count("seed 0: saving") + said.count("seed 1: saving") == 2:
+            go.touch()  # neither ends before the signal has reached both
         if said.count("seed 0: running") + said.count("seed 1: running") == 2 and "running" in line:
             os.kill(os.getpid(), getattr(signal, name))
 
@@ -256,13 +270,19 @@ def test_a_signal_reaches_every_worker_and_waits_for_them(tmp_path, name):
 
 
 def test_at_most_so_many_at_once(tmp_path):
-    code = "import time; print('in'); time.sleep(0.3); print('out')"
+    go = tmp_path / "go"
+    # None ends before two run. The sleep gives a third, which must not be, the time to show itself.
+    code = f"{HELD}print('in'); held({str(go)!r}); time.sleep(0.3); print('out')"
     running = most = 0
+    counting = threading.Lock()
 
     def say(line):
         nonlocal running, most
-        running += 1 if line.endswith("in") else -1
-        most = max(most, running)
+        with counting:
+            running += 1 if line.endswith("in") else -1
+            most = max(most, running)
+        if most == 2:
+            go.touch()
 
     workers = [script(tmp_path, seed, code) for seed in range(4)]
     assert run_seeds(workers, 2, say) == {0: 0, 1: 0, 2: 0, 3: 0}
