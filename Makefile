@@ -16,7 +16,7 @@ PIP_FLAGS ?= -qq --no-compile --disable-pip-version-check --no-input
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest setup lint format types protos check-protos docs docs-serve lock image clean
+.PHONY: help demo test pytest test-matrix setup lint format types protos check-protos docs docs-serve lock image clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -31,6 +31,9 @@ test: $(READY) ## everything that must pass: lint, types, proto drift, docs, tes
 
 pytest: $(READY) ## the tests alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-matrix: $(READY) ## the tests as on a fast, a slow and a busy machine: three runs, a line for each
+	$(BIN)/python -m tests.matrix -n 2 --dist worksteal
 
 setup: $(READY) ## create or update .venv from the lock
 

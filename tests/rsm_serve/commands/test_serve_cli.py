@@ -188,7 +188,7 @@ def test_a_flood_of_malformed_messages_does_not_fill_the_log(bundle_repo):
 def test_an_interrupt_while_loading_ends_an_observed_server_at_once(bundle_repo):
     code = (
         "import sys, time; from rsm_serve import server; from rsm_serve.commands import serve_cli as cli\n"
-        "def load(*_): print('loading', flush=True); time.sleep(100)\n"
+        "def load(*_): print('loading', flush=True); time.sleep(1e6)\n"
         "server.load_repository = load\n"
         f"sys.exit(cli.main(['--repo', {str(bundle_repo)!r}, '--http', '127.0.0.1:0']))"
     )
@@ -215,7 +215,7 @@ def test_sigterm_while_loading_ends_the_server(bundle_repo, first, http):
         pytest.skip("processes with numbers of their own need Linux, util-linux and the right to unshare")
     code = (
         "import sys, time; from rsm_serve import server; from rsm_serve.commands import serve_cli as cli\n"
-        "def load(*_): print('loading', flush=True); time.sleep(100)\n"
+        "def load(*_): print('loading', flush=True); time.sleep(1e6)\n"
         "server.load_repository = load\n"
         f"sys.exit(cli.main(['--repo', {str(bundle_repo)!r}, *{http!r}]))"
     )

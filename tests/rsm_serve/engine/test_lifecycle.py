@@ -39,7 +39,7 @@ def test_a_signal_while_a_version_loads_drains_and_ends_the_process(own_repo):
         "from rsm_serve import startup\n"
         "really = startup.load_lane\n"
         "def load(repo, selection, **options):\n"
-        "    if selection.version == 2: print('loading', flush=True); time.sleep(100)\n"
+        "    if selection.version == 2: print('loading', flush=True); time.sleep(1e6)\n"
         "    return really(repo, selection, **options)\n"
         "startup.load_lane = load\n"
         f"sys.exit(cli.main(['--repo', {str(own_repo)!r}, '--address', '127.0.0.1:0', '--poll', '0.05']))"
