@@ -17,6 +17,7 @@ from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import PolicySpec
 from rsm_serve.bundle.contract import Bundle, load_bundle
 from rsm_serve.sessions import Session
+from rsm_serve.sessions.batch_sizes import bucket_sizes
 from rsm_serve.sessions.choice import open_session, probe_tolerance
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,11 @@ def run_bundle(
     threads: int = 1,
     max_batch_size: int = 64,
     cache_dir: Path | None = None,
-    warm_up_rows: Sequence[int] = (1,),
+    warm_up_all: bool = False,
 ) -> LocalPolicy:
     """Open a session for a verified bundle, warm it up and probe it.
+
+    `warm_up_all`: with every size of batch that a runtime keeps a graph for, instead of one row.
 
     Raises:
         UsageError, MissingExtraError, BundleError: see `open_session` and `LocalPolicy`.
@@ -61,7 +64,8 @@ def run_bundle(
     session = open_session(bundle, backend, threads=threads, max_batch_size=max_batch_size, cache_dir=cache_dir)
     tolerance = probe_tolerance(backend, bundle.spec)
     try:
-        return LocalPolicy(bundle, session, warm_up_rows=warm_up_rows, tolerance=tolerance)
+        rows = bucket_sizes(max_batch_size) if warm_up_all else (1,)
+        return LocalPolicy(bundle, session, warm_up_rows=rows, tolerance=tolerance)
     except BaseException:
         session.close()
         raise

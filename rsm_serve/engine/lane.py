@@ -131,14 +131,6 @@ def load_lane(
         threads=threads,
         max_batch_size=limits.max_batch_size,
         cache_dir=cache_dir,
-        warm_up_rows=warm_up_sizes(limits.max_batch_size),
+        warm_up_all=True,
     )
     return Lane(policy, limits, turns)
-
-
-def warm_up_sizes(max_batch_size: int) -> list[int]:
-    """Return the powers of two below a batch size, and the batch size.
-
-    A runtime with a graph for each of these sizes has made all graphs before the first request.
-    """
-    return [*(1 << power for power in range((max_batch_size - 1).bit_length())), max_batch_size]

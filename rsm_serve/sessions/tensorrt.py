@@ -25,11 +25,12 @@ from rsm_common.errors import (
     BundleError,
     InvalidRequestError,
     MissingExtraError,
-    RsmError,
     UsageError,
 )
 from rsm_common.spec import PolicySpec
+from rsm_serve.sessions.batch_sizes import bucket_sizes
 from rsm_serve.sessions.engine_cache import default_cache_dir
+from rsm_serve.sessions.signature import FLOAT32, GraphTensor, check_signature
 from rsm_serve.sessions.tensorrt_engine import (
     BatchRange,
     Device,
@@ -42,6 +43,7 @@ from rsm_serve.sessions.tensorrt_engine import (
 
 logger = logging.getLogger(__name__)
 
+NAME = "tensorrt"
 OPT_BATCH_SIZE = 8
 """Where TensorRT times its tactics: between the single robot and the full batch."""
 FLOAT32_BYTES = 4
@@ -49,16 +51,6 @@ FLOAT32_BYTES = 4
 
 class CudaError(RuntimeError):
     """A CUDA or TensorRT call failed."""
-
-
-def why_unavailable() -> str | None:
-    """Why this backend cannot run on this machine, as a sentence; None if it can."""
-    try:
-        load_tensorrt()
-        _find_device(_load_cuda())
-    except RsmError as error:
-        return str(error)
-    return None
 
 
 class TensorRTSession:
@@ -153,7 +145,11 @@ class TensorRTSession:
         owned: list[Any] = [recipe.logger, opened.runtime, opened.engine]
         resources.callback(owned.clear)
         logger.info("TensorRT engine of policy %r: %s", recipe.spec.name, opened.origin)
-        _check_signature(recipe, opened.engine)
+        inputs, outputs = (
+            _tensors(recipe.trt, opened.engine, mode)
+            for mode in (recipe.trt.TensorIOMode.INPUT, recipe.trt.TensorIOMode.OUTPUT)
+        )
+        check_signature(NAME, recipe.spec, inputs, outputs)
         self._stream = _call(cuda.cudaStreamCreateWithFlags, cuda.cudaStreamNonBlocking)
         resources.callback(_release, cuda.cudaStreamDestroy, self._stream)
         self._inputs = self._allocate(input_shapes(recipe.spec), resources)
@@ -317,12 +313,6 @@ class _Bucket:
     """Executable CUDA graph; None where capturing failed."""
 
 
-def bucket_sizes(max_batch_size: int) -> list[int]:
-    """1, 2, 4, ... up to the maximum, which is always the last."""
-    sizes = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
-    return [*sizes, max_batch_size]
-
-
 def _load_cuda() -> Any:
     try:
         from cuda.bindings import runtime
@@ -349,24 +339,16 @@ def _find_device(cuda: Any) -> tuple[int, Device]:
     return int(index), Device(name, f"{properties.major}.{properties.minor}")
 
 
-def _check_signature(recipe: EngineRecipe, engine: Any) -> None:
-    """Compare the engine's tensors (name, direction, type, shape) with the specification."""
-    trt, spec = recipe.trt, recipe.spec
-    wanted = {name: (trt.TensorIOMode.INPUT, [-1, *shape]) for name, shape in input_shapes(spec).items()}
-    wanted |= {name: (trt.TensorIOMode.OUTPUT, [-1, *shape]) for name, shape in output_shapes(spec).items()}
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: (engine.get_tensor_mode(name), list(engine.get_tensor_shape(name))) for name in names}
-    types = {name: engine.get_tensor_dtype(name) for name in names}
-    if found != wanted or any(kind != trt.DataType.FLOAT for kind in types.values()):
-        raise BundleError(
-            f"wanted a graph of float32 tensors {_describe(wanted)} for policy {spec.name!r}, "
-            f"got {_describe(found)} of types {', '.join(str(kind) for kind in types.values())}; "
-            "export the policy again"
-        )
-
-
-def _describe(tensors: dict[str, tuple[Any, list[int]]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, (_, shape) in tensors.items())
+def _tensors(trt: Any, engine: Any, mode: Any) -> list[GraphTensor]:
+    """An engine's inputs or outputs, as `mode` says."""
+    tensors = []
+    for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
+        if engine.get_tensor_mode(name) == mode:
+            kind = engine.get_tensor_dtype(name)
+            dtype = FLOAT32 if kind == trt.DataType.FLOAT else str(kind)
+            shape = ("?" if length == -1 else length for length in engine.get_tensor_shape(name))
+            tensors.append(GraphTensor(name, dtype, tuple(shape)))
+    return tensors
 
 
 def _call(function: Callable[..., Sequence[Any]], *arguments: Any) -> Any:

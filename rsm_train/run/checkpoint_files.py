@@ -25,7 +25,6 @@ from rsm_common.errors import CheckpointError, DamagedCheckpointError
 from rsm_common.manifest import FileRecord, check_record, file_record, read_records, records_json
 
 CONFIG_FILE = "config.json"
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 REPLAY_DIR = "replay"
 NETWORKS_FILE = "networks.safetensors"

@@ -23,8 +23,8 @@ from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from rsm_common.errors import UsageError
+from rsm_eval.learning import METRICS_FILE
 from rsm_train.environments.evaluation import Evaluation
-from rsm_train.run.checkpoint_files import METRICS_FILE
 
 Record = Mapping[str, Any]
 """A line of metrics.jsonl: "step", "wall_s", "kind" ("train" or "eval"), and the values of that kind."""

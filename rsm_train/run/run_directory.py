@@ -16,12 +16,12 @@ from typing import Any
 from rsm_common import atomic
 from rsm_common.errors import CheckpointError, ConfigError
 from rsm_common.locking import lock_file
+from rsm_eval.learning import METRICS_FILE
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig, find_algorithm, resolve, run_directory
 from rsm_train.run.checkpoint_files import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
-    METRICS_FILE,
     REPLAY_DIR,
 )
 

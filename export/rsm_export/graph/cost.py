@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import onnx
@@ -54,11 +53,6 @@ def graph_cost(model: onnx.ModelProto) -> GraphCost:
             )
     weights = sum(math.prod(tensor.dims) * _size(tensor.data_type) for tensor in graph.initializer)
     return GraphCost(len(graph.node), flops, weights, written)
-
-
-def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
-    """How many nodes of each operator, most frequent first."""
-    return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
 def _inner_size(node: onnx.NodeProto, shape: list[int]) -> int:

@@ -32,23 +32,3 @@ def embed_spec(model: onnx.ModelProto, spec: PolicySpec) -> None:
     compact = json.dumps(json.loads(core.to_json()), separators=(",", ":"), sort_keys=True)
     shown = {f"rsm.{key}": str(getattr(core, key)) for key in _SHOWN}
     onnx.helper.set_model_props(model, {POLICY_KEY: compact, **shown})
-
-
-def read_spec(model: onnx.ModelProto) -> PolicySpec | None:
-    """The specification in a graph's metadata; None if there is none.
-
-    Raises:
-        BundleError: there is one, but it is damaged or of another schema version.
-    """
-    for entry in model.metadata_props:
-        if entry.key == POLICY_KEY:
-            return PolicySpec.from_json(entry.value)
-    return None
-
-
-def with_spec(model: bytes, spec: PolicySpec) -> bytes:
-    """The graph with a specification in its metadata; `embed_spec` for bytes, which depend on nothing else."""
-    proto = onnx.load_from_string(model)
-    embed_spec(proto, spec)
-    content: bytes = proto.SerializeToString(deterministic=True)
-    return content

@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from rsm_export.cli import main
-from rsm_export.graph.metadata import with_spec
 
 from rsm_serve.bundle.contract import load_bundle
 from tests.bundles import make_model, make_spec
+from tests.rsm_export.embedding import with_spec
 
 SPEC = make_spec("arm")
 

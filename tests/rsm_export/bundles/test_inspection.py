@@ -11,7 +11,6 @@ import onnx
 import pytest
 from rsm_export.bundles.inspection import graph_facts
 from rsm_export.cli import main
-from rsm_export.graph.metadata import with_spec
 
 from rsm_common.errors import BundleError
 from rsm_common.manifest import MANIFEST_FILE, file_record
@@ -21,6 +20,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.local import open_policy
 from rsm_serve.server import background_server
 from tests.bundles import make_model, make_spec, reference_action, write_bundle
+from tests.rsm_export.embedding import with_spec
 
 SPEC = dataclasses.replace(
     make_spec("arm", "3", obs_size=12),

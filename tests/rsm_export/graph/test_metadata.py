@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from rsm_export.graph.metadata import embed_spec, read_spec, with_spec
+from rsm_export.graph.metadata import embed_spec
 
 from rsm_common.errors import BundleError
 from rsm_eval.cli import main as evaluate
@@ -19,6 +19,7 @@ from rsm_serve.bundle.onnx_file import POLICY_KEY, read_metadata
 from rsm_serve.local import open_policy
 from tests.bundles import make_model, make_spec, reference_action
 from tests.rsm_eval.tiny_env import ENV_ID
+from tests.rsm_export.embedding import read_spec, with_spec
 
 SPEC = dataclasses.replace(
     make_spec("arm", "7"),

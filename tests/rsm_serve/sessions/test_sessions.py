@@ -18,9 +18,9 @@ import pytest
 from rsm_common.errors import BackendError, BundleError, MissingExtraError, UsageError
 from rsm_common.seeds import draw_noise
 from rsm_serve.bundle.contract import Bundle
-from rsm_serve.engine.lane import warm_up_sizes
 from rsm_serve.local import LocalPolicy, run_bundle
 from rsm_serve.sessions import choice
+from rsm_serve.sessions.batch_sizes import bucket_sizes
 from rsm_serve.sessions.choice import (
     AUTO_ORDER,
     BACKENDS,
@@ -250,7 +250,7 @@ class TestOpenVINO:
     @pytest.mark.parametrize("limit", [1, 2, 3, 48, 64, 100])
     def test_a_server_compiles_every_graph_before_the_first_request(self, limit):
         session: Any = open_session(bundle_of(), "openvino")
-        LocalPolicy(bundle_of(), session, warm_up_rows=warm_up_sizes(limit))
+        LocalPolicy(bundle_of(), session, warm_up_rows=bucket_sizes(limit))
         known = set(session._compiled)
         for rows in range(1, limit + 1):
             session.run(*inputs(rows))
@@ -286,6 +286,7 @@ class TestOpenVINO:
 RELOADED = """
 import gc, signal
 from rsm_serve.bundle.contract import Bundle
+from rsm_serve.sessions.batch_sizes import bucket_sizes
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_probe, make_spec
 spec = make_spec()
@@ -310,6 +311,7 @@ watched = (*sockets, "os.fork", "os.posix_spawn", "subprocess.Popen")
 sys.addaudithook(lambda event, args: seen.append(event) if event in watched else None)
 import numpy as np
 from rsm_serve.bundle.contract import Bundle
+from rsm_serve.sessions.batch_sizes import bucket_sizes
 from rsm_serve.sessions.choice import open_session
 from tests.bundles import make_model, make_probe, make_spec
 spec = make_spec()
