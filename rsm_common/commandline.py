@@ -28,7 +28,9 @@ OTHER = "Other"
 Config = TypeVar("Config")
 
 
-def run_command(command: click.Command | Callable[[], click.Command], argv: Sequence[str] | None = None) -> int:
+def run_command(
+    command: click.Command | Callable[[], click.Command], argv: Sequence[str] | None = None, name: str = ""
+) -> int:
     """Run a click command and return the exit status instead of raising.
 
     A user's mistake becomes one sentence on stderr and status 2; our own faults keep their traceback.
@@ -36,11 +38,12 @@ def run_command(command: click.Command | Callable[[], click.Command], argv: Sequ
     Args:
         command: the command, or a function that makes it where that needs an extra.
         argv: the arguments; None means the process's own.
+        name: of a command that may be refused while it is made.
     """
-    name = ""
+    start = f"{name}: " if name else ""
     try:
         made = command if isinstance(command, click.Command) else command()
-        name = f"{made.name}: "
+        start = f"{made.name}: "
         arguments = None if argv is None else list(argv)
         status = made.main(args=arguments, prog_name=made.name, standalone_mode=False)
     except click.ClickException as error:
@@ -50,10 +53,10 @@ def run_command(command: click.Command | Callable[[], click.Command], argv: Sequ
         click.echo(str(error), err=True)  # says itself what needs the extra
         return EXIT_USER_ERROR
     except RsmError as error:
-        click.echo(f"{name}{error}", err=True)
+        click.echo(f"{start}{error}", err=True)
         return EXIT_USER_ERROR
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"{name}interrupted", err=True)
+        click.echo(f"{start}interrupted", err=True)
         return EXIT_INTERRUPTED
     return status if isinstance(status, int) else EXIT_OK
 

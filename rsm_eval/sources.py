@@ -76,16 +76,27 @@ def open_policy(source: str, backend: str = "auto") -> OpenedPolicy:
     """
     if source.startswith(("grpc:", "grpcs:")):
         return _open_server(source)
+    try:
+        kind = _kind(source)
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {source!r}: {error.strerror}; make it readable for this user, or name another path"
+        ) from None
+    return _open_checkpoint(source) if kind == "torch" else _open_bundle(source, backend)
+
+
+def _kind(source: str) -> Kind:
+    """What a path holds."""
     path = Path(source)
     if path.suffix == MODEL_SUFFIX and path.is_file():
-        return _open_bundle(source, backend)
+        return "bundle"
     if not path.is_dir():
         found = "a file of another kind" if path.exists() else "not there"
         raise UsageError(f"{_WANTED}, got {source!r}, which is {found}; check the spelling")
     if (path / MANIFEST_FILE).is_file() or list_versions(path):
-        return _open_bundle(source, backend)
+        return "bundle"
     if (path / _CONFIG_FILE).is_file():
-        return _open_checkpoint(source)
+        return "torch"
     raise UsageError(f"{_WANTED}, got {source!r}, {_describe(path)}")
 
 

@@ -183,7 +183,7 @@ def _dry_run(given: Mapping[str, Any], plan: Plan | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of rsm-train; returns the exit status."""
-    return run_command(partial(_command, sys.argv[1:] if argv is None else argv), argv)
+    return run_command(partial(_command, sys.argv[1:] if argv is None else argv), argv, "rsm-train")
 
 
 if __name__ == "__main__":

@@ -294,7 +294,10 @@ def _refuse_ineffective(given: Mapping[str, Any], algorithm: AlgorithmConfig) ->
     for setting, needed in algorithm.ineffective().items():
         name, equals, value = setting.partition("=")
         if name in given and (not equals or str(given[name]) == value):
-            raise ConfigError(f"wanted {needed} with {name}, which has no effect otherwise; leave {name} out")
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"wanted {needed} with {option}, which has no effect otherwise; leave {option} out"
+            )
 
 
 def _require(condition: bool, message: str) -> None:

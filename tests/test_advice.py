@@ -5,14 +5,22 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import click
 import pytest
+
+from rsm_common.errors import UsageError
+from rsm_eval.sources import open_policy
+from rsm_train.cli import main as rsm_train
+from rsm_train.run.run_directory import require_new, resume_settings
+from tests.rsm_eval.tiny_env import ENV_ID
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -218,3 +226,66 @@ def test_every_setting_that_a_refusal_names_exists():
 
     assert {(place, name) for place, name in named if name not in known} == set()
     assert len(named) > 50
+
+
+@pytest.fixture
+def locked():
+    """The directory of another user, which this one may not read."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        path = Path(parent) / "locked"
+        path.mkdir(mode=0o700)
+        os.seteuid(65534)
+        yield path
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [require_new, lambda path: resume_settings({"out": str(path)}), lambda path: open_policy(str(path))],
+    ids=["begin", "resume", "evaluate"],
+)
+def test_a_directory_of_another_user_is_one_sentence(locked, use):
+    with pytest.raises(UsageError) as caught:
+        use(locked)
+    assert f"cannot read {str(locked)!r}: Permission denied; " in str(caught.value)
+
+
+def test_a_checkpoint_is_not_resumed_as_if_it_were_a_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = [
+        "--env",
+        ENV_ID,
+        "--preset",
+        "quick",
+        "--compile",
+        "off",
+        "--num-envs",
+        "1",
+        "--eval-episodes",
+        "1",
+    ]
+    for name in ("total-steps", "warmup-steps", "checkpoint-every", "eval-every"):
+        settings += [f"--{name}", "8"]
+    assert rsm_train([*settings, "--out", str(run)]) == 0
+    checkpoint = run / "checkpoints" / "step_000000008"
+    before = sorted(run.rglob("*"))
+    capsys.readouterr()
+
+    assert rsm_train(["--resume", "--out", str(checkpoint), "--total-steps", "16"]) == 2
+    assert f"give its run: rsm-train --resume --out {run}" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+    assert rsm_train(["--resume", "--out", str(run), "--total-steps", "16"]) == 0
+
+
+def test_an_algorithm_that_is_not_known_is_refused_in_the_name_of_the_command(capsys):
+    assert rsm_train(["--algo", "nope"]) == 2
+    assert capsys.readouterr().err.startswith("rsm-train: wanted an algorithm of ")
+
+
+def test_a_setting_without_effect_is_named_as_the_option_that_was_given(capsys):
+    settings = ["--env", ENV_ID, "--preset", "quick", "--dry-run"]
+    assert rsm_train([*settings, "--target-entropy", "3"]) == 2
+    assert capsys.readouterr().err.endswith("leave --target-entropy out\n")

@@ -23,6 +23,7 @@ from rsm_train.run.checkpoint_files import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
     REPLAY_DIR,
+    is_checkpoint,
 )
 
 _LOCK_FILE = "lock"
@@ -108,9 +109,15 @@ def require_new(run_dir: Path) -> None:
     """Check that a new run may have the directory.
 
     Raises:
-        ConfigError: it is something else, or holds a run.
+        ConfigError: it is something else, holds a run, or cannot be read.
     """
-    if run_dir.exists() and not (run_dir.is_dir() and all(map(_is_ours, run_dir.iterdir()))):
+    try:
+        taken = run_dir.exists() and not (run_dir.is_dir() and all(map(_is_ours, run_dir.iterdir())))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {str(run_dir)!r}: {error.strerror}; choose another with --out"
+        ) from None
+    if taken:
         if (run_dir / CONFIG_FILE).is_file():
             found = f"is not empty; go on with {resume_command(run_dir)}, or choose another with --out"
         else:
@@ -153,12 +160,23 @@ def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfi
         given: field names to values; None means not given.
 
     Raises:
-        ConfigError: there is no run, or a setting is given that would make it another run.
+        ConfigError: there is no run, it cannot be read, or a setting is given that would make it another run.
         CheckpointError: the run's configuration cannot be read.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     run_dir = Path(chosen["out"]) if "out" in chosen else run_directory(resolve(chosen)[0])
-    if not (run_dir / CONFIG_FILE).is_file():
+    try:
+        begun, checkpoint = (run_dir / CONFIG_FILE).is_file(), is_checkpoint(run_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {str(run_dir)!r}: {error.strerror}; make it readable for this user, or correct --out"
+        ) from None
+    if checkpoint:  # its config.json would pass for that of a run
+        of_run = run_dir.absolute().parent
+        inside = of_run.name == CHECKPOINTS_DIR
+        remedy = f"give its run: {resume_command(of_run.parent)}" if inside else "correct --out"
+        raise ConfigError(f"wanted a run to resume in {str(run_dir)!r}, got a checkpoint; {remedy}")
+    if not begun:
         if "env" not in chosen:
             raise ConfigError(
                 f"wanted a run to resume in {str(run_dir)!r}, got no {CONFIG_FILE} there; correct --out, or "
