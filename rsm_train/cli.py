@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,37 @@ EXAMPLES = (
     ),
 )
 
+_run_option = partial(click.option, cls=GroupedOption, group="Run")
+_OPTIONS = (
+    click.option(
+        "--list-presets",
+        is_flag=True,
+        cls=GroupedOption,
+        group="Algorithm",
+        help="Show the settings of every preset, and exit.",
+    ),
+    _run_option(
+        "--dry-run",
+        is_flag=True,
+        help="Show the settings of the run and an estimate of its time, memory and disk. Write nothing. The "
+        "measurement takes a few seconds after compilation.",
+    ),
+    _run_option(
+        "--seeds",
+        help="Seeds such as 0-4 or 0,3,7. Each seed has a process. The result of a seed is the same, bit for "
+        "bit, as that of a single run with this --seed and the same --threads. The default of --threads is 1 "
+        "on a CPU and cores / jobs on a GPU. --out must contain {seed}. With --resume, existing runs continue.",
+    ),
+    _run_option(
+        "--jobs",
+        type=click.IntRange(1),
+        help="Largest number of processes at the same time with --seeds.  [default: cores / threads; on a "
+        "GPU all seeds]",
+    ),
+    _run_option("--resume", is_flag=True, help="Continue the run in --out with its settings."),
+)
+"""Options of the command that are no settings of a run."""
+
 
 def _command(argv: Sequence[str]) -> click.Command:
     """The command; an --algo module:Class in its arguments brings the options of that class."""
@@ -46,39 +77,12 @@ def _command(argv: Sequence[str]) -> click.Command:
     classes = [*ALGORITHMS.values(), *map(find_algorithm, own)]
     configs = dict.fromkeys(algorithm.Config for algorithm in classes)
 
-    run_option = partial(click.option, cls=GroupedOption, group="Run")
-
     @click.command(
         "rsm-train", cls=GroupedCommand, examples=EXAMPLES, context_settings={"max_content_width": 110}
     )
     @click.version_option(package_name="rsm-toolkit")
     @dataclass_options(RunConfig, *configs, defaults=False)
-    @click.option(
-        "--list-presets",
-        is_flag=True,
-        cls=GroupedOption,
-        group="Algorithm",
-        help="Show the settings of every preset, and exit.",
-    )
-    @run_option(
-        "--dry-run",
-        is_flag=True,
-        help="Show the settings of the run and an estimate of its time, memory and disk. Write nothing. The "
-        "measurement takes a few seconds after compilation.",
-    )
-    @run_option(
-        "--seeds",
-        help="Seeds such as 0-4 or 0,3,7. Each seed has a process. The result of a seed is the same, bit for "
-        "bit, as that of a single run with this --seed and the same --threads. The default of --threads is 1 "
-        "on a CPU and cores / jobs on a GPU. --out must contain {seed}. With --resume, existing runs continue.",
-    )
-    @run_option(
-        "--jobs",
-        type=click.IntRange(1),
-        help="Largest number of processes at the same time with --seeds.  [default: cores / threads; on a "
-        "GPU all seeds]",
-    )
-    @run_option("--resume", is_flag=True, help="Continue the run in --out with its settings.")
+    @_command_options
     def command(
         list_presets: bool, dry_run: bool, seeds: str | None, jobs: int | None, resume: bool, **given: Any
     ) -> None:
@@ -86,29 +90,49 @@ def _command(argv: Sequence[str]) -> click.Command:
 
         A preset sets defaults. An option on the command line replaces the value of the preset.
         """
-        if list_presets:
-            from rsm_train.run.describe import describe_presets
-
-            click.echo(describe_presets())
-            return
-        if dry_run and resume:
-            raise ConfigError("wanted --dry-run or --resume, got both; leave one of them out")
-        if jobs is not None and seeds is None:
-            raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
-        plan = None
-        if seeds is not None:
-            from rsm_train.run.many_seeds import plan as make_plan
-            from rsm_train.run.many_seeds import resume_command
-
-            plan = make_plan(given, parse_seeds(seeds), jobs, resume=resume)
-        if dry_run:
-            _dry_run(given, plan)
-        elif plan is not None and seeds is not None:
-            _train_seeds(plan, resume_command(given, seeds, jobs))
-        else:
-            _train(given, resume)
+        _do(given, list_presets=list_presets, dry_run=dry_run, seeds=seeds, jobs=jobs, resume=resume)
 
     return command
+
+
+def _command_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that are no settings of a run."""
+    for add in reversed(_OPTIONS):  # as decorators, the last one first
+        function = add(function)
+    return function
+
+
+def _do(
+    given: Mapping[str, Any],
+    *,
+    list_presets: bool,
+    dry_run: bool,
+    seeds: str | None,
+    jobs: int | None,
+    resume: bool,
+) -> None:
+    """Do what the options ask for: list, estimate, train one seed or several."""
+    if list_presets:
+        from rsm_train.run.describe import describe_presets
+
+        click.echo(describe_presets())
+        return
+    if dry_run and resume:
+        raise ConfigError("wanted --dry-run or --resume, got both; leave one of them out")
+    if jobs is not None and seeds is None:
+        raise ConfigError("wanted --seeds beside --jobs, got --jobs alone; leave it out for a single run")
+    plan = None
+    if seeds is not None:
+        from rsm_train.run.many_seeds import plan as make_plan
+        from rsm_train.run.many_seeds import resume_command
+
+        plan = make_plan(given, parse_seeds(seeds), jobs, resume=resume)
+    if dry_run:
+        _dry_run(given, plan)
+    elif plan is not None and seeds is not None:
+        _train_seeds(plan, resume_command(given, seeds, jobs))
+    else:
+        _train(given, resume)
 
 
 def _named_algorithms(argv: Sequence[str]) -> list[str]:
