@@ -41,7 +41,13 @@ READY = re.compile(r"rsm-serve ready: address=(\S+) policies=(\S+)\n")
 @contextlib.contextmanager
 def serving(arguments: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """(process, address, policies) of a real rsm-serve."""
-    command = [sys.executable, "-m", "rsm_serve.commands.serve_cli", *arguments]
+    with started([sys.executable, "-m", "rsm_serve.commands.serve_cli", *arguments]) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """(process, address, policies) of a command that starts rsm-serve."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
