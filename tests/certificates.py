@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hang import HANG_S
+
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
@@ -15,7 +17,7 @@ def openssl(*arguments: object) -> None:
     program = shutil.which("openssl")
     if program is None:
         pytest.skip("certificates are made with the program openssl, which is not installed here")
-    subprocess.run([program, *map(str, arguments)], check=True, capture_output=True, timeout=60)
+    subprocess.run([program, *map(str, arguments)], check=True, capture_output=True, timeout=HANG_S)
 
 
 class Authority:

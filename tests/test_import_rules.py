@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hang import HANG_S
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "rsm_common": ROOT / "rsm_common",
@@ -238,7 +240,7 @@ def test_what_a_module_really_loads(module, allowed):
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
     output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True
     )
     loaded = {name for name in output.stdout.split() if name not in sys.stdlib_module_names}
     loaded = {name for name in loaded if not name.startswith("_")} - ALWAYS

@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.hang import HANG_S
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -47,7 +49,7 @@ def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -94,7 +96,7 @@ def test_entry_points_resolve_inside_the_wheel(unpacked_wheel: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(unpacked_wheel)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -180,7 +182,7 @@ def test_ci_runs_the_command_of_the_readme(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=HANG_S,
         check=True,
     ).stdout
     assert called == f"{ROOT}: make test\n"
@@ -195,7 +197,7 @@ def test_make_test_runs_every_check() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=HANG_S,
         check=True,
     ).stdout
     for step in ("ruff check", "ruff format --check", "mypy", "protos/generate.py --check", "pytest -n 2"):
@@ -207,7 +209,7 @@ def test_make_test_runs_every_check() -> None:
 def test_shell_scripts_are_strict_and_parse(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
-    subprocess.run(["bash", "-n", ROOT / script], check=True, timeout=20)
+    subprocess.run(["bash", "-n", ROOT / script], check=True, timeout=HANG_S)
 
 
 # --- the image
@@ -254,7 +256,7 @@ def test_the_images_options_serve_metrics(bundle_repo: Path) -> None:
             assert process.stdout is not None
             ready = process.stdout.readline()
             port = ready.strip().rpartition(" http=0.0.0.0:")[2]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as answer:
                 assert b'rsm_policy_info{policy="tiny"' in answer.read()
         finally:
             process.kill()

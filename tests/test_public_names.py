@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import rsm_serve
+from tests.hang import HANG_S
 
 PACKAGES = ("rsm_serve", "rsm_train", "rsm_eval", "rsm_export")
 
@@ -45,7 +46,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error(package):
 def test_importing_a_package_imports_nothing_else(package):
     code = f"import sys; before = set(sys.modules); import {package}; print(*set(sys.modules) - before)"
     output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True
     )
     loaded = {name.partition(".")[0] for name in output.stdout.split()} - sys.stdlib_module_names
     assert loaded == {package, "rsm_common"}
@@ -58,4 +59,4 @@ def test_the_client_needs_only_the_base_install():
         "    sys.modules[name] = None\n"
         "from rsm_serve import AsyncPolicyClient, PolicyClient, PolicySpec, check_health, load_bundle\n"
     )
-    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", code], timeout=HANG_S, check=True)

@@ -26,6 +26,7 @@ from rsm_serve.commands.serve_cli import main as rsm_serve
 from rsm_train.foreign import import_weights
 from tests.bundles import make_model, make_probe, make_spec, write_bundle
 from tests.foreign import critic_arrays, policy_arrays
+from tests.hang import HANG_S
 from tests.rsm_eval.tiny_env import ENV_ID
 
 FILES = [*PAYLOAD_FILES, MANIFEST_FILE]
@@ -409,7 +410,7 @@ def test_as_processes(tmp_path):
         ["rsm_eval.cli", "--env", ENV_ID, "--policy", str(version_dir)],
     ):
         command = [sys.executable, "-m", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
         assert done.returncode == 2
         assert done.stdout == ""
         assert "probe.npz must be an npz file" in done.stderr

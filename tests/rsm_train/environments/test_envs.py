@@ -13,6 +13,7 @@ import torch
 from rsm_common.errors import EnvFaultError, MissingExtraError, UnsupportedEnvError
 from rsm_train.environments.envs import TrainingEnvs, _make_vector
 from rsm_train.environments.episodes import episode_seed
+from tests.hang import HANG_S
 from tests.rsm_train.training_envs import MODULE, CountingEnv, FailingEnv
 
 ENV_ID = f"{MODULE}:RsmCounting-v0"
@@ -221,7 +222,7 @@ def test_workers_end_with_a_process_that_did_not_close_them():
         "print(*(worker.pid for worker in envs._envs.processes))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=PYTHON_ENV, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], env=PYTHON_ENV, capture_output=True, text=True, timeout=HANG_S, check=True
     )
     for pid in map(int, done.stdout.split()):
         with pytest.raises(ProcessLookupError):
@@ -234,7 +235,7 @@ def test_workers_end_with_environments_that_were_not_closed():
     assert all(worker.is_alive() for worker in workers)
     del envs
     for worker in workers:
-        worker.join(timeout=5)
+        worker.join(timeout=HANG_S)
         assert not worker.is_alive()
 
 
