@@ -65,11 +65,18 @@ class PolicyServer:
         self.monitor = monitor or (None if config.monitor.http is None else _new_monitor())
         counts = ServerCounts() if self.monitor is None else self.monitor.counts
         self._tracer = tracer or (Tracer() if config.monitor.otel else None)
+        self._recorder = _new_recorder(config.recording)  # before the load, which is slow
+        if self._recorder is not None:
+            counts.recorded = self._recorder.counts
         load = make_loader(config, counts)
-        if lanes is None:
-            self.registry, wishes = load_repository(config, load, counts)
-        else:
-            self.registry, wishes = Registry(lanes, counts, config.versions.canaries), wishes_of(config)
+        try:
+            if lanes is None:
+                self.registry, wishes = load_repository(config, load, counts)
+            else:
+                self.registry, wishes = Registry(lanes, counts, config.versions.canaries), wishes_of(config)
+        except Exception:
+            self._stop_observing()
+            raise
         self.lifecycle = LifeCycle(
             self.registry,
             config.repo,
@@ -81,9 +88,6 @@ class PolicyServer:
         """A `RepositoryControl`."""
         self.addresses: tuple[str, ...] = ()
         """The addresses that it listens on, ports filled in; empty before `start`."""
-        self._recorder = _new_recorder(config.recording)
-        if self._recorder is not None:
-            counts.recorded = self._recorder.counts
         intake = Intake(
             self.registry,
             counts,
@@ -102,6 +106,13 @@ class PolicyServer:
         Raises:
             AddressError: an address is in use, or is not one.
         """
+        try:
+            await self._start()
+        except BaseException:
+            self._stop_observing()
+            raise
+
+    async def _start(self) -> None:
         config = self.config
         if self.monitor is not None and config.monitor.http is not None and not self.monitor.address:
             await self.monitor.open(config.monitor.http)

@@ -106,7 +106,11 @@ class Exposition:
 
 _COUNTERS: tuple[tuple[str, str, Callable[[LaneCounts], int]], ...] = (
     ("rsm_rows", "Rows answered.", lambda lane: lane.rows),
-    ("rsm_executions", "Batches computed.", lambda lane: sum(lane.compute_s.counts)),
+    (
+        "rsm_executions",
+        "Batches computed, also those whose callers had left.",
+        lambda lane: sum(lane.compute_s.counts),
+    ),
     ("rsm_failed_executions", "Batches that failed as a whole.", lambda lane: lane.failed_executions),
     (
         "rsm_unsound_answers",
@@ -118,7 +122,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[LaneCounts], int]], ...] = (
 )
 
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[LaneCounts], Histogram]], ...] = (
-    ("rsm_request_seconds", "From arrival to the answer, of what was computed.", lambda lane: lane.request_s),
+    ("rsm_request_seconds", "From arrival to the answer.", lambda lane: lane.request_s),
     ("rsm_queue_seconds", "From arrival to the batch being formed.", lambda lane: lane.queue_s),
     ("rsm_compute_seconds", "Of one batch: stacking, noise and the graph.", lambda lane: lane.compute_s),
     ("rsm_batch_rows", "Rows computed together.", lambda lane: lane.batch_rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 import stat
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from rsm_common.errors import ConfigError, InvalidRequestError
+from rsm_common.errors import AddressError, BundleError, ConfigError, InvalidRequestError
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_serve.bundle.contract import load_bundle
 from rsm_serve.client import PolicyClient
@@ -27,7 +28,7 @@ from rsm_serve.pb import policy_pb2_grpc
 from rsm_serve.recording.files import RotatingFiles
 from rsm_serve.recording.format import numbered_files, read
 from rsm_serve.recording.recorder import MAX_PENDING_BYTES, Recorder
-from rsm_serve.server import background_server
+from rsm_serve.server import PolicyServer, background_server
 from rsm_serve.sessions.choice import open_session
 from tests.hang import HANG_S
 from tests.rsm_serve.commands.test_serve_cli import serving
@@ -248,3 +249,30 @@ def test_the_policy_of_a_record_gives_its_action_again(bundle_repo, tmp_path):
     (record,) = recorded(tmp_path)
     with_seeds = open_policy(bundle_repo / "tiny").act(record.obs, seed=record.seeds)
     assert np.allclose(with_seeds.action, record.action, atol=1e-6)
+
+
+class TestStart:
+    def test_a_bad_directory_is_refused_before_the_load(self, bundle_repo, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr("rsm_serve.server.load_repository", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(ConfigError, match="file"):
+            PolicyServer(config(bundle_repo, tmp_path / "file"))
+
+    def test_a_load_that_fails_releases_the_directory(self, bundle_repo, tmp_path, monkeypatch):
+        def broken(*_: Any) -> None:
+            raise BundleError("damaged")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("rsm_serve.server.load_repository", broken)
+            with pytest.raises(BundleError, match="damaged"):
+                PolicyServer(config(bundle_repo, tmp_path / "records"))
+        with background_server(config(bundle_repo, tmp_path / "records")) as server:
+            assert server.addresses
+
+    def test_an_address_in_use_releases_the_directory(self, bundle_repo, tmp_path):
+        with background_server(config(bundle_repo, tmp_path / "first")) as first:
+            settings = dataclasses.replace(config(bundle_repo, tmp_path / "records"), addresses=first.addresses)
+            with pytest.raises(AddressError), background_server(settings):
+                pytest.fail("started")
+        with background_server(config(bundle_repo, tmp_path / "records")) as server:
+            assert server.addresses
