@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
+import json
 import os
 import re
 import sys
@@ -19,6 +21,7 @@ import pytest
 from rsm_common.errors import UsageError
 from rsm_eval.sources import open_policy
 from rsm_train.cli import main as rsm_train
+from rsm_train.config import resolve
 from rsm_train.run.run_directory import require_new, resume_settings
 from tests.rsm_eval.tiny_env import ENV_ID
 
@@ -289,3 +292,14 @@ def test_a_setting_without_effect_is_named_as_the_option_that_was_given(capsys):
     settings = ["--env", ENV_ID, "--preset", "quick", "--dry-run"]
     assert rsm_train([*settings, "--target-entropy", "3"]) == 2
     assert capsys.readouterr().err.endswith("leave --target-entropy out\n")
+
+
+def test_what_a_diverged_run_is_told_to_change_makes_it_another_run(tmp_path):
+    """So the advice is to begin one: a resume refuses these settings."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"run": {"env": ENV_ID}, "algorithm": dataclasses.asdict(resolve({"env": ENV_ID})[1])})
+    )
+    for setting in ("policy_lr", "critic_lr", "temperature"):
+        with pytest.raises(UsageError, match="begin a run in another directory"):
+            resume_settings({"out": str(tmp_path), setting: 0.123})
+    assert any("begin a run in another directory with lower learning rates" in text for _, text in sentences())

@@ -218,8 +218,8 @@ class Learner:
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
-            f"{what} at step {self.step}; checkpoints written so far are intact, lower the learning rates or "
-            "raise the temperature"
+            f"{what} at step {self.step}; checkpoints written so far are intact, begin a run in another "
+            "directory with lower learning rates or a higher temperature"
         )
 
 
