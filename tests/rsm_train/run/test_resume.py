@@ -284,7 +284,7 @@ def wait_for(run: Path, step: int, pid: int) -> None:
 
 def test_killed_at_twenty_random_moments(tmp_path, launcher):
     """Ten moments in time, ten between two operations on files, where a half-done save would be."""
-    settings = {**SETTINGS, "total_steps": 100_000, "eval_every": 200, "log_every": 2, "checkpoint_every": 20}
+    settings = {**SETTINGS, "total_steps": 100_000, "eval_every": 200, "log_every": 2, "checkpoint_every": 10}
     run, whole, error = tmp_path / "run", tmp_path / "whole", tmp_path / "stderr"
     choose = random.Random(int.from_bytes(os.urandom(4), "big"))
     begin = [*options(settings), "--out", str(run), "--resume"]  # begins, then goes on: the same command
@@ -293,7 +293,7 @@ def test_killed_at_twenty_random_moments(tmp_path, launcher):
         pid = launcher.start(begin, error, choose.randrange(1, 90) if life % 2 else None)
         if life % 2 == 0:
             # Beyond what the life before may have logged, so that this one has saved, and at any moment then.
-            wait_for(run, steps[-1] + choose.randrange(24, 44), pid)
+            wait_for(run, steps[-1] + choose.randrange(14, 24), pid)
             time.sleep(choose.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)
         assert launcher.wait() == -signal.SIGKILL, error.read_text()
