@@ -67,7 +67,8 @@ class MissingExtraError(UsageError):
 class AddressError(UsageError):
     """The server cannot listen on the address.
 
-    The address is malformed or in use, or TLS is off and other machines can reach the address.
+    The address is malformed, or another program uses it. The server also refuses an address that other machines
+    can reach if TLS is off.
     """
 
 
@@ -136,8 +137,8 @@ class PolicyNotFoundError(RequestError):
 class NotReadyError(RequestError):
     """The policy cannot answer now, or no server answers at the address.
 
-    The server or the version is loading or draining, or the version could not be loaded. gRPC reports the same
-    status if no server listens at the address.
+    The server or the version is loading or draining, or the version failed to load. A draining server finishes
+    its open requests and accepts no new ones. gRPC reports the same status if no server listens at the address.
     """
 
 
@@ -151,7 +152,7 @@ class UnauthenticatedError(RequestError):
 class PermissionDeniedError(RequestError):
     """The token does not allow the call.
 
-    The token is an act token, and the call needs an admin token.
+    The call needs an admin token. The given token allows requests for actions only.
     """
 
 
@@ -171,17 +172,18 @@ class QueueFullError(RequestError):
 
 
 class LimitReachedError(QueueFullError):
-    """The server refused a request because of `--max-rate`, or a stream because of `--max-streams`.
+    """The server refused a request or a stream because a limit was reached.
 
-    `--max-rate` limits the requests a second of one client. `--max-streams` limits the open streams of all
-    clients. A remote client raises QueueFullError, because both classes have the same gRPC status.
+    `--max-rate` limits how many requests one client may send per second. `--max-streams` limits the number of
+    open streams of all clients together. A Python client raises QueueFullError instead, because
+    LimitReachedError has the same gRPC status.
     """
 
 
 class DeadlineExpiredError(RequestError):
     """The deadline passed before the action was computed.
 
-    If the deadline passes in the queue, the server does not compute the request.
+    If the deadline passes while the request is in the queue, the server does not compute the request.
     """
 
 
@@ -192,8 +194,8 @@ class SupersededError(RequestError):
 class RequestCancelledError(RequestError):
     """The caller cancelled the request.
 
-    If the request is still in the queue, the server does not compute it. gRPC reports the same status if more
-    than 10,000 calls wait to be read. The client then raises NotReadyError.
+    If the request is still in the queue, the server does not compute it. gRPC also reports CANCELLED if more
+    than 10,000 calls wait for the server. In that case the Python client raises NotReadyError.
     """
 
 
@@ -204,15 +206,15 @@ class NotOfferedError(RequestError):
 class RepositoryError(RequestError):
     """A policy could not be loaded or unloaded.
 
-    The loaded versions stay loaded.
+    The versions that were loaded before stay loaded.
     """
 
 
 class BackendError(RequestError):
     """The policy could not compute an action.
 
-    The graph failed, or its action was not finite or out of bounds. The option `--fallback` was not set. The
-    details are only in the server's log.
+    The graph failed, or the action contained NaN or Inf, or the action was out of bounds. The server raises
+    this error only if the option `--fallback` is not set. The details are only in the server's log.
     """
 
 
