@@ -106,10 +106,11 @@ class BatchSettings:
     """
 
     max_batch_size: int = field(
-        default=64, metadata={"help": "Largest number of rows of one inference, and of one request."}
+        default=BatchLimits.max_batch_size,
+        metadata={"help": "Largest number of rows of one inference, and of one request."},
     )
     max_queue_rows: int = field(
-        default=1024,
+        default=BatchLimits.max_queue_rows,
         metadata={
             "help": "Largest number of rows that wait per policy; further ones are refused "
             "(RESOURCE_EXHAUSTED)."

@@ -14,7 +14,7 @@ import grpc
 from rsm_common.errors import ConfigError, InvalidRequestError
 from rsm_serve.client.target import Target
 from rsm_serve.pb import policy_pb2 as pb
-from rsm_serve.security.tokens import bearer, check_token_format
+from rsm_serve.security.token_files import bearer, check_token_format
 from rsm_serve.wire.codec import MAX_MESSAGE_BYTES, SERVICE
 
 TOKEN_VARIABLE = "RSM_TOKEN"

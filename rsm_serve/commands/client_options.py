@@ -19,7 +19,7 @@ from rsm_serve.client.connection import (
     Tls,
 )
 from rsm_serve.client.target import TLS_SCHEME
-from rsm_serve.security.tokens import read_tokens
+from rsm_serve.security.token_files import read_tokens
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 CONNECTION, REQUEST, SECURITY, OUTPUT = "Connection", "Request", "Security", "Output"

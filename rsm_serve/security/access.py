@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rsm_common.errors import ConfigError, PermissionDeniedError, UnauthenticatedError
-from rsm_serve.security.tokens import AUTHORIZATION, read_tokens, shown
+from rsm_serve.security.token_files import AUTHORIZATION, read_tokens, shown
 from rsm_serve.security.watched_files import Watched, warn_if_public
 
 Message = TypeVar("Message")

@@ -33,7 +33,7 @@ from rsm_serve.config import ServerConfig
 from rsm_serve.pb import oip_pb2, oip_pb2_grpc, policy_pb2_grpc
 from rsm_serve.pb import policy_pb2 as pb
 from rsm_serve.security.access import Access, Role
-from rsm_serve.security.tokens import bearer, read_tokens
+from rsm_serve.security.token_files import bearer, read_tokens
 from rsm_serve.security.watched_files import LOOK_S, Watched
 from rsm_serve.server import PolicyServer, background_server
 from tests.hang import HANG_S
