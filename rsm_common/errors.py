@@ -67,8 +67,8 @@ class MissingExtraError(UsageError):
 class AddressError(UsageError):
     """The server cannot listen on the address.
 
-    The address is malformed, or another program uses it. The server also refuses an address that other machines
-    can reach if TLS is off.
+    The address is malformed, or another program uses it. Without TLS, the server refuses an address that other
+    machines can reach, unless `--insecure` is set.
     """
 
 
