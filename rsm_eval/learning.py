@@ -58,8 +58,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"wanted a training run with {METRICS_FILE} at {str(run)!r}, got {_reason(error)}; "
-            "give a directory that rsm-train wrote"
+            f"wanted a training run with {METRICS_FILE} at {str(run)!r}, got {_reason(error)}; {_remedy(error)}"
         ) from None
     return [record for number, line in enumerate(lines) if (record := _parse(line, number, lines, path))]
 
@@ -108,6 +107,14 @@ def _parse(line: str, number: int, lines: list[str], path: Path) -> dict[str, An
         ) from None
     assert isinstance(record, dict), "indexing with a string succeeds on nothing else that JSON holds"
     return record
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "restore the file from a copy, or delete it"
+    if isinstance(error, PermissionError):
+        return "make it readable for this user"
+    return "give a directory that rsm-train wrote"
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -162,7 +163,7 @@ def _train(given: Mapping[str, Any], resume: bool) -> None:
     if result is None:
         raise CheckpointError(
             f"wanted an evaluation in the metrics of the run in {str(run_dir)!r}, got none; evaluate its "
-            "checkpoints with rsm-eval"
+            f"best checkpoint with: rsm-eval --policy {shlex.quote(str(run_dir))}"
         )
     click.echo(f"final: {result.final}")
     click.echo(f"best:  {result.best}")

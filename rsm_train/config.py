@@ -226,7 +226,7 @@ def find_algorithm(name: str) -> type[Algorithm]:
     if not all(hasattr(found, part) for part in ("Config", "presets", "update")):
         raise ConfigError(
             f"wanted --algo {name} to name a class with Config, presets and update, got {found!r:.80}; "
-            "CONTRIBUTING.md has an example"
+            "python -m pydoc rsm_train.algorithms.common.Algorithm says what they are"
         )
     algorithm: type[Algorithm] = found
     return algorithm

@@ -237,8 +237,8 @@ def _check_names(where: str, arrays: Arrays, *prefixes: str) -> None:
     if strange:
         names = f"{prefixes[0]}layers.0.weight, {prefixes[0]}layers.0.bias"
         raise CheckpointError(
-            f"{where}wanted arrays named {names}, ..., got {_listed(strange)}; rename them, as "
-            "docs/howto/foreign-weights.md says"
+            f"{where}wanted arrays named {names}, ..., got {_listed(strange)}; rename them; "
+            "python -m pydoc rsm_train.run.checkpoint has the names"
         )
 
 

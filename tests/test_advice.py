@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import functools
 import importlib
 import json
 import os
+import pydoc
 import re
+import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,10 +22,13 @@ from unittest import mock
 import click
 import pytest
 
+from rsm_common import atomic
 from rsm_common.errors import UsageError
+from rsm_eval.cli import main as rsm_eval
 from rsm_eval.sources import open_policy
 from rsm_train.cli import main as rsm_train
 from rsm_train.config import resolve
+from rsm_train.run import checkpoint as checkpoint_module
 from rsm_train.run.run_directory import require_new, resume_settings
 from tests.rsm_eval.tiny_env import ENV_ID
 
@@ -203,11 +210,16 @@ def test_every_extra_that_the_program_names_exists():
     assert named
 
 
-def test_every_page_that_the_program_names_exists():
-    named = {(place, page) for place, text in sentences() for page in re.findall(r"[\w./-]+\.md\b", text)}
+def test_no_page_is_named_that_an_installed_package_lacks():
+    assert [(place, text) for place, text in sentences() if re.search(r"[\w./-]+\.md\b", text)] == []
 
-    assert {(place, page) for place, page in named if not (ROOT / page).is_file()} == set()
-    assert named
+
+def test_every_command_of_python_that_the_program_names_works():
+    named = {name for _, text in sentences() for name in re.findall(r"python -m pydoc ([\w.]+\w)", text)}
+
+    assert len(named) == 2
+    for name in named:
+        assert pydoc.render_doc(name)
 
 
 def test_every_variable_that_the_program_names_is_read():
@@ -256,23 +268,39 @@ def test_a_directory_of_another_user_is_one_sentence(locked, use):
     assert f"cannot read {str(locked)!r}: Permission denied; " in str(caught.value)
 
 
-def test_a_checkpoint_is_not_resumed_as_if_it_were_a_run(tmp_path, capsys):
-    run = tmp_path / "run"
-    settings = [
-        "--env",
-        ENV_ID,
-        "--preset",
-        "quick",
-        "--compile",
-        "off",
-        "--num-envs",
-        "1",
-        "--eval-episodes",
-        "1",
-    ]
-    for name in ("total-steps", "warmup-steps", "checkpoint-every", "eval-every"):
-        settings += [f"--{name}", "8"]
-    assert rsm_train([*settings, "--out", str(run)]) == 0
+def full(*_: object, **__: object) -> None:
+    """Write nothing, as on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+TINY = shlex.split(
+    f"--env {ENV_ID} --preset quick --compile off --num-envs 1 --eval-episodes 1 --width 16 --batch-size 8 "
+    "--total-steps 8 --warmup-steps 8 --checkpoint-every 8 --eval-every 8"
+)
+"""Options of rsm-train for a run of a moment."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of TINY; take copies of it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert rsm_train([*TINY, "--out", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def advised(error: str, command: str) -> list[str]:
+    """The arguments of the last command of a name in an error, up to a comma, semicolon or line's end."""
+    (*_, found) = re.finditer(rf"\b{command} ([^,;\n]+)", error)
+    return shlex.split(found[1])
+
+
+def test_a_checkpoint_is_not_resumed_as_if_it_were_a_run(run, capsys):
     checkpoint = run / "checkpoints" / "step_000000008"
     before = sorted(run.rglob("*"))
     capsys.readouterr()
@@ -303,3 +331,60 @@ def test_what_a_diverged_run_is_told_to_change_makes_it_another_run(tmp_path):
         with pytest.raises(UsageError, match="begin a run in another directory"):
             resume_settings({"out": str(tmp_path), setting: 0.123})
     assert any("begin a run in another directory with lower learning rates" in text for _, text in sentences())
+
+
+def test_a_finished_run_without_metrics_can_be_evaluated_as_it_says(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    assert rsm_train(["--resume", "--out", str(run)]) == 2
+
+    arguments = advised(capsys.readouterr().err, "rsm-eval")
+    assert rsm_eval([*arguments, "--episodes", "1"]) == 0
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"run": {"no": 1}}'])
+def test_a_damaged_configuration_is_restored_as_it_says(run, content, capsys):
+    (run / "config.json").write_text(content)
+    assert rsm_train(["--resume", "--out", str(run), "--total-steps", "16"]) == 2
+
+    source, target = advised(capsys.readouterr().err, "cp")
+    shutil.copy(source, target)
+    assert rsm_train(["--resume", "--out", str(run), "--total-steps", "16"]) == 0
+
+
+def test_without_a_checkpoint_a_damaged_configuration_is_the_end_of_the_run(run, capsys):
+    shutil.rmtree(run / "checkpoints")
+    (run / "config.json").write_text("{")
+    assert rsm_train(["--resume", "--out", str(run)]) == 2
+    assert "begin a run in another directory with --out" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_options_of_its_last_resume(run, monkeypatch, capsys):
+    """So the command that it says needs no --total-steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "write_files", full)
+        assert rsm_train(["--resume", "--out", str(run), "--total-steps", "16", "--log-every", "3"]) != 0
+    arguments = advised(capsys.readouterr().err, "rsm-train")
+    assert arguments == ["--resume", "--out", str(run)]
+
+    assert rsm_train(arguments) == 0
+    assert (run / "checkpoints" / "step_000000016").is_dir()
+    assert json.loads((run / "config.json").read_text())["run"]["log_every"] == 3
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_command_whose_settings_could_not_be_written_is_to_be_given_again(
+    resume, finished, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    if resume:
+        shutil.copytree(finished, run)
+    command = ["--resume", "--total-steps", "16"] if resume else TINY
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write_file", full)
+        assert rsm_train([*command, "--out", str(run)]) != 0
+    error = capsys.readouterr().err
+    assert "give the same command again" in error
+    assert "rsm-train --resume" not in error
+
+    assert rsm_train([*command, "--out", str(run)]) == 0
+    assert (run / "checkpoints" / ("step_000000016" if resume else "step_000000008")).is_dir()

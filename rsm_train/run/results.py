@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsm_eval.learning import read_metrics
+from rsm_eval.learning import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class RunResult:
 
 
 def read_result(run_dir: Path) -> RunResult | None:
-    """The final and the best evaluation of a run; None if it has none.
+    """The final and the best evaluation of a run; None if it has none, or no metrics.jsonl any more.
 
     Raises:
-        CheckpointError: metrics.jsonl is missing or damaged.
+        CheckpointError: there is no such directory, or metrics.jsonl is damaged.
     """
+    if run_dir.is_dir() and not (run_dir / METRICS_FILE).exists():
+        return None
     points = [EvalPoint.of(record) for record in read_metrics(run_dir) if record.get("kind") == "eval"]
     if not points:
         return None

@@ -24,6 +24,7 @@ from rsm_train.run.checkpoint_files import (
     CONFIG_FILE,
     REPLAY_DIR,
     is_checkpoint,
+    list_checkpoints,
 )
 
 _LOCK_FILE = "lock"
@@ -59,8 +60,14 @@ def resume_command(run_dir: Path) -> str:
     return f"rsm-train --resume --out {shlex.quote(str(run_dir))}"
 
 
-def write_advice(number: int | None, run_dir: Path) -> str:
-    """The remedy for a run directory that cannot be written to, by the number of the system's error."""
+def write_advice(number: int | None, run_dir: Path, *, begun: bool = True) -> str:
+    """The remedy for a run directory that cannot be written to.
+
+    Args:
+        number: of the system's error.
+        run_dir: the run directory.
+        begun: whether config.json holds the settings of the present command, so that a resume needs no others.
+    """
     if number in (errno.ENOSPC, errno.EDQUOT):
         remedy = "make room"
     elif number == errno.EFBIG:
@@ -68,10 +75,12 @@ def write_advice(number: int | None, run_dir: Path) -> str:
     elif number in (errno.EACCES, errno.EPERM):
         remedy = f"make {str(run_dir)!r} and all that is in it writable for this user"
     elif number == errno.EROFS:
-        remedy = f"make {str(run_dir)!r} writable, or copy it to a file system that is, for --out"
+        remedy = f"make {str(run_dir)!r} writable, or copy it to a file system that is, for --out,"
     else:
         remedy = "check the disk"
-    return f"{remedy} and go on with: {resume_command(run_dir)}"
+    return f"{remedy} and " + (
+        f"go on with: {resume_command(run_dir)}" if begun else "give the same command again"
+    )
 
 
 @contextlib.contextmanager
@@ -88,7 +97,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(
-            f"cannot open {str(path)!r} for writing: {error.strerror}; {write_advice(error.errno, run_dir)}"
+            f"cannot open {str(path)!r} for writing: {error.strerror}; "
+            f"{write_advice(error.errno, run_dir, begun=False)}"
         ) from None
     _locks.add(descriptor)
     try:
@@ -198,13 +208,37 @@ def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfi
 
 def _read_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
     try:
-        config = json.loads(path.read_bytes())
-        run = RunConfig(**config["run"])
-        return run, find_algorithm(run.algo).Config(**config["algorithm"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _parse_config(path)
+    except OSError as error:
         raise CheckpointError(
-            f"cannot read the configuration of a run from {path} ({error}); it is damaged or of another version"
+            f"cannot read the configuration of a run from {path}: {error.strerror}; make it readable for this "
+            "user"
         ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read the configuration of a run from {path} ({error}); it is damaged or of another "
+            f"version, {_config_advice(path)}"
+        ) from None
+
+
+def _config_advice(path: Path) -> str:
+    """The remedy for the configuration of a run that cannot be used: that of a checkpoint, if it can be."""
+    for checkpoint in reversed(list_checkpoints(path.parent)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            _parse_config(checkpoint / CONFIG_FILE)
+            return (
+                f"restore it with: {shlex.join(['cp', str(checkpoint / CONFIG_FILE), str(path)])}, and give "
+                "--total-steps again if the run has other ones"
+            )
+    return (
+        "restore it from a copy, use the version that wrote it, or begin a run in another directory with --out"
+    )
+
+
+def _parse_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
+    config = json.loads(path.read_bytes())
+    run = RunConfig(**config["run"])
+    return run, find_algorithm(run.algo).Config(**config["algorithm"])
 
 
 def require_no_lost_checkpoint(run_dir: Path, run: RunConfig) -> None:

@@ -116,8 +116,17 @@ def evaluation_due(state: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def disk_errors(run_dir: Path, what: str, numbers: Collection[int] = ()) -> Iterator[None]:
-    """Make one sentence of an error in writing; of only those numbers where others may have other causes."""
+def disk_errors(
+    run_dir: Path, what: str, numbers: Collection[int] = (), *, begun: bool = True
+) -> Iterator[None]:
+    """Make one sentence of an error in writing.
+
+    Args:
+        run_dir: the run directory.
+        what: is written.
+        numbers: of the errors that have this cause; empty for all.
+        begun: see `write_advice`.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -126,5 +135,5 @@ def disk_errors(run_dir: Path, what: str, numbers: Collection[int] = ()) -> Iter
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(
             f"cannot write {what} to {str(run_dir)!r}: {reason}; earlier checkpoints are intact, "
-            f"{write_advice(getattr(error, 'errno', None), run_dir)}"
+            f"{write_advice(getattr(error, 'errno', None), run_dir, begun=begun)}"
         ) from None

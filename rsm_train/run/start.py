@@ -80,18 +80,21 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         wall_s = 0.0 if checkpoint is None else float(checkpoint.state["training"]["wall_s"])
         # First, as wandb may refuse: the directory is then still empty, and can be used again.
         sinks = extra_sinks(run.wandb, run_dir, trainer.config())
-        with disk_errors(run_dir, "the run", _DISK):
+        with disk_errors(run_dir, "the run", _DISK, begun=False):
             _set_aside(start)
             prepare(trainer)
-            with RunLog(
+        with (
+            disk_errors(run_dir, "the run", _DISK),
+            RunLog(
                 run_dir,
                 run.total_steps,
                 sinks,
                 first_step=trainer.learner.step,
                 wall_s=wall_s,
                 warmup_steps=run.warmup_steps,
-            ) as log:
-                trainer.train(log, stop)
+            ) as log,
+        ):
+            trainer.train(log, stop)
     return run_dir
 
 
