@@ -124,7 +124,7 @@ class LaneCounts:
         self.by_batch_rows: defaultdict[int, Executions] = defaultdict(Executions)
         """Batches of which at least one request was answered, by their rows."""
         self.last_arrival_ns = 0
-        """When the request that was settled last arrived, nanoseconds since 1970; 0 before the first."""
+        """The latest arrival of a settled request, nanoseconds since 1970; 0 before the first."""
         self.limited_rows = 0
         self.fallbacks = 0
         self._recent_batches: deque[Timing] = deque(maxlen=RECENT_BATCHES)
@@ -137,7 +137,8 @@ class LaneCounts:
         """Count a request; in the event loop."""
         key = (event.method, event.code, event.reason)
         self.requests[key] = self.requests.get(key, 0) + 1
-        self.last_arrival_ns = event.arrived_unix_ns
+        if event.arrived_unix_ns > self.last_arrival_ns:
+            self.last_arrival_ns = event.arrived_unix_ns
         if event.code != OK:
             if event.reason not in GIVEN_UP:
                 self.failed.add(event.seconds)
