@@ -18,8 +18,12 @@ _UNIX_PATH_BYTES = 107
 """What sockaddr_un holds."""
 
 
-def split_address(address: str) -> tuple[str, int]:
+def split_address(address: str, *, unix: bool = True) -> tuple[str, int]:
     """(host, port) of 'host:port' or '[v6 host]:port'.
+
+    Args:
+        address: the text.
+        unix: whether 'unix:/path' is possible in its place, for the error.
 
     Raises:
         AddressError: it is neither, or the port is above 65535.
@@ -29,9 +33,8 @@ def split_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     inner = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
     if not host or (":" in host and not inner) or (inner and not _is_v6(inner)) or not _is_number(port):
-        raise AddressError(
-            f"wanted an address such as 127.0.0.1:8001, [::1]:8001 or unix:/path, got {address!r:.200}"
-        )
+        forms = "127.0.0.1:8001, [::1]:8001 or unix:/path" if unix else "127.0.0.1:8002 or [::1]:8002"
+        raise AddressError(f"wanted an address such as {forms}, got {address!r:.200}")
     if len(port) > 5 or int(port) > MAX_PORT:
         raise AddressError(
             f"wanted a port from 0 to {MAX_PORT} in an address such as 127.0.0.1:8001, got {address!r:.200}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,18 +145,24 @@ def _mistaken_for_repository(path: Path) -> str:
     """What the directory is instead of a repository, and what to give; empty if it may become a repository."""
     here = path.absolute()
     if list_versions(here):
-        return f"which is one policy; give --repo {here.parent} --policy {here.name}"
+        return f"which is one policy; give --repo {_quoted(here.parent)} --policy {here.name}"
     if (here / MANIFEST_FILE).is_file():
         policy = here.parent
         return (
-            f"which is one version of a policy; give --repo {policy.parent} --policy {policy.name}:{here.name}"
+            f"which is one version of a policy; give --repo {_quoted(policy.parent)} "
+            f"--policy {policy.name}:{here.name}"
         )
     if (here / _RUN_FILE).is_file():
-        return f"which is a run of rsm-train; export it with rsm-export {here} --repo DIR"
+        return f"which is a run of rsm-train; export it with rsm-export {_quoted(here)} --repo DIR"
     runs = sorted(run.parent for run in here.glob(f"*/{_RUN_FILE}"))
     if runs:
-        return f"which holds runs of rsm-train; export one, for example with rsm-export {runs[0]} --repo DIR"
+        command = f"rsm-export {_quoted(runs[0])} --repo DIR"
+        return f"which holds runs of rsm-train; export one, for example with {command}"
     return ""
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _check_canaries(config: ServerConfig, policies: Mapping[str, Found]) -> None:

@@ -21,6 +21,7 @@ import errno
 import json
 import logging
 import re
+import shlex
 import stat
 import sys
 from dataclasses import dataclass
@@ -178,9 +179,18 @@ def find_bundle(path: Path) -> Path:
             )
         return path / str(current)
     found = "no such directory" if not path.is_dir() else f"a directory without {MANIFEST_FILE} or versions"
-    raise BundleError(
-        f"wanted a bundle at {str(path)!r}, got {found}; create one with rsm-export RUN --repo DIR"
-    )
+    raise BundleError(f"wanted a bundle at {str(path)!r}, got {found}; {_instead_of(path)}")
+
+
+def _instead_of(path: Path) -> str:
+    """What to do about a path that is no bundle."""
+    policies = list_policies(path) if path.is_dir() else []
+    if policies:
+        return f"name a policy of this repository, such as {path / policies[0]}"
+    versions = list_versions(path.parent) if _VERSION.fullmatch(path.name) else []
+    if versions:
+        return f"name one of the versions {', '.join(map(str, versions))}"
+    return "create one with rsm-export RUN --repo DIR"
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -199,7 +209,7 @@ def load_bundle(path: str | Path) -> Bundle:
             "%s is a bare graph: there is no manifest to verify it by and no probe to replay; "
             "make a bundle of it with rsm-export %s --repo DIR",
             path,
-            path,
+            shlex.quote(str(path)),
         )
         return load_graph(Path(path))
     version_dir = find_bundle(Path(path))

@@ -132,7 +132,9 @@ class Connection:
         if not isinstance(secret, str):
             raise InvalidRequestError(f"wanted a token as text, got {type(secret).__name__}; give a str")
         try:
-            return cls(target, tls, bearer(check_token_format(secret, where) if secret else ""))
+            return cls(
+                target, tls, bearer(check_token_format(secret, where, of_server=False) if secret else "")
+            )
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from None
 

@@ -101,6 +101,8 @@ def _unreachable(connection: Connection, details: str, look: bool) -> RequestErr
             f"; if it serves TLS, connect with {TLS_SCHEME}"
             if tls is None
             else f"; if it wants a client's certificate, give cert and key ({CERT_VARIABLE}, ...)"
+            if tls.cert is None
+            else f"; the authority that signed {tls.cert} may not be the server's, so give another cert and key"
         )
     if variable := connection.proxy_variable:
         hint += (

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from rsm_common.commandline import EXIT_OK, GroupedCommand, run_command
-from rsm_common.errors import UsageError
+from rsm_common.errors import InvalidRequestError, UsageError
 from rsm_serve.client import check_health
 from rsm_serve.client.target import TLS_SCHEME, Target
 from rsm_serve.commands import replay as replaying
@@ -276,7 +276,10 @@ def _answering(against: str, version: str, timeout_s: float) -> replay_targets.A
         here = False
     if here:
         return replay_targets.Bundles(Path(against), version)
-    target = Target.parse(against, version=version or None)
+    try:
+        target = Target.parse(against, version=version or None)
+    except InvalidRequestError as error:
+        raise UsageError(f"{error}; and there is no bundle of that path") from None
     address = f"{TLS_SCHEME if target.tls else ''}{target.address}"
     return replay_targets.Server(target, lambda name, number: connect(address, name, number, timeout_s))
 

@@ -76,7 +76,7 @@ def connect(
         ConfigError: the token's file cannot be read.
     """
     path = click.get_current_context().obj["token_file"]
-    token = None if path is None else read_tokens(path)[0]
+    token = None if path is None else read_tokens(path, of_server=False)[0]
     return PolicyClient(
         address,
         policy,

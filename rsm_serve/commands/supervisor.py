@@ -78,7 +78,7 @@ def _share_of(config: ServerConfig, index: int) -> ServerConfig:
     """Return the settings of one process, with its own HTTP port and its own directory of records."""
     http, record = config.monitor.http, config.recording.directory
     if http is not None:
-        port = split_address(http)[1]
+        port = split_address(http, unix=False)[1]
         http = with_port(http, port + index if port else 0)
     if record is not None:
         record = record / str(index)

@@ -53,7 +53,7 @@ class Monitor:
         Raises:
             AddressError: in use, or not an address.
         """
-        self._on_loopback = is_loopback(split_address(address)[0])
+        self._on_loopback = is_loopback(split_address(address, unix=False)[0])
         self.address = await self._http.listen(address)
 
     def serving(self, registry: Registry, addresses: Sequence[str]) -> None:

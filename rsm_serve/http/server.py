@@ -77,7 +77,7 @@ class HttpServer:
         Raises:
             AddressError: not host:port, in use, or not of this machine.
         """
-        host, port = split_address(address)
+        host, port = split_address(address, unix=False)
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=MAX_HEAD_BYTES)
         except (OSError, UnicodeError) as error:  # UnicodeError: no host name has such a label

@@ -78,7 +78,8 @@ class Access:
         self._act, self._admin = _watch(act), _watch(admin)
         if self._act and self._admin and {*self._act.value} & {*self._admin.value}:
             raise ConfigError(
-                f"wanted different tokens in {act} and {admin}, got the same token in both; make another one"
+                f"wanted different tokens in {act} and {admin}, got the same token in both; make one of "
+                "them anew, in a file of its own, with: openssl rand -hex 32"
             )
 
     def grant(self, method: str, metadata: Iterable[tuple[str, Any]]) -> Grant:

@@ -61,7 +61,7 @@ def read_pems(ca: str | Path | None, cert: str | Path | None, key: str | Path | 
         if not _usable(pems.cert):
             raise ConfigError(
                 f"wanted a certificate for an RSA, P-256 or P-384 key in {cert}, got one for another "
-                "kind, which gRPC does not take; make another key"
+                "kind, which gRPC does not take; make another key and a certificate for it"
             )
     return pems
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import stat
 import threading
 import time
@@ -82,5 +83,7 @@ class Watched(Generic[T]):
 def warn_if_public(path: Path) -> None:
     """Log a warning if every user of this machine can read a secret."""
     with contextlib.suppress(OSError):
-        if path.stat().st_mode & stat.S_IROTH:
-            logger.warning("%s can be read by every user of this machine; chmod 600 %s", path, path)
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+            command = shlex.join(["chmod", "600", str(path)])
+            logger.warning("%s can be read by every user of this machine; %s", path, command)

@@ -171,8 +171,11 @@ class TestClientCertificates:
             assert np.array_equal(client.act(np.zeros(4), seed=3).action, expected)
 
     def test_others_do_not(self, mutual_address, authority, stranger):
-        for tls in (Tls(authority.ca), robot(stranger, authority)):
-            with pytest.raises(NotReadyError, match="if it wants a client's certificate, give cert and key"):
+        for tls, advice in (
+            (Tls(authority.ca), "if it wants a client's certificate, give cert and key"),
+            (robot(stranger, authority), "may not be the server's, so give another cert and key"),
+        ):
+            with pytest.raises(NotReadyError, match=advice):
                 PolicyClient(mutual_address, tls=tls)
 
 
