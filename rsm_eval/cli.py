@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import shlex
 import sys
@@ -192,9 +193,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"wanted to write {str(path)!r}, got {error.strerror}; choose a place that you may write to"
-    )
+    remedy = {
+        errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+        errno.ENOSPC: "make room, or choose a place on another disk",
+    }.get(error.errno or 0, "choose a place that you may write to")
+    return UsageError(f"wanted to write {str(path)!r}, got {error.strerror}; {remedy}")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,9 @@ def _describe(path: Path) -> str:
     policies = list_policies(path)
     if policies:
         return f"a repository of bundles; name one of them, such as {path / policies[0]}"
+    found = sorted(file.parent for file in path.glob(f"*/{_CONFIG_FILE}"))
+    if found:
+        return f"a directory of runs or checkpoints; name one of them, such as {found[-1]}"
     return (
         f"a directory with neither {_CONFIG_FILE} (a run) nor {MANIFEST_FILE} or versions (a bundle); "
         "a run that was just started has nothing to evaluate yet"

@@ -15,12 +15,13 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import click
 import pytest
+from rsm_export.cli import main as rsm_export
 
 from rsm_common import atomic
 from rsm_common.errors import UsageError
@@ -268,9 +269,16 @@ def test_a_directory_of_another_user_is_one_sentence(locked, use):
     assert f"cannot read {str(locked)!r}: Permission denied; " in str(caught.value)
 
 
-def full(*_: object, **__: object) -> None:
-    """Write nothing, as on a full disk."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def full_as(number: int) -> Callable[..., None]:
+    """A function that writes nothing and raises the error of that number."""
+
+    def write(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return write
+
+
+full = full_as(errno.ENOSPC)
 
 
 TINY = shlex.split(
@@ -388,3 +396,23 @@ def test_a_command_whose_settings_could_not_be_written_is_to_be_given_again(
 
     assert rsm_train([*command, "--out", str(run)]) == 0
     assert (run / "checkpoints" / ("step_000000016" if resume else "step_000000008")).is_dir()
+
+
+def test_a_directory_of_checkpoints_names_one_that_can_be_evaluated(run, capsys):
+    assert rsm_eval(["--policy", str(run / "checkpoints"), "--episodes", "1"]) == 2
+    named = capsys.readouterr().err.strip().partition("such as ")[2]
+    assert rsm_eval(["--policy", named, "--episodes", "1"]) == 0
+
+
+@pytest.mark.parametrize(("limit", "advice"), [(errno.EFBIG, "raise the limit"), (errno.ENOSPC, "make room")])
+def test_a_place_that_is_full_is_not_only_to_be_exchanged(limit, advice, run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_as(limit))
+        assert rsm_export([str(run), "--repo", str(tmp_path / "repo")]) == 2
+    assert advice in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write_file", full_as(limit))
+        assert rsm_eval(["--policy", str(run), "--episodes", "1", "--json", str(tmp_path / "json")]) == 2
+    assert advice in capsys.readouterr().err
+
+    assert rsm_export([str(run), "--repo", str(tmp_path / "repo")]) == 0

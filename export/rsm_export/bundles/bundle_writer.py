@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 import time
@@ -55,7 +56,11 @@ def write_bundle(repository: Path, spec: PolicySpec, model: bytes, probe: Probe)
 
 
 def _unwritable(repository: Path, error: OSError) -> BundleError:
-    return BundleError(f"cannot write a bundle to {str(repository)!r}: {error.strerror}; choose another --repo")
+    remedy = {
+        errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+        errno.ENOSPC: "make room, or choose a --repo on another disk",
+    }.get(error.errno or 0, "choose another --repo")
+    return BundleError(f"cannot write a bundle to {str(repository)!r}: {error.strerror}; {remedy}")
 
 
 def _publish_config(policy_dir: Path, spec: PolicySpec) -> None:
