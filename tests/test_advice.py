@@ -20,15 +20,20 @@ from pathlib import Path
 from unittest import mock
 
 import click
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from rsm_export import build as build_module
 from rsm_export.cli import main as rsm_export
 
 from rsm_common import atomic
 from rsm_common.errors import UsageError
 from rsm_eval.cli import main as rsm_eval
 from rsm_eval.sources import open_policy
+from rsm_serve.bundle.probe import Probe
 from rsm_train.cli import main as rsm_train
 from rsm_train.config import resolve
+from rsm_train.policy import TorchPolicy
 from rsm_train.run import checkpoint as checkpoint_module
 from rsm_train.run.run_directory import require_new, resume_settings
 from tests.rsm_eval.tiny_env import ENV_ID
@@ -416,3 +421,29 @@ def test_a_place_that_is_full_is_not_only_to_be_exchanged(limit, advice, run, tm
     assert advice in capsys.readouterr().err
 
     assert rsm_export([str(run), "--repo", str(tmp_path / "repo")]) == 0
+
+
+def test_an_export_that_no_server_would_load_is_refused_with_options_that_help(
+    run, tmp_path, monkeypatch, capsys
+):
+    """In the probe another particle is the best one, as rounding to int8 can have it."""
+    make_probe = build_module.make_probe
+
+    def with_another_particle(policy: TorchPolicy, obs: NDArray[np.float32]) -> Probe:
+        probe = make_probe(policy, obs)
+        if policy.spec.particles == 1:
+            return probe
+        particle_PNA, _ = policy.particles(probe.obs, probe.noise)
+        far_P = np.abs(particle_PNA - probe.action[:, None]).max(axis=2).argmax(axis=1)
+        return dataclasses.replace(probe, action=particle_PNA[np.arange(len(far_P)), far_P])
+
+    monkeypatch.setattr(build_module, "make_probe", with_another_particle)
+    command = [str(run), "--precision", "int8"]
+    assert rsm_export([*command, "--repo", str(tmp_path / "bad")]) == 2
+    error = capsys.readouterr().err
+    assert "check 'probe' failed" in error
+    assert "use another --precision, or --particles 1; no bundle was written" in error
+    assert not list((tmp_path / "bad").rglob("model.onnx"))
+
+    assert rsm_export([*command, "--particles", "1", "--repo", str(tmp_path / "one")]) == 0
+    assert rsm_eval(["--policy", str(tmp_path / "one" / "run"), "--episodes", "1"]) == 0

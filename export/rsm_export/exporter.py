@@ -112,7 +112,9 @@ def _check(checkpoint: Checkpoint, config: ExportConfig) -> tuple[Built, Verific
     if not config.verify:
         return built, None
     pool = observations_of(checkpoint)
-    verification = verify(built.model, built.policy, built.open_session, pool, config.precision)
+    verification = verify(
+        built.model, built.policy, built.open_session, pool, config.precision, built.bundle.probe
+    )
     return built.accepted(verification.accuracy), verification
 
 

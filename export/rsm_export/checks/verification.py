@@ -16,6 +16,7 @@ from rsm_export.checks.accuracy import Accuracy, allowed, compare
 from rsm_export.checks.static_rules import check_model, check_static_rules
 from rsm_export.checks.tensorrt_rules import check_tensorrt
 from rsm_export.config import Precision
+from rsm_serve.bundle.probe import Probe
 from rsm_serve.sessions import Session
 from rsm_train.policy import TorchPolicy
 
@@ -54,6 +55,7 @@ def verify(
     open_session: Callable[[], Session],
     pool_PO: Array,
     precision: Precision,
+    probe: Probe | None = None,
 ) -> Verification:
     """Check a graph.
 
@@ -63,6 +65,7 @@ def verify(
         open_session: opens the graph in a runtime.
         pool_PO: observations that the policy met, to draw on.
         precision: of the graph.
+        probe: of the bundle, which a server will replay; None to leave that out.
 
     Raises:
         ParityError, BundleError: the first check that failed, by name: which tensor and how far.
@@ -84,6 +87,8 @@ def verify(
         run("parity", comparison.parity)
         run("batches", comparison.batches)
         run("fresh inputs", comparison.fresh_inputs)
+        if probe is not None:
+            comparison.replay(probe)
     finally:
         session.close()
     return Verification(tuple(checks), comparison.accuracy)
@@ -154,6 +159,23 @@ class _Comparison:
             action, q = self._run(self._obs[row : row + 1], noise[:1])
             compare(self._policy, self._obs[row : row + 1], noise[:1], action, q, self._tolerance)
         return f"two observations give two actions, {distance:.2g} of the action range apart"
+
+    def replay(self, probe: Probe) -> None:
+        """The probe, as a server replays it: there another particle of nearly the best value is an error.
+
+        Raises:
+            ParityError: no server would load the bundle.
+        """
+        spec = self._policy.spec
+        action, _ = self._run(probe.obs, probe.noise)
+        worst = float((np.abs(action - probe.action) / (spec.action_high - spec.action_low)).max())
+        limit = max(spec.tolerance, self._tolerance.action)
+        if not worst <= limit:  # also true for NaN
+            raise ParityError(
+                f"check 'probe' failed: wanted the actions of the probe to within {limit:g} of the action "
+                f"range, got an error of {worst:.3g} from {self._session.runtime}, and no server would load "
+                "the bundle; use another --precision, or --particles 1"
+            )
 
     def _compare(self, rows: slice, batch: int) -> Accuracy:
         obs, noise = self._obs[rows], self._noise[rows]
