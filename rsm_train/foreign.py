@@ -260,7 +260,7 @@ def _check_layer(
     if weight.shape != (outputs, inputs):
         raise CheckpointError(
             f"{where}.weight: wanted [out, in] = [{outputs}, {inputs}], got {list(weight.shape)}; "
-            f"its inputs are {inputs_text}"
+            f"its inputs are {inputs_text}, and its outputs are as many as {where}.bias has elements"
         )
 
 
@@ -295,7 +295,7 @@ def _array(where: str, value: ArrayLike) -> NDArray[np.float32]:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where}: wanted an array of real numbers, got none ({error})") from None
     if array.dtype.kind != "f":
-        raise CheckpointError(f"{where}: wanted an array of real numbers, got dtype {array.dtype}")
+        raise CheckpointError(f"{where}: wanted an array of real numbers, got dtype {array.dtype}; give floats")
     with np.errstate(over="ignore"):  # becomes Inf
         array = array.astype(np.float32)
     if not np.isfinite(array).all():

@@ -27,15 +27,17 @@ from rsm_export import build as build_module
 from rsm_export.cli import main as rsm_export
 
 from rsm_common import atomic
-from rsm_common.errors import UsageError
+from rsm_common.errors import CheckpointError, UsageError
 from rsm_eval.cli import main as rsm_eval
 from rsm_eval.sources import open_policy
 from rsm_serve.bundle.probe import Probe
 from rsm_train.cli import main as rsm_train
 from rsm_train.config import resolve
+from rsm_train.foreign import import_weights
 from rsm_train.policy import TorchPolicy
 from rsm_train.run import checkpoint as checkpoint_module
 from rsm_train.run.run_directory import require_new, resume_settings
+from tests.foreign import Arrays, policy_arrays
 from tests.rsm_eval.tiny_env import ENV_ID
 
 if sys.version_info >= (3, 11):
@@ -447,3 +449,34 @@ def test_an_export_that_no_server_would_load_is_refused_with_options_that_help(
 
     assert rsm_export([*command, "--particles", "1", "--repo", str(tmp_path / "one")]) == 0
     assert rsm_eval(["--policy", str(tmp_path / "one" / "run"), "--episodes", "1"]) == 0
+
+
+def test_foreign_weights_are_accepted_when_they_are_corrected_as_it_says(tmp_path):
+    arrays = policy_arrays(4, 2, 8)
+    bias, weight = arrays["layers.1.bias"], arrays["layers.0.weight"]
+    wrong = {
+        "give floats": arrays | {"layers.1.bias": bias.astype(np.int64)},
+        "as many as policy: layers.1.bias has elements": arrays | {"layers.1.bias": bias[:3]},
+        "hand over weight.T": arrays | {"layers.0.weight": weight.T},
+        "rename them": {f"net.{name}": array for name, array in arrays.items()},
+    }
+
+    def made(policy: Arrays, name: str) -> Path:
+        return import_weights(
+            tmp_path / name,
+            policy=policy,
+            critics=None,
+            env_id=ENV_ID,
+            obs_size=4,
+            action_low=[-1.0, -1.0],
+            action_high=[1.0, 1.0],
+            steps=5,
+            particles=1,
+        )
+
+    for advice, policy in wrong.items():
+        with pytest.raises(CheckpointError, match=advice):
+            made(policy, "no")
+    assert made(arrays, "yes").is_dir()
+    page = pydoc.render_doc("rsm_train.run.checkpoint")
+    assert all(name in page for name in ("time.layers.0.weight", "layers.0.bias"))
