@@ -165,7 +165,8 @@ def _state(rows: int) -> Batch:
     return Batch(zeros, torch.zeros(rows, 2), torch.zeros(rows), zeros, torch.ones(rows))
 
 
-_CONSTANT: dict[str, Any] = {"temperature_schedule": "constant", "temperature": 2.0}
+CONSTANT: dict[str, Any] = {"temperature_schedule": "constant", "temperature": 2.0}
+"""Settings of a constant temperature, at which two mirror steps give the exact density of temperature 1."""
 
 
 def learn_sdac(
@@ -302,11 +303,11 @@ def floor_kl(steps: int = 20) -> float:
 
 CASES: dict[str, Callable[[], Outcome]] = {
     "sdac_paper": lambda: learn_sdac("paper", 1500),
-    "dpmd_paper": lambda: learn_dpmd("paper", 2, 1500, **_CONSTANT),
+    "dpmd_paper": lambda: learn_dpmd("paper", 2, 1500, **CONSTANT),
     "sdac_paper_bf16": lambda: learn_sdac("paper", 1500, precision="bf16"),
-    "dpmd_paper_bf16": lambda: learn_dpmd("paper", 2, 1500, precision="bf16", **_CONSTANT),
+    "dpmd_paper_bf16": lambda: learn_dpmd("paper", 2, 1500, precision="bf16", **CONSTANT),
     "dpmd_kl": lambda: learn_dpmd("kl", 1, 2500),
-    "dpmd_reference": lambda: learn_dpmd("reference", 2, 500, rows=32, target_particles=32, **_CONSTANT),
+    "dpmd_reference": lambda: learn_dpmd("reference", 2, 500, rows=32, target_particles=32, **CONSTANT),
     "sdac_reference": lambda: learn_sdac("reference", 1500),
 }
 """Every case of the docstring; up to a minute each."""
