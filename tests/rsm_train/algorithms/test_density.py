@@ -1,6 +1,6 @@
 """Check 6.3 of reweighted score matching: exact densities of a problem with a known Q.
 
-DPMD has fewer updates here than in benchmarks/density.py, and an average of the weights that is as much shorter.
+DPMD has fewer updates here than in benchmarks/density.py, and a shorter average of the weights.
 That adds at most 0.15 to the divergence from the exact density.
 """
 
