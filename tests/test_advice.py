@@ -480,3 +480,11 @@ def test_foreign_weights_are_accepted_when_they_are_corrected_as_it_says(tmp_pat
     assert made(arrays, "yes").is_dir()
     page = pydoc.render_doc("rsm_train.run.checkpoint")
     assert all(name in page for name in ("time.layers.0.weight", "layers.0.bias"))
+
+
+def test_a_return_that_is_too_low_passes_without_the_options_that_shorten_the_chain(run, tmp_path, capsys):
+    command = [str(run), "--repo", str(tmp_path), "--env", ENV_ID, "--episodes", "3", "--tolerance", "1e-7"]
+    assert rsm_export([*command, "--steps", "1", "--particles", "1"]) == 2
+    assert "leave out what shortens the chain (--steps, --particles" in capsys.readouterr().err
+
+    assert rsm_export(command) == 0

@@ -124,5 +124,8 @@ def compare_returns(full: Policy, export: Policy, config: SearchConfig) -> Loss:
         arena = Arena({"full": full, "export": export}, "full", pool, config.tolerance)
         loss = arena.loss("export", CONFIRMING_SEED, config.episodes)
     if loss.hopeless:
-        raise ParityError(f"check 'return' failed: wanted {loss.describe()}")
+        raise ParityError(
+            f"check 'return' failed: wanted {loss.describe()}; leave out what shortens the chain "
+            "(--steps, --particles, --precision), or allow a larger --tolerance"
+        )
     return loss
