@@ -128,7 +128,8 @@ def _product(spec: PolicySpec) -> tuple[list[Any], dict[str, NDArray[Any]]]:
             node("Mul", ["obs_scale", "W_scale"], ["scales"]),
             node("Mul", ["product_f", "scales"], ["obs_W"]),
         ]
-        scale = np.abs(W).max(0) / 127
+        # Of the 8 bits one is left unused: processors without VNNI add two products in 16 bits, which saturate.
+        scale = np.abs(W).max(0) / 63
         return nodes, {"W": np.round(W / scale).astype(np.int8), "W_scale": scale}
     onnx_type = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[spec.precision]
     dtype = helper.tensor_dtype_to_np_dtype(onnx_type)

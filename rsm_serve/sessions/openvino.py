@@ -70,7 +70,7 @@ class OpenVINOSession:
         self._spec = spec
         self._precision = precision
         self._core = _core()
-        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bf16" and not has_bf16():
             raise UsageError("wanted a processor with bf16, got one without; take the backend openvino")
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -127,6 +127,11 @@ class OpenVINOSession:
             graph.reshape({name: [size, *shape] for name, shape in shapes.items()})
             self._compiled[size] = _FixedBatch(self._core.compile_model(graph, "CPU", self._settings))
         return self._compiled[size]
+
+
+def has_bf16() -> bool:
+    """Whether the processor computes in bf16."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @functools.cache

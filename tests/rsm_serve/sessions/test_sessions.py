@@ -38,15 +38,23 @@ PRECISIONS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2, "int8": 2e-2}
 """Each with the error that its test graph may have, as a fraction of the action range."""
 
 
-def installed(name: str) -> bool:
-    return not RUNTIMES[name].gpu and importlib.util.find_spec(RUNTIMES[name].module) is not None
+def missing(name: str) -> str:
+    """What keeps a CPU backend from running here; empty if nothing does."""
+    if importlib.util.find_spec(RUNTIMES[name].module) is None:
+        return f"{name} is not installed"
+    if name == "openvino-bf16":
+        from rsm_serve.sessions.openvino import has_bf16
+
+        return "" if has_bf16() else "the processor has no bf16"
+    return ""
 
 
-CPU_BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(not installed(name), reason=f"{name} is not installed"))
-    for name, runtime in RUNTIMES.items()
-    if not runtime.gpu
-]
+def needs(*names: str) -> pytest.MarkDecorator:
+    reasons = [reason for name in names if (reason := missing(name))]
+    return pytest.mark.skipif(bool(reasons), reason=", ".join(reasons))
+
+
+CPU_BACKENDS = [pytest.param(name, marks=needs(name)) for name, runtime in RUNTIMES.items() if not runtime.gpu]
 
 
 def bundle_of(spec=SPEC, model=None):
@@ -198,7 +206,7 @@ class TestPrecisions:
         assert offered
         assert all(precision in RUNTIMES[name].precisions for name in offered)
 
-    @pytest.mark.skipif(not installed("onnxruntime"), reason="onnxruntime is not installed")
+    @needs("onnxruntime")
     def test_the_table_refuses_nothing_that_onnxruntime_could_run(self):
         from rsm_serve.sessions.onnxruntime import OnnxRuntimeSession
 
@@ -212,7 +220,6 @@ class TestPrecisions:
             with pytest.raises(BundleError, match="fp32, fp16, int8, bf16, got 'tiny' of fp4"):
                 open_session(bundle, backend)
 
-    @pytest.mark.skipif(not installed("openvino-bf16"), reason="openvino is not installed")
     def test_bf16_has_its_own_tolerance_and_only_where_it_was_asked_for(self):
         spec = dataclasses.replace(SPEC, tolerance=1e-7)
         assert choice.probe_tolerance("openvino-bf16", spec) == BF16_TOLERANCE
@@ -220,14 +227,14 @@ class TestPrecisions:
             if name != "openvino-bf16":
                 assert choice.probe_tolerance(name, spec) == 1e-7
 
-    @pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+    @needs("openvino", "openvino-bf16")
     def test_openvino_computes_in_float32_unless_told_otherwise(self):
         sessions: list[Any] = [open_session(bundle_of(), name) for name in ("openvino", "openvino-bf16")]
         found = [s._compiled[1].compiled.get_property("INFERENCE_PRECISION_HINT").to_string() for s in sessions]
         assert found == ["f32", "bf16"]
 
 
-@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+@needs("openvino")
 class TestOpenVINO:
     def test_pieces_cover_the_batch_and_leave_little_idle(self):
         from rsm_serve.sessions.openvino import pieces
@@ -394,7 +401,7 @@ class Node:
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
-@pytest.mark.skipif(not installed("onnxruntime"), reason="onnxruntime is not installed")
+@needs("onnxruntime")
 class TestOnnxRuntimeOnAGpu:
     @pytest.fixture
     def fake(self, monkeypatch):
