@@ -35,10 +35,11 @@ from types import FrameType
 from typing import Any
 
 from record import write_record
-from returns_report import CONFIG_FILE, Variant, draw, read_runs, report, slices_file, steps_of, table
+from returns_report import Variant, draw, read_runs, report, slices_file, steps_of, table
 
 from rsm_common.commandline import parse_seeds
 from rsm_common.errors import ConfigError, RsmError
+from rsm_eval.learning import CONFIG_FILE
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "rsm_train.cli")
 SAC_RATES = (0.2, 1.0)

@@ -13,32 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rsm_common.errors import CheckpointError, ConfigError
-from rsm_eval.learning import METRICS_FILE, LearningCurve, load_learning_curve, read_metrics
+from rsm_common.errors import ConfigError
+from rsm_eval.curves.aggregate import MeanCurve, final_of, make_group
+from rsm_eval.curves.runs import TrainingRun, read_training_run, seed_curve
+from rsm_eval.learning import CONFIG_FILE, METRICS_FILE, LearningCurve, load_learning_curve, read_metrics
 from rsm_eval.statistics import mean_interval
 
-CONFIG_FILE = "config.json"
 PROTOCOL = (
     "An evaluation is the mean return of one seed's episodes, best of N particles by the critics; N = 1 is one "
     "particle without them. Means are over seeds, with Student's t intervals of 95 % where there are several. "
     "Best is the maximum over a seed's evaluations, which favours long and noisy curves: the protocol of the "
     "published DPMD numbers (deviation 6). Complete means that every seed reached total_steps."
 )
-_NOT_DIGESTED = (
-    "seed",
-    "out",
-    "total_steps",
-    "log_every",
-    "keep_checkpoints",
-    "checkpoint_every",
-    "device",
-    "threads",
-    "vector",
-    "compile",
-    "wandb",
-)
-"""Settings that do not change what is learnt from a step, but for the seed and rounding."""
 
 
 @dataclass(frozen=True, order=True)
@@ -120,9 +108,7 @@ class TrainedRun:
     """One run directory at its present step."""
 
     variant: Variant
-    seed: int
-    directory: Path
-    config: Mapping[str, Any]
+    training: TrainingRun
     curve: LearningCurve
     steps: int
     updates: int
@@ -133,12 +119,14 @@ class TrainedRun:
     """What benchmarks/returns.py noted about each of its command lines."""
 
     @property
+    def seed(self) -> int:
+        """Of everything random in the run."""
+        return self.training.seed
+
+    @property
     def digest(self) -> str:
-        """Hash of the settings that decide the result, without the seed."""
-        parts = {
-            part: {name: value for name, value in self.config[part].items() if name not in _NOT_DIGESTED}
-            for part in ("run", "algorithm")
-        }
+        """Hash of the task and of the settings that decide the result."""
+        parts = [self.training.task, self.training.decisive_settings]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -147,11 +135,11 @@ class TrainedRun:
         from rsm_train.config import resolve
 
         run, algorithm = resolve(asdict(self.variant))
+        preset = asdict(run) | asdict(algorithm)
         return {
             name: value
-            for part, preset in (("run", asdict(run)), ("algorithm", asdict(algorithm)))
-            for name, value in self.config[part].items()
-            if name not in _NOT_DIGESTED and name in preset and preset[name] != value
+            for name, value in self.training.decisive_settings.items()
+            if name in preset and preset[name] != value
         }
 
 
@@ -183,26 +171,16 @@ def read_runs(root: Path) -> list[TrainedRun]:
 
 
 def _read_run(directory: Path) -> TrainedRun:
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        run = config["run"]
-        variant = Variant(run["env"], run["algo"], run["preset"], float(run["updates_per_step"]))
-        seed, _ = int(run["seed"]), config["algorithm"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"cannot read {CONFIG_FILE} of {str(directory)!r} ({error}); move the directory away"
-        ) from None
-    records = read_metrics(directory)
-    train = [record for record in records if record.get("kind") == "train"]
+    training = read_training_run(directory)
+    run = training.config["run"]
+    train = [record for record in training.records if record.get("kind") == "train"]
     learning = [record for record in train if record.get("updates_per_s", 0) > 0]
     notes = slices_file(directory)
     return TrainedRun(
-        variant,
-        seed,
-        directory,
-        config,
+        Variant(run["env"], run["algo"], run["preset"], float(run["updates_per_step"])),
+        training,
         load_learning_curve(directory),
-        _last_step(records),
+        _last_step(training.records),
         int(train[-1]["updates"]) if train else 0,
         float(np.median([record["steps_per_s"] for record in learning])) if learning else None,
         float(np.median([record["updates_per_s"] for record in learning])) if learning else None,
@@ -240,9 +218,10 @@ def by_variant(runs: Sequence[TrainedRun]) -> dict[Variant, list[TrainedRun]]:
         groups.setdefault(run.variant, []).append(run)
     for variant, members in groups.items():
         if len({run.digest for run in members}) > 1:
+            names = ", ".join(run.training.directory.name for run in members)
             raise ConfigError(
                 f"wanted equal settings in all runs of {variant} on {variant.env}, got different ones in "
-                f"{', '.join(run.directory.name for run in members)}; give other settings another --runs"
+                f"{names}; give other settings another --runs"
             )
     return groups
 
@@ -258,7 +237,7 @@ def describe_run(run: TrainedRun, total_steps: int) -> dict[str, Any]:
         "command": run.slices[-1]["command"] if run.slices else None,
         "settings_digest": run.digest,
         "trained_on": list(machines.values()),
-        "trained_with": run.config.get("provenance"),
+        "trained_with": run.training.config.get("provenance"),
         "steps": run.steps,
         "fraction": _fraction(run.steps, total_steps),
         "wall_s": round(curve.wall_s, 1),
@@ -275,13 +254,9 @@ def describe_run(run: TrainedRun, total_steps: int) -> dict[str, Any]:
 
 
 def aggregate(runs: Sequence[TrainedRun], total_steps: int) -> dict[str, Any]:
-    """One variant over its seeds, at the steps that all of its evaluated seeds have."""
+    """One variant over its seeds, in the range of steps that all of its evaluated seeds have."""
     evaluated = [run for run in runs if run.curve.eval_steps.size]
-    steps = common_steps([run.curve.eval_steps.tolist() for run in evaluated])
-    means = [_at(run.curve.eval_steps, run.curve.eval_mean, steps) for run in evaluated]
-    ones = [_at(run.curve.eval1_steps, run.curve.eval1_mean, steps[-1:]) for run in evaluated]
     reached = min(run.steps for run in runs)
-    summaries = [_over_seeds([row[index] for row in means]) for index in range(len(steps))]
     return {
         **asdict(runs[0].variant),
         "changed_settings": runs[0].changed_settings,
@@ -290,15 +265,34 @@ def aggregate(runs: Sequence[TrainedRun], total_steps: int) -> dict[str, Any]:
         "complete": reached >= total_steps,
         "steps": reached,
         "fraction": _fraction(reached, total_steps),
+        **_over_seeds(evaluated),
+    }
+
+
+def _over_seeds(runs: Sequence[TrainedRun]) -> dict[str, Any]:
+    """The curve, the final and the best evaluation of a variant; None for what no run has."""
+    if not runs:
+        empty: dict[str, Any] = {name: [] for name in ("step", "mean", "low", "high", "min", "max")}
+        return {"curve": empty, "final": None, "final_one_particle": None, "best": None}
+    label = str(runs[0].variant)
+    group = make_group([seed_curve(run.training, label, "evaluation") for run in runs], "steps")
+    curve, final = group.curve, group.final
+    low, high = curve.interval or ([None] * len(curve.x),) * 2
+    ones = None
+    if all(run.curve.eval1_steps.size for run in runs):
+        ones = final_of([seed_curve(run.training, label, "one-particle") for run in runs])
+    return {
         "curve": {
-            "step": steps,
-            **{
-                name: [summary[name] for summary in summaries] for name in ("mean", "low", "high", "min", "max")
-            },
+            "step": [int(step) for step in curve.x],
+            "mean": list(map(_rounded, curve.mean)),
+            "low": list(map(_rounded, low)),
+            "high": list(map(_rounded, high)),
+            "min": list(map(_rounded, curve.least)),
+            "max": list(map(_rounded, curve.most)),
         },
-        "final": {"step": steps[-1], **summaries[-1]} if steps else None,
-        "final_one_particle": _over_seeds([row[0] for row in ones]) if steps and all(ones) else None,
-        "best": _over_seeds([max(row) for row in means]) if steps else None,
+        "final": {"step": final.step, **_summary(final.returns)},
+        "final_one_particle": _summary(ones.returns) if ones and ones.step == final.step else None,
+        "best": _summary(final.best),
     }
 
 
@@ -332,19 +326,15 @@ def _variant(record: Mapping[str, Any]) -> Variant:
     return Variant(record["env"], record["algo"], record["preset"], record["updates_per_step"])
 
 
-def _at(steps: Any, values: Any, wanted: Sequence[int]) -> list[float]:
-    found = dict(zip(steps.tolist(), values.tolist(), strict=True))
-    return [found[step] for step in wanted if step in found]
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+def _summary(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Of one number per seed."""
     interval = mean_interval(values)
     return {
-        "mean": round(float(np.mean(values)), 2),
+        "mean": _rounded(values.mean()),
         "low": _rounded(interval.low if interval else None),
         "high": _rounded(interval.high if interval else None),
-        "min": round(min(values), 2),
-        "max": round(max(values), 2),
+        "min": _rounded(values.min()),
+        "max": _rounded(values.max()),
     }
 
 
@@ -353,7 +343,7 @@ def _fraction(steps: int, total_steps: int) -> float:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
+    return None if value is None else round(float(value), 2)
 
 
 # --- table ------------------------------------------------------------------------------------------------
@@ -460,88 +450,45 @@ def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 # --- picture ----------------------------------------------------------------------------------------------
 
-_COLOURS = {"dpmd": "#0072B2", "sdac": "#D55E00", "sac": "#009E73"}
-"""Of Okabe and Ito, told apart by colour-blind readers too."""
-_DASHES: dict[str, Any] = {
-    "paper": "solid",
-    "reference": (0, (5, 2)),
-    "kl": (0, (6, 2, 1, 2)),
-    "quick": (0, (2, 1)),
-}
-FEW_POINTS = 5
-"""Fewer are marked: a line of one point is none."""
-_TEXT, _MUTED, _GRID = "#1c2330", "#5b6472", "#dfe3e8"
-
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """One panel per environment: a line per variant, a band from the least to the best seed."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    from rsm_eval.plots import house_style
+    """The curves of `rsm-eval curves`, and the published points beside them; nothing without an evaluation."""
+    from rsm_eval.curves.figure import View, add_legend, draw, figure_bytes
 
     envs = _by_env([variant for variant in content["variants"] if variant["final"]])
-    with mpl.rc_context(house_style(_TEXT, _MUTED, _GRID)):
-        figure = Figure(figsize=(6.2 * max(1, len(envs)), 4.4), layout="constrained")
-        panels = figure.subplots(1, max(1, len(envs)), squeeze=False)[0]
-        for axes, (env, members) in zip(panels, envs.items(), strict=False):
-            _panel(axes, env, members, content["published_elsewhere"])
-        labels = {
-            label: handle
-            for axes in panels
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(labels.values(), labels, loc="outside lower center", ncols=2 if len(envs) < 2 else 3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, facecolor="white")
+    panels = {_title(env, members): list(map(_mean_curve, members)) for env, members in envs.items()}
+    if not panels:
+        return
+    view = View("steps", "evaluation return")
+    figure = draw(panels, view)
+    published: dict[str, Any] = {}
+    for axes, env in zip(figure.axes, envs, strict=False):
+        rows = [row for row in content["published_elsewhere"] if row["env"] == env and row["ours"] is not None]
+        published |= _published_points(axes, rows)
+    add_legend(figure, panels, view, published)
+    path.write_bytes(figure_bytes(figure, "png"))
 
 
-def _panel(
-    axes: Any, env: str, members: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]
-) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    from rsm_eval.plots import short_count
-
-    last = max(member["final"]["step"] for member in members)
-    for member in members:
-        curve, colour = member["curve"], _COLOURS[member["algo"]]
-        fast = member["algo"] == "sac" and member["updates_per_step"] >= 1
-        axes.plot(
-            curve["step"],
-            curve["mean"],
-            color=colour,
-            linestyle=_DASHES[member["preset"]],
-            linewidth=1.2 if fast else 2,
-            marker="o" if fast else "." if len(curve["step"]) < FEW_POINTS else "none",
-            markersize=3.5,
-            label=str(_variant(member)),
-        )
-        if len(member["seeds"]) > 1:
-            axes.fill_between(curve["step"], curve["min"], curve["max"], color=colour, alpha=0.14, linewidth=0)
-    _published_points(axes, [row for row in known if row["env"] == env and row["ours"] is not None])
-    seeds = sorted({len(member["seeds"]) for member in members})
-    count = "1 seed" if seeds == [1] else f"{'-'.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds"
-    changed = ", with changed settings" if any(member["changed_settings"] for member in members) else ""
-    axes.set_title(f"{env}, {count}{changed}", loc="left", color=_TEXT)
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("episode return")
-    axes.set_xlim(0, last * 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+def _title(env: str, members: Sequence[Mapping[str, Any]]) -> str:
+    return f"{env}, with changed settings" if any(member["changed_settings"] for member in members) else env
 
 
-def _published_points(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The published points that have a counterpart of ours with the same settings and step."""
+def _mean_curve(variant: Mapping[str, Any]) -> MeanCurve:
+    curve = variant["curve"]
+    x, mean, least, most = (np.array(curve[name], dtype=np.float64) for name in ("step", "mean", "min", "max"))
+    interval = None if None in curve["low"] else (np.array(curve["low"]), np.array(curve["high"]))
+    label, seeds = str(_variant(variant)), len(variant["seeds"])
+    return MeanCurve(label, seeds, x, mean, interval, least, most, unfinished=not variant["complete"])
+
+
+def _published_points(axes: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The published points that have a counterpart of ours with the same settings and step, by their label."""
+    drawn = {}
     for source in dict.fromkeys(row["source"] for row in rows):
         points = [(row["step"], row["mean"]) for row in rows if row["source"] == source]
         label = f"not ours: {source.partition(',')[0]}"
-        axes.plot(
-            *zip(*points, strict=True),
-            color=_MUTED,
-            linestyle=":",
-            linewidth=1.2,
-            marker="x",
-            markersize=4,
-            label=label,
-        )
+        style = {"color": "#777777", "linestyle": ":", "linewidth": 1.2, "marker": "x", "markersize": 4}
+        (drawn[label],) = axes.plot(*zip(*points, strict=True), **style)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, *(y for _, y in points)), max(high, *(y for _, y in points)))
+    return drawn

@@ -30,7 +30,13 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"^<!-- generated: ([a-z]+)(?: (\S+))? -->$", re.MULTILINE)
-SETTINGS = ("rsm_train.config", "rsm_export.config", "rsm_eval.evaluation", "rsm_serve.config")
+SETTINGS = (
+    "rsm_train.config",
+    "rsm_export.config",
+    "rsm_eval.evaluation",
+    "rsm_eval.curves.command",
+    "rsm_serve.config",
+)
 """Modules whose import brings every dataclass of settings."""
 PACKAGES = ("rsm_common", "rsm_train", "rsm_export", "rsm_eval", "rsm_serve")
 

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rsm_common import atomic
 from rsm_common.commandline import (
-    GroupedCommand,
     GroupedOption,
     aligned,
     dataclass_options,
     require_extra,
     run_command,
 )
-from rsm_common.errors import UsageError
+from rsm_common.default_group import DefaultCommand, DefaultGroup
+from rsm_common.output import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from rsm_eval.animation import Animation, NoAnimation
@@ -52,12 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(typed: str) -> click.Command:
     require_extra("rsm-eval", "eval", _MODULES)
+    from rsm_eval.curves.command import curves_command
     from rsm_eval.evaluation import EvalConfig
 
-    @click.command(
-        "rsm-eval", cls=GroupedCommand, examples=EXAMPLES, context_settings={"max_content_width": 110}
+    @click.group(
+        "rsm-eval",
+        cls=DefaultGroup,
+        other_usages=("curves RUN... [OPTIONS]",),
+        context_settings={"max_content_width": 110},
     )
     @click.version_option(package_name="rsm-toolkit")
+    def commands() -> None:
+        """Measure the returns and the latency of policies in a simulator, and write a report."""
+
+    @commands.command("evaluate", cls=DefaultCommand, usage="--policy SOURCE [OPTIONS]", examples=EXAMPLES)
     @click.option(
         "--policy",
         "sources",
@@ -70,11 +75,12 @@ def _command(typed: str) -> click.Command:
         "grpc:unix:path/name; repeat the option to compare policies.",
     )
     @dataclass_options(EvalConfig)
-    def command(sources: tuple[str, ...], **settings: Any) -> int:
+    def evaluate(sources: tuple[str, ...], **settings: Any) -> int:
         """Measure the returns and the latency of policies in a simulator, and write a report."""
         return _run(sources, EvalConfig(**settings), typed)
 
-    return command
+    commands.add_command(curves_command(typed))
+    return commands
 
 
 def _run(sources: Sequence[str], config: EvalConfig, typed: str) -> int:
@@ -163,41 +169,6 @@ def format_table(evaluation: Evaluation) -> str:
             stages.append([policy.label, *(" / ".join(pair) for pair in pairs)])
     tables = [aligned(rows)] + ([aligned(stages)] if len(stages) > 1 else [])
     return "\n\n".join([title, *tables])
-
-
-def check_writable(path: Path) -> None:
-    """Make sure before the minutes of rollouts that a file can be written; nothing is left behind.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none, in a directory that is made if need be.
-
-    Raises:
-        UsageError: the directory cannot be created or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_file(path, text.encode())
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UsageError:
-    remedy = {
-        errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-        errno.ENOSPC: "make room, or choose a place on another disk",
-    }.get(error.errno or 0, "choose a place that you may write to")
-    return UsageError(f"wanted to write {str(path)!r}, got {error.strerror}; {remedy}")
 
 
 if __name__ == "__main__":

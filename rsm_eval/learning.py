@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rsm_common.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
+"""The settings of a run, beside its metrics."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -56,6 +57,22 @@ def house_style(text: str, muted: str, grid: str) -> dict[Any, Any]:
         "legend.fontsize": 8.5,
         "svg.fonttype": "none",
     }
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of a figure."""
+
+    text: str
+    muted: str
+    grid: str
+    surface: str
+    series: tuple[str, ...]
+
+    @property
+    def style(self) -> dict[Any, Any]:
+        """Settings of matplotlib."""
+        return house_style(self.text, self.muted, self.grid)
 
 
 _STYLE = house_style(_TEXT, _MUTED, _GRID)
@@ -109,7 +126,7 @@ def learning_curve_svg(curve: LearningCurve, *, ident: str, size_in: tuple[float
         axes.set_xlim(left=0)
         _legend_above(figure, axes, columns=5 if size_in[0] > 5 else 2)
     last = f", last evaluation {curve.eval_mean[-1]:.1f}" if curve.eval_mean.size else ""
-    return _svg(figure, ident, f"Learning curve: episode return over {curve.last_step:,} steps{last}.")
+    return page_svg(figure, ident, f"Learning curve: episode return over {curve.last_step:,} steps{last}.")
 
 
 def returns_svg(
@@ -148,7 +165,7 @@ def returns_svg(
     described = "; ".join(
         f"{label} {s.iqm:.1f}, interval {s.iqm_low:.1f} to {s.iqm_high:.1f}" for label, s in summaries.items()
     )
-    return _svg(figure, ident, f"Return of every episode. Interquartile means: {described}.")
+    return page_svg(figure, ident, f"Return of every episode. Interquartile means: {described}.")
 
 
 def latency_svg(
@@ -183,7 +200,7 @@ def latency_svg(
         axes.set_xlabel("ms")
         axes.grid(axis="x", visible=False)
     medians = "; ".join(f"{label} median {np.median(values):.3g} ms" for (_, label), values in series.items())
-    return _svg(figure, ident, f"Histogram of {stage} latency: {medians}.")
+    return page_svg(figure, ident, f"Histogram of {stage} latency: {medians}.")
 
 
 def _figure(size_in: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -195,6 +212,10 @@ def _figure(size_in: tuple[float, float]) -> tuple[Figure, Axes]:
 
 def _series(row: int) -> str:
     return f"#0500{row % SERIES + 1:02x}"
+
+
+PAGE = Palette(_TEXT, _MUTED, _GRID, _SURFACE, tuple(map(_series, range(SERIES))))
+"""Placeholders that `page_svg` turns into the variables of a page."""
 
 
 def _legend_above(figure: Figure, axes: Axes, columns: int) -> None:
@@ -239,8 +260,14 @@ def short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def _svg(figure: Figure, ident: str, description: str) -> str:
-    """The figure as one <svg> element for an HTML page."""
+def page_svg(figure: Figure, ident: str, description: str) -> str:
+    """A figure in the colours of `PAGE` as one <svg> element of an HTML page.
+
+    Args:
+        figure: what to write.
+        ident: unique within the page; prefixes every id.
+        description: what a reader who does not see it is told.
+    """
     buffer = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": ident}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from rsm_common.policy import STAGES
@@ -14,8 +12,8 @@ from rsm_common.spec import PolicySpec
 from rsm_eval import plots
 from rsm_eval.animation import Animation, NoAnimation
 from rsm_eval.evaluation import Evaluation, PolicyEvaluation
-from rsm_eval.formats import format_ms, format_return
 from rsm_eval.learning import LearningCurve
+from rsm_eval.templates import load_template
 
 _WIDE_IN, _NARROW_IN = 7.6, 3.7
 """Each figure is drawn for a desk and for a phone; the page shows the one that fits."""
@@ -39,16 +37,8 @@ def render_report(
         curve: the learning curve of the training run, if one is known.
         animation: the recorded episode, or why there is none.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rsm_eval"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"ms": format_ms, "number": format_return, "data_uri": _data_uri}
     recorded = evaluation.policies[0]
-    return environment.get_template("report.html.j2").render(
+    return load_template("report.html.j2").render(
         evaluation=evaluation,
         config=evaluation.config,
         policies=evaluation.policies,
@@ -67,10 +57,6 @@ def render_report(
         recorded_episode=recorded.rollouts[0],
         spec_rows=_spec_rows(evaluation.policies),
     )
-
-
-def _data_uri(content: bytes, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _budget_percent(evaluation: Evaluation) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rsm_common.commandline import require_extra
 from rsm_common.errors import UsageError
 from rsm_common.manifest import MANIFEST_FILE
 from rsm_common.policy import Policy
+from rsm_eval.learning import CONFIG_FILE
 from rsm_eval.rollout import MAX_BATCH_ROWS
 from rsm_serve.bundle.contract import MODEL_SUFFIX, list_policies, list_versions
 from rsm_serve.sessions.choice import require_backend
@@ -26,7 +27,6 @@ _WANTED = (
     "wanted a run directory, a checkpoint, a bundle directory, a model.onnx of rsm-export, "
     "grpc://host:port/name or grpc:unix:path/name"
 )
-_CONFIG_FILE = "config.json"
 _NAME = r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?::(?P<version>[1-9][0-9]*))?"
 _TCP = re.compile(rf"(?P<address>grpcs?://[^/]+:[0-9]+)/{_NAME}")
 _UNIX = re.compile(rf"grpc:(?P<address>unix:.*[^/])/{_NAME}")
@@ -95,7 +95,7 @@ def _kind(source: str) -> Kind:
         raise UsageError(f"{_WANTED}, got {source!r}, which is {found}; check the spelling")
     if (path / MANIFEST_FILE).is_file() or list_versions(path):
         return "bundle"
-    if (path / _CONFIG_FILE).is_file():
+    if (path / CONFIG_FILE).is_file():
         return "torch"
     raise UsageError(f"{_WANTED}, got {source!r}, {_describe(path)}")
 
@@ -113,11 +113,11 @@ def _describe(path: Path) -> str:
     policies = list_policies(path)
     if policies:
         return f"a repository of bundles; name one of them, such as {path / policies[0]}"
-    found = sorted(file.parent for file in path.glob(f"*/{_CONFIG_FILE}"))
+    found = sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}"))
     if found:
         return f"a directory of runs or checkpoints; name one of them, such as {found[-1]}"
     return (
-        f"a directory with neither {_CONFIG_FILE} (a run) nor {MANIFEST_FILE} or versions (a bundle); "
+        f"a directory with neither {CONFIG_FILE} (a run) nor {MANIFEST_FILE} or versions (a bundle); "
         "a run that was just started has nothing to evaluate yet"
     )
 

@@ -51,17 +51,43 @@ class MeanInterval:
     high: float
 
 
+@dataclass(frozen=True)
+class MeanIntervals:
+    """The mean of each of G columns and its 95 % interval by Student's t, in units of the values."""
+
+    mean: NDArray[np.float64]
+    """[G]"""
+    low: NDArray[np.float64]
+    """[G]"""
+    high: NDArray[np.float64]
+    """[G]"""
+
+
 def mean_interval(values: ArrayLike) -> MeanInterval | None:
     """Of independent values such as one per training seed, of which there are too few to resample.
 
     None for fewer than two values, whose spread is unknown.
     """
-    sample = np.asarray(values, dtype=np.float64).reshape(-1)
-    if sample.size < 2:
+    of_column = mean_intervals(np.asarray(values, dtype=np.float64).reshape(-1, 1))
+    if of_column is None:
         return None
-    mean, error = float(sample.mean()), float(stats.sem(sample))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1)) * error
-    return MeanInterval(mean, mean - half, mean + half)
+    return MeanInterval(float(of_column.mean[0]), float(of_column.low[0]), float(of_column.high[0]))
+
+
+def mean_intervals(values_SG: ArrayLike) -> MeanIntervals | None:
+    """Of each column of an array [S, G] whose rows are independent, such as one per training seed.
+
+    A bootstrap would not do: its interval never leaves the range of the values. The range of three values
+    misses the centre of a symmetric distribution in 1 of 4 cases, that of five in 1 of 16.
+
+    None for fewer than two rows, whose spread is unknown.
+    """
+    sample = np.asarray(values_SG, dtype=np.float64)
+    if len(sample) < 2:
+        return None
+    mean, error = sample.mean(axis=0), stats.sem(sample, axis=0)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1)) * error
+    return MeanIntervals(mean, mean - half, mean + half)
 
 
 def interquartile_mean(values: ArrayLike, axis: int = -1) -> NDArray[np.float64]:

@@ -15,14 +15,12 @@ from rsm_common import atomic
 from rsm_common.commandline import (
     EXIT_OK,
     EXIT_USER_ERROR,
-    GroupedCommand,
     GroupedOption,
     dataclass_options,
     require_extra,
     run_command,
-    write_examples,
-    write_sections,
 )
+from rsm_common.default_group import DefaultCommand, DefaultGroup
 from rsm_common.errors import ConfigError
 from rsm_export.config import ExportConfig, SearchConfig
 from rsm_serve.bundle.contract import MODEL_SUFFIX
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from rsm_export.auto.search import SearchResult
     from rsm_export.exporter import Export
 
-DEFAULT_COMMAND = "export"
-DEFAULT_USAGE = "RUN_OR_CHECKPOINT --repo DIR [OPTIONS]"
 EXAMPLES = (
     ("Export the best checkpoint of a run", "rsm-export runs/pendulum --repo bundles --name pendulum"),
     (
@@ -42,54 +38,12 @@ EXAMPLES = (
 )
 
 
-class _DefaultContext(click.Context):
-    """The context of the default command, whose name the user does not type."""
-
-    @property
-    def command_path(self) -> str:
-        """The path of the group."""
-        assert self.parent is not None, "the default command is always one of a group"
-        return self.parent.command_path
-
-
-class DefaultCommand(GroupedCommand):
-    """The command that a `DefaultGroup` runs where its name is not given."""
-
-    context_class = _DefaultContext
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """See `click.Command`."""
-        formatter.write_usage(ctx.command_path, DEFAULT_USAGE)
-
-
-class DefaultGroup(click.Group):
-    """Commands of which one, DEFAULT_COMMAND, is meant where the first word is none of them."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Insert the default command's name. A run that is called like a command is given as ./inspect."""
-        own = {*self.commands, *ctx.help_option_names, "--version"}
-        return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if args and args[0] not in own else args)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Both ways of use."""
-        formatter.write_usage(ctx.command_path, DEFAULT_USAGE)
-        formatter.write_usage(ctx.command_path, "inspect BUNDLE [--json]", prefix="       ")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The default command's options, the common ones, then the other commands."""
-        default = self.commands[DEFAULT_COMMAND]
-        write_sections([*default.params, *self.get_params(ctx)], ctx, formatter)
-        with formatter.section("Other commands"):
-            others = [(name, made) for name, made in self.commands.items() if made is not default]
-            formatter.write_dl([(name, made.get_short_help_str(limit=90)) for name, made in others])
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The default command's examples."""
-        write_examples(EXAMPLES, formatter)
-        super().format_epilog(ctx, formatter)
-
-
-@click.group("rsm-export", cls=DefaultGroup, context_settings={"max_content_width": 110})
+@click.group(
+    "rsm-export",
+    cls=DefaultGroup,
+    other_usages=("inspect BUNDLE [--json]",),
+    context_settings={"max_content_width": 110},
+)
 @click.version_option(package_name="rsm-toolkit")
 def commands() -> None:
     """Make a bundle from a checkpoint, or print the content of a bundle.
@@ -100,7 +54,9 @@ def commands() -> None:
     """
 
 
-@commands.command(DEFAULT_COMMAND, cls=DefaultCommand, examples=EXAMPLES)
+@commands.command(
+    "export", cls=DefaultCommand, usage="RUN_OR_CHECKPOINT --repo DIR [OPTIONS]", examples=EXAMPLES
+)
 @click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.option(
     "--repo",

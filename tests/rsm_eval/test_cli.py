@@ -94,6 +94,7 @@ def test_help_has_sections_and_examples():
         "Latency:",
         "Report:",
         "Other:",
+        "Other commands:",
         "Examples:",
     ]
     assert text.count("  rsm-eval --policy ") == len(cli.EXAMPLES)

@@ -12,8 +12,9 @@ import pytest
 
 from rsm_common.commandline import parse_seeds
 from rsm_common.errors import ConfigError, MissingExtraError, UsageError
+from rsm_common.output import write_atomically
 from rsm_eval import animation, cli
-from rsm_eval.cli import main, write_atomically
+from rsm_eval.cli import main
 from rsm_eval.evaluation import EvalConfig
 from rsm_eval.rollout import episode_seeds, rollout
 from rsm_eval.sources import open_policy
