@@ -1,9 +1,14 @@
-"""A check of environment ids that does not create the environment."""
+"""Environment ids: a check that does not create the environment, and the ids of environments without one."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import re
+import sys
+from pathlib import Path
+
+_FACTORY = re.compile(r"<factory (.+)>")
 
 
 def unknown_env(env_id: str, cutoff: float = 0.6) -> str | None:
@@ -20,7 +25,6 @@ def unknown_env(env_id: str, cutoff: float = 0.6) -> str | None:
         import gymnasium as gym
     except ImportError:
         return None
-    from rsm_eval.envs import look_in_working_directory
 
     module, _, name = env_id.rpartition(":")
     if module:
@@ -36,3 +40,24 @@ def unknown_env(env_id: str, cutoff: float = 0.6) -> str | None:
         meant = f"; did you mean {' or '.join(close)}?" if close else ""
         return f"Gymnasium knows no environment {env_id!r}{meant}"
     return None
+
+
+def look_in_working_directory(env_id: str) -> None:
+    """Let the module of "module:EnvId" be found where the command runs, after all installed packages."""
+    here = str(Path.cwd())
+    if ":" in env_id and not {here, ""} & set(sys.path):
+        sys.path.append(here)
+
+
+def factory_env_id(name: str) -> str:
+    """The id that stands for the environments of a Python function: "<factory module:function>".
+
+    No registered id has such brackets. Only a program that has the function can create the environment.
+    """
+    return f"<factory {name}>"
+
+
+def factory_name(env_id: str) -> str | None:
+    """ "module:function" of "<factory module:function>"; None for an id that can be registered."""
+    match = _FACTORY.fullmatch(env_id)
+    return match[1] if match else None

@@ -8,8 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from rsm_common.errors import UnsupportedEnvError
 from rsm_common.spec import BoxSpec
 from rsm_eval.checked_env import FLOAT32_MAX, CheckedEnv, describe_exception
+from rsm_eval.env_ids import factory_name, look_in_working_directory
 
 BoxEnv: TypeAlias = gym.Env[NDArray[Any], NDArray[Any]]
 """An environment whose observations and actions are flat boxes of real numbers."""
@@ -30,8 +30,17 @@ EnvArgs: TypeAlias = Mapping[str, Any]
 """Keyword arguments of an environment's constructor: numbers, text, booleans or None."""
 
 
+Factory: TypeAlias = Callable[[], BoxEnv]
+"""A function without arguments that makes another environment at every call."""
+
+
 def make_env(
-    env_id: str, env_args: EnvArgs | None = None, *, name: str | None = None, render_mode: str | None = None
+    env_id: str,
+    env_args: EnvArgs | None = None,
+    *,
+    name: str | None = None,
+    render_mode: str | None = None,
+    factory: Factory | None = None,
 ) -> BoxEnv:
     """Create an environment and check that it is one a diffusion policy can act in.
 
@@ -41,6 +50,7 @@ def make_env(
         env_args: keyword arguments of the environment's constructor.
         name: what errors call the environment; by default "environment ENV_ID".
         render_mode: as in `gymnasium.make`.
+        factory: what makes the environment, whose id is then `rsm_eval.env_ids.factory_env_id`.
 
     Returns:
         The environment with its registered time limit, inside a `CheckedEnv`.
@@ -50,20 +60,49 @@ def make_env(
             is not a flat box of real numbers, or an action has no finite bounds.
     """
     _import_mujoco(rendering=render_mode is not None)
-    look_in_working_directory(env_id)
-    # An environment that cannot be rendered need not know the word.
-    rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-    try:
-        # The passive checker costs as much as a small MuJoCo step and repeats what is checked here.
-        env: BoxEnv = gym.make(env_id, disable_env_checker=True, **rendering, **(env_args or {}))
-    except (Exception, SystemExit) as error:
-        raise _not_created(env_id, env_args, error) from error
+    env = _registered(env_id, env_args, render_mode) if factory is None else _of_factory(env_id, factory)
     try:
         _check_spaces(env_id, env)
     except UnsupportedEnvError:
         env.close()
         raise
     return CheckedEnv(env, name or f"environment {env_id}")
+
+
+def _registered(env_id: str, env_args: EnvArgs | None, render_mode: str | None) -> BoxEnv:
+    made_by = factory_name(env_id)
+    if made_by is not None:
+        raise UnsupportedEnvError(
+            f"wanted a Gymnasium environment id such as HalfCheetah-v5 or module:EnvId, got the environment "
+            f"that the Python function {made_by} makes; register it, and name its id with --env"
+        )
+    look_in_working_directory(env_id)
+    # An environment that cannot be rendered need not know the word.
+    rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
+    try:
+        # The passive checker costs as much as a small MuJoCo step and repeats what is checked here.
+        made: BoxEnv = gym.make(env_id, disable_env_checker=True, **rendering, **(env_args or {}))
+    except (Exception, SystemExit) as error:
+        raise _not_created(env_id, env_args, error) from error
+    return made
+
+
+def _of_factory(env_id: str, factory: Factory) -> BoxEnv:
+    try:
+        env: Any = factory()
+    except UnsupportedEnvError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UnsupportedEnvError(
+            f"wanted to create an environment with {factory_name(env_id)}(), got {describe_exception(error)}; "
+            "correct this function"
+        ) from error
+    if isinstance(env, gym.Env):
+        return env
+    shown = " ".join(f"{env!r:.60}".split())
+    raise UnsupportedEnvError(
+        f"wanted {factory_name(env_id)}() to return a gymnasium.Env, got {shown}; correct this function"
+    )
 
 
 def running_statistics(env: BoxEnv) -> list[str]:
@@ -131,20 +170,21 @@ def time_limit(env: BoxEnv) -> int | None:
 
 
 class EnvPool:
-    """Environments of one id, created when first needed and kept for the next rollout.
+    """Environments of one kind, created when first needed and kept for the next rollout.
 
     Periodic evaluation creates its environments once this way. Close it, or use it as a context manager.
     """
 
-    def __init__(self, env_id: str, env_args: EnvArgs | None = None) -> None:
-        """Create the first environment.
+    def __init__(self, env_id: str, env_args: EnvArgs | None = None, *, factory: Factory | None = None) -> None:
+        """Create the first environment; for the arguments see `make_env`.
 
         Raises:
             UnsupportedEnvError: see `make_env`.
         """
         self.env_id = env_id
         self.env_args = env_args
-        self._envs = [make_env(env_id, env_args)]
+        self._factory = factory
+        self._envs = [self._make()]
 
     def take(self, count: int) -> list[BoxEnv]:
         """The first `count` environments, in the state their last user left them in: reset them.
@@ -152,8 +192,11 @@ class EnvPool:
         A pool serves one rollout at a time.
         """
         while len(self._envs) < count:
-            self._envs.append(make_env(self.env_id, self.env_args))
+            self._envs.append(self._make())
         return self._envs[:count]
+
+    def _make(self) -> BoxEnv:
+        return make_env(self.env_id, self.env_args, factory=self._factory)
 
     def close(self) -> None:
         """Close every environment; the pool may be used again and starts anew."""
@@ -186,13 +229,6 @@ def _not_created(env_id: str, env_args: EnvArgs | None, error: BaseException) ->
     return UnsupportedEnvError(
         f"wanted to create environment {env_id}{given}, got {describe_exception(error)}; {advice}"
     )
-
-
-def look_in_working_directory(env_id: str) -> None:
-    """Let the module of "module:EnvId" be found where the command runs, after all installed packages."""
-    here = str(Path.cwd())
-    if ":" in env_id and not {here, ""} & set(sys.path):
-        sys.path.append(here)
 
 
 @functools.cache

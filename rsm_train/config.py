@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, Literal
 
 from rsm_common.errors import ConfigError
 from rsm_common.imports import import_attribute
+from rsm_eval.env_ids import factory_name
 from rsm_train.algorithms.common import Algorithm, AlgorithmConfig
 from rsm_train.algorithms.registry import ALGORITHMS
 from rsm_train.model.kernels import CompileMode, Precision
+from rsm_train.setting_types import Named, SettingsFile, checked, named_in, nearest, option_name
 
 VectorName = Literal["sync", "async", "envpool"]
 
@@ -245,18 +248,37 @@ def preset_settings(preset: str, algo: str) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name in known} | dict(algorithm.presets[preset])
 
 
-def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
-    """Combine the dataclasses' defaults, the preset and what was given, later ones winning.
+def resolve(
+    given: Mapping[str, Any], *, file: SettingsFile | None = None, named: Named = option_name
+) -> tuple[RunConfig, AlgorithmConfig]:
+    """Combine the dataclasses' defaults, the preset, a file and what was given, later ones winning.
 
     Args:
         given: field names to values; None means not given.
+        file: the settings of a file.
+        named: how errors name a given setting.
 
     Raises:
-        ConfigError: an unknown preset, a setting the algorithm does not have, or values out of range.
+        ConfigError: an unknown preset, a setting the algorithm does not have, a value of another type or out of
+            range, or a setting that has no effect.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    preset, algo = chosen.get("preset", "paper"), chosen.get("algo", "dpmd")
+    run, algorithm = _combine(chosen, file, named)
+    _refuse_ineffective(chosen, algorithm, named)
+    if file is not None:
+        _refuse_ineffective_in_file(chosen, file, named)
+    return run, algorithm
+
+
+def _combine(
+    chosen: Mapping[str, Any], file: SettingsFile | None, named: Named
+) -> tuple[RunConfig, AlgorithmConfig]:
+    beneath = {} if file is None else file.settings
+    named = named_in(file, chosen, named)
+    own = checked({**beneath, **chosen}, RunConfig, named)
+    preset, algo = own.get("preset", "paper"), own.get("algo", "dpmd")
     algorithm_type = find_algorithm(algo)
+    own = checked(own, algorithm_type.Config, named)
     if preset not in algorithm_type.presets:
         having = [name for name in ALGORITHMS if preset in ALGORITHMS[name].presets]
         raise ConfigError(
@@ -264,15 +286,20 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
             if having
             else f"wanted a preset of {', '.join(algorithm_type.presets)}, got {preset!r}"
         )
-    settings = preset_settings(preset, algo) | chosen
+    settings = preset_settings(preset, algo) | own
     run_names = {item.name for item in dataclasses.fields(RunConfig)}
     algorithm_names = {item.name for item in dataclasses.fields(algorithm_type.Config)}
-    unknown = set(settings) - run_names - algorithm_names
+    unknown = sorted(set(settings) - run_names - algorithm_names)
     if unknown:
-        options = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in unknown))
-        raise ConfigError(f"wanted settings that algorithm {algo} has, got {options}; leave them out")
+        meant = nearest(unknown[0], run_names | algorithm_names) if len(unknown) == 1 else None
+        raise ConfigError(
+            f"wanted settings that algorithm {algo} has, got {', '.join(map(named, unknown))}; "
+            + ("leave them out" if meant is None else f"did you mean {meant}?")
+        )
     if "env" not in settings:
-        raise ConfigError("wanted an environment, got none; give one with --env, for example HalfCheetah-v5")
+        raise ConfigError(
+            f"wanted an environment, got none; give one with {named('env')}, for example HalfCheetah-v5"
+        )
     run = RunConfig(**{name: value for name, value in settings.items() if name in run_names})
     try:
         algorithm = algorithm_type.Config(
@@ -280,24 +307,44 @@ def resolve(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig]:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    _refuse_ineffective(chosen, algorithm)
     return run, algorithm
 
 
 def run_directory(run: RunConfig) -> Path:
     """Where a run writes: as given, or named after what it is."""
-    return Path(run.out or f"runs/{run.env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
+    if run.out:
+        return Path(run.out)
+    made_by = factory_name(run.env)
+    env = run.env if made_by is None else _as_file_name(made_by.partition(":")[2])
+    return Path(f"runs/{env}-{run.algo}-{run.preset}-s{run.seed}".replace(":", "_"))
 
 
-def _refuse_ineffective(given: Mapping[str, Any], algorithm: AlgorithmConfig) -> None:
+def _as_file_name(text: str) -> str:
+    """ "make_env(size=3)" -> "make_env_size_3"."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_")
+
+
+def _refuse_ineffective(given: Mapping[str, Any], algorithm: AlgorithmConfig, named: Named) -> None:
     """Refuse a given setting that has no effect beside the other settings."""
     for setting, needed in algorithm.ineffective().items():
         name, equals, value = setting.partition("=")
         if name in given and (not equals or str(given[name]) == value):
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(
-                f"wanted {needed} with {option}, which has no effect otherwise; leave {option} out"
-            )
+            said = named(name)
+            raise ConfigError(f"wanted {needed} with {said}, which has no effect otherwise; leave {said} out")
+
+
+def _refuse_ineffective_in_file(chosen: Mapping[str, Any], file: SettingsFile, named: Named) -> None:
+    """The same of a file by itself.
+
+    A setting of the file that has no effect only since another one was replaced beside the file is no mistake.
+    """
+    alone = {name: chosen[name] for name in ("env", "algo", "preset") if name in chosen}
+    try:
+        _, algorithm = _combine(alone, file, named)
+    except ConfigError:
+        return  # not by itself, but together they are in order
+    left = {name: value for name, value in file.settings.items() if name not in chosen}
+    _refuse_ineffective(left, algorithm, named_in(file, chosen, named))
 
 
 def _require(condition: bool, message: str) -> None:

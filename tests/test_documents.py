@@ -1,4 +1,6 @@
-"""README and tutorial: every command and program is run as it stands, in order, in an empty directory.
+"""README, tutorial and the page about training: every command and program is run as it stands, in order.
+
+Each begins in an empty directory.
 
 A line of output in a document must appear in the real output, with any numbers in the places of numbers.
 A block that both documents show is run once, so there is one training.
@@ -21,11 +23,15 @@ from pathlib import Path
 
 import pytest
 
+from rsm_train import Run
+from rsm_train.config import resolve
+from rsm_train.settings_file import read_settings
 from tests.hang import HANG_S
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+TRAINING = ROOT / "docs" / "howto" / "train.md"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 DOCUMENTED_ADDRESS = "127.0.0.1:8001"
@@ -176,3 +182,16 @@ def test_readme_and_tutorial_are_true_from_training_to_the_client(tmp_path):
             assert len(returns(outputs)) == 3
             assert min(returns(outputs)) >= SOLVED, "the quick preset solves InvertedPendulum-v5"
             assert float(outputs["python"].removeprefix("return ")) >= SOLVED
+
+
+@pytest.mark.slow
+def test_the_page_about_training_is_true(tmp_path):
+    with session(tmp_path) as shell:
+        outputs = run_document(shell, TRAINING)
+    assert [command.split()[1] for command in outputs if command != "python"] == ["--env", "--config"]
+    (toml,) = re.findall(r"^```toml\n(.*?)^```$", TRAINING.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "page.toml").write_text(toml)
+    run, _ = resolve({}, file=read_settings(tmp_path / "page.toml"))
+    assert (run.env, run.env_arg) == ("InvertedPendulum-v5", {"reset_noise_scale": 0.02})
+    steps = {path.name: Run(path).steps for path in (tmp_path / "runs").iterdir()}
+    assert steps == dict.fromkeys(("from-file", "notebook", "own", "warm"), 1000)

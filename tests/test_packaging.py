@@ -110,9 +110,9 @@ def lock_lines() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def pins(name: str, python: str) -> list[str]:
-    """The versions that the lock allows for a package on Linux with one Python."""
-    environment = {
+def linux(python: str) -> dict[str, str]:
+    """What markers are evaluated with: Linux with one Python."""
+    return {
         "python_version": python,
         "python_full_version": f"{python}.5",
         "sys_platform": "linux",
@@ -121,19 +121,25 @@ def pins(name: str, python: str) -> list[str]:
         "os_name": "posix",
         "platform_python_implementation": "CPython",
     }
+
+
+def pins(name: str, python: str) -> list[str]:
+    """The versions that the lock allows for a package on Linux with one Python."""
     locked = [Requirement(line) for line in lock_lines()]
     return [
         str(item.specifier).removeprefix("==")
         for item in locked
         if canonicalize_name(item.name) == canonicalize_name(name)
-        and (item.marker is None or item.marker.evaluate(environment))
+        and (item.marker is None or item.marker.evaluate(linux(python)))
     ]
 
 
-def locked_requirements() -> list[Requirement]:
+def locked_requirements(python: str) -> list[Requirement]:
+    """What the locked extras ask for on Linux with one Python."""
     extras = PROJECT["optional-dependencies"]
     names = [name for extra in extras if extra not in UNLOCKED_EXTRAS for name in extras[extra]]
-    return [Requirement(name) for name in [*PROJECT["dependencies"], *names]]
+    found = [Requirement(name) for name in [*PROJECT["dependencies"], *names]]
+    return [item for item in found if item.marker is None or item.marker.evaluate(linux(python))]
 
 
 def test_lock_is_exact_and_free_of_addresses() -> None:
@@ -146,7 +152,7 @@ def test_lock_is_exact_and_free_of_addresses() -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_lock_pins_every_requirement_within_its_range(python: str) -> None:
-    for requirement in locked_requirements():
+    for requirement in locked_requirements(python):
         versions = pins(requirement.name, python)
         assert len(versions) == 1, (
             f"{requirement.name}: wanted one pin on Python {python}, got {versions}; run: make lock"

@@ -10,17 +10,26 @@ import sys
 import pytest
 
 import rsm_serve
+import rsm_train
 from tests.hang import HANG_S
 
 PACKAGES = ("rsm_serve", "rsm_train", "rsm_eval", "rsm_export")
 
 
-@pytest.mark.parametrize("name", sorted(set(rsm_serve.__all__) - {"__version__"}))
-def test_a_public_name_is_that_of_its_module(name):
-    found = getattr(rsm_serve, name)
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        (package, name)
+        for package in (rsm_serve, rsm_train)
+        for name in package.__all__
+        if name != "__version__"
+    ],
+)
+def test_a_public_name_is_that_of_its_module(package, name):
+    found = getattr(package, name)
     home = importlib.import_module(found.__module__)
     assert getattr(home, name) is found
-    assert name in dir(rsm_serve)
+    assert name in dir(package)
 
 
 def test_the_names_that_the_pages_promise():
@@ -28,6 +37,11 @@ def test_the_names_that_the_pages_promise():
 
     assert PolicyClient is importlib.import_module("rsm_serve.client").PolicyClient
     assert all(callable(name) for name in (AsyncPolicyClient, PolicySpec, load_bundle, open_policy))
+
+    from rsm_train import Progress, Run, StopTraining, train
+
+    assert train is importlib.import_module("rsm_train.library").train
+    assert all(callable(name) for name in (Progress, Run, StopTraining))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -50,6 +64,28 @@ def test_importing_a_package_imports_nothing_else(package):
     )
     loaded = {name.partition(".")[0] for name in output.stdout.split()} - sys.stdlib_module_names
     assert loaded == {package, "rsm_common"}
+
+
+def test_training_without_its_extra_is_one_sentence():
+    code = (
+        "import sys\n"
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        "from rsm_common.errors import MissingExtraError\n"
+        "from rsm_train import Progress, Run, StopTraining, train\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n"
+        "    train(env='HalfCheetah-v5')\n"
+        "except MissingExtraError as error:\n"
+        "    print(error)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True
+    )
+    assert output.stdout == (
+        'rsm_train.train needs: pip install "rsm-toolkit[train]" (module torch is missing)\n'
+    )
 
 
 def test_the_client_needs_only_the_base_install():

@@ -32,6 +32,10 @@ class EnvPoolVector:
                 other spaces than Gymnasium's.
         """
         env_id = source.env_id
+        if source.factory is not None:
+            raise UnsupportedEnvError(
+                "wanted an environment id for vector envpool, got a function; use vector async"
+            )
         try:
             envpool = importlib.import_module("envpool")
         except ImportError as error:

@@ -17,15 +17,16 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from rsm_common.errors import UnsupportedEnvError
-from rsm_eval.envs import BoxEnv, EnvArgs, make_env
+from rsm_eval.envs import BoxEnv, EnvArgs, Factory, make_env
 
 
 @dataclass(frozen=True)
 class EnvSource:
-    """An environment id with its arguments, see `rsm_eval.envs.make_env`."""
+    """An environment id with its arguments, or a function; see `rsm_eval.envs.make_env`."""
 
     env_id: str
     args: EnvArgs = field(default_factory=dict)
+    factory: Factory | None = None
 
 
 RESTORED = "rsm_restored"
@@ -132,7 +133,8 @@ def make_episodes(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     try:
-        env = make_env(source.env_id, source.args, name=f"environment {index} ({source.env_id})")
+        name = f"environment {index} ({source.env_id})"
+        env = make_env(source.env_id, source.args, name=name, factory=source.factory)
     except UnsupportedEnvError as error:
         if not in_worker:
             raise

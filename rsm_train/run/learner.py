@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rsm_common.errors import TrainingError
 from rsm_common.seeds import expand_seed
+from rsm_eval.envs import Factory
 from rsm_train.algorithms.common import Algorithm, AlgorithmConfig, Batch, Metrics
 from rsm_train.config import RunConfig, find_algorithm
 from rsm_train.environments.envs import TrainingEnvs, check_state
@@ -38,6 +39,8 @@ class Learner:
         device: torch.device,
         compute: Compute,
         checkpoint: Checkpoint | None = None,
+        *,
+        factory: Factory | None = None,
     ) -> None:
         """Begin at step 0, but with the environments as they were at the checkpoint.
 
@@ -50,7 +53,7 @@ class Learner:
         self._run = run
         self._device = device
         self.envs = TrainingEnvs(
-            EnvSource(run.env, run.env_arg),
+            EnvSource(run.env, run.env_arg, factory),
             run.num_envs,
             run.seed,
             vector=run.vector,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from rsm_common.errors import EnvFaultError, TrainingError, UnsupportedEnvError
 from rsm_common.provenance import provenance
 from rsm_common.spec import PolicySpec
-from rsm_eval.envs import EnvPool, control_dt_s, env_boxes, statistics_warning
+from rsm_eval.envs import EnvPool, Factory, control_dt_s, env_boxes, statistics_warning
 from rsm_eval.rollout import episode_seeds
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig
 from rsm_train.environments.evaluation import Evaluation, evaluate
 from rsm_train.environments.identity import check_same_env
+from rsm_train.progress import Callback, Kind, Progress, wants_stop
 from rsm_train.run.checkpoint import Checkpoint
+from rsm_train.run.checkpoint_files import checkpoint_path
 from rsm_train.run.learner import Learner
 from rsm_train.run.machine import changes, effective_settings, pick_compute, pick_device
 from rsm_train.run.metrics import RunLog
@@ -27,6 +30,9 @@ from rsm_train.run.stopping import RunStopped, StopRequest
 
 _EVALUATION_SEED = 2**32
 """Evaluation episodes of a run with seed s use the seeds of 2**32 + s, not those of `rsm-eval --seeds s`."""
+
+Tell: TypeAlias = Callable[[Kind, Mapping[str, Any]], None]
+"""Tells of an event of a kind, with its line of metrics."""
 
 
 class Trainer:
@@ -38,8 +44,12 @@ class Trainer:
         algorithm_config: AlgorithmConfig,
         run_dir: Path,
         checkpoint: Checkpoint | None = None,
+        *,
+        factory: Factory | None = None,
     ) -> None:
         """Create everything, the environments as they were at the checkpoint; nothing is written yet.
+
+        With a factory, `run.env` is the id that stands for it.
 
         Raises:
             UnsupportedEnvError: the environment cannot be created, is not Box-to-Box, or is not the one of the
@@ -57,57 +67,78 @@ class Trainer:
         self.effective = effective_settings(self.device, compute)
         self.changed = "" if checkpoint is None else changes(checkpoint.config.get("effective"), self.effective)
         """What of it is another than at the checkpoint, in words."""
-        self._pool = EnvPool(run.env, run.env_arg)
+        self._pool = EnvPool(run.env, run.env_arg, factory=factory)
         self._evaluation_due = False
         if checkpoint is not None:
             check_same_env(checkpoint.spec, self._pool.take(1)[0])
-        self.learner = Learner(run, algorithm_config, self.device, compute, checkpoint)
+        self.learner = Learner(run, algorithm_config, self.device, compute, checkpoint, factory=factory)
         self._checkpoints = RunCheckpoints(run_dir, run.keep_checkpoints, self.learner.replay)
 
-    def train(self, log: RunLog, stop: StopRequest) -> None:
+    def train(self, log: RunLog, stop: StopRequest, callback: Callback | None = None) -> None:
         """Run to the last step, leaving metrics and checkpoints in the run directory.
 
         Raises:
-            RunStopped: a signal asked for it; everything is saved.
+            RunStopped: a signal or the callback asked for it; everything is saved.
             TrainingError: the run cannot go on; the last checkpoint is intact.
         """
+        tell = self._teller(stop, callback)
         try:
             if self._evaluation_due:  # the run ended between a checkpoint and its evaluation
-                self._evaluate_and_record(log)
-            while self.learner.step < self.run.total_steps and stop.signal_name is None:
-                self._advance(log)
+                self._evaluate_and_record(log, tell)
+            while self.learner.step < self.run.total_steps and not stop.made:
+                self._advance(log, tell)
         except (EnvFaultError, UnsupportedEnvError) as error:
             raise TrainingError(f"{error}, then go on with: {resume_command(self.run_dir)}") from error
         if self.learner.step < self.run.total_steps:
-            self.save(log.wall_s)
+            self._save(log, tell)
             done = (
                 f"stopped and saved at step {self.learner.step:,}; go on with"
                 if self.learner.step
                 else "stopped before the first step; begin again with"
             )
-            raise RunStopped(f"{stop.signal_name}: {done}: {resume_command(self.run_dir)}")
+            raise RunStopped(f"{stop.reason}: {done}: {resume_command(self.run_dir)}", stop.signal)
 
-    def _advance(self, log: RunLog) -> None:
+    def _advance(self, log: RunLog, tell: Tell) -> None:
         """One step of every environment and all that is due after it."""
         self.learner.collect()
         self.learner.learn()
         if self.learner.due(self.run.log_every):
-            log.train(self.learner.step, self.learner.summary())
+            tell("train", log.train(self.learner.step, self.learner.summary()))
         if self.learner.due(self.run.eval_every):
             self._evaluation_due = True
-            self.save(log.wall_s)  # first: an evaluation that fails must not take steps with it
-            self._evaluate_and_record(log)
+            self._save(log, tell)  # first: an evaluation that fails must not take steps with it
+            self._evaluate_and_record(log, tell)
         elif self.learner.due(self.run.checkpoint_every):
-            self.save(log.wall_s)
+            self._save(log, tell)
         log.advance(self.learner.step)
 
-    def _evaluate_and_record(self, log: RunLog) -> None:
+    def _evaluate_and_record(self, log: RunLog, tell: Tell) -> None:
         """Evaluate the policy of the checkpoint that was just saved, and add the returns to it."""
         step, evaluation = self.learner.step, self.evaluate()
-        log.evaluation(step, evaluation)
+        record = log.evaluation(step, evaluation)
         self._checkpoints.record(step, evaluation.returns, _EVALUATION_SEED + self.run.seed)
         self._evaluation_due = False
         log.show(step, evaluation)
+        tell("eval", record)
+
+    def _save(self, log: RunLog, tell: Tell) -> None:
+        """Write a checkpoint, and tell of it if there was none of the present step."""
+        before = self._checkpoints.saved_step
+        self.save(log.wall_s)
+        if self._checkpoints.saved_step != before:
+            tell("checkpoint", {})
+
+    def _teller(self, stop: StopRequest, callback: Callback | None) -> Tell:
+        """What tells the callback of an event and notes whether it wants to stop."""
+
+        def tell(kind: Kind, values: Mapping[str, Any]) -> None:
+            if callback is not None:
+                saved = self._checkpoints.saved_step
+                newest = checkpoint_path(self.run_dir, saved) if saved else None
+                progress = Progress(kind, self.learner.step, self.run.total_steps, values, newest)
+                stop.by_callback |= wants_stop(callback, progress)
+
+        return tell
 
     @property
     def evaluation_due(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,29 @@ import torch
 from rsm_common.errors import ConfigError
 from rsm_train.config import RunConfig
 from rsm_train.model.kernels import Compute, can_compile
+
+
+@contextlib.contextmanager
+def own_torch_settings(threads: int | None) -> Iterator[None]:
+    """torch for a run: as in a new process, whatever its caller has set, which comes back at the end.
+
+    Args:
+        threads: of the CPU; None: as they are.
+    """
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(torch.set_num_threads, before)
+        torch.set_default_dtype(torch.float32)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
 
 
 def pick_device(name: str) -> torch.device:

@@ -30,6 +30,7 @@ from rsm_train.run.machine import pick_device
 from rsm_train.run.results import EvalPoint, RunResult, read_result
 from rsm_train.run.run_directory import resume_settings
 from rsm_train.run.stopping import SIGNALS
+from rsm_train.setting_types import SettingsFile
 
 SEED_FIELD = "{seed}"
 _INTERRUPTED = (EXIT_INTERRUPTED, *(-number for number in SIGNALS))
@@ -45,7 +46,7 @@ class Worker:
     run_dir: Path
     command: tuple[str, ...]
     total_steps: int | None = None
-    """As given on the command line; None for what the run has by itself."""
+    """As given on the command line or in a file; None for what the run has by itself."""
 
     @property
     def log(self) -> Path:
@@ -65,7 +66,14 @@ class Plan:
     """Of the settings that no one gave: by name, where they come from."""
 
 
-def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, resume: bool = False) -> Plan:
+def plan(
+    given: Mapping[str, Any],
+    seeds: Sequence[int],
+    jobs: int | None,
+    *,
+    resume: bool = False,
+    file: SettingsFile | None = None,
+) -> Plan:
     """Check the settings and make one command line per seed.
 
     Args:
@@ -73,6 +81,7 @@ def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, re
         seeds: one run each.
         jobs: processes at once; None for as many as there are cores for their threads, or for all on a GPU.
         resume: go on with the runs that there are, and begin the others.
+        file: the settings of --config, whose seed does not count.
 
     Raises:
         ConfigError: --seed beside --seeds, an --out that all would share, or settings that `resolve` refuses.
@@ -80,7 +89,10 @@ def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, re
     """
     if given.get("seed") is not None:
         raise ConfigError("wanted --seed or --seeds, got both; leave one of them out")
-    out = given.get("out")
+    settings = dict(given)
+    if file is not None and settings.get("out") is None:
+        settings["out"] = file.settings.get("out")
+    out = settings.get("out")
     if out is not None and SEED_FIELD not in out:
         raise ConfigError(
             f"wanted {SEED_FIELD} in --out, since every seed needs a directory of its own, got {out!r}; "
@@ -88,8 +100,7 @@ def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, re
         )
     if jobs is not None and jobs < 1:
         raise ConfigError(f"wanted --jobs of at least 1, got {jobs}")
-    settings = dict(given)
-    run, _ = resolve(settings | {"seed": seeds[0]})
+    run, _ = resolve(settings | {"seed": seeds[0]}, file=file)
     # What is wrong for every seed is said once, and not by every worker.
     on_cpu = pick_device(run.device).type == "cpu"
     make_env(run.env, run.env_arg).close()
@@ -102,19 +113,22 @@ def plan(given: Mapping[str, Any], seeds: Sequence[int], jobs: int | None, *, re
         settings["threads"] = 1 if on_cpu else max(1, _cores() // jobs)
         origins["threads"] = "--seeds"
     settings_by_seed = {seed: _own_settings(settings, seed) for seed in seeds}
-    workers = tuple(_worker(own, seed, resume) for seed, own in settings_by_seed.items())
+    workers = tuple(_worker(own, seed, resume, file) for seed, own in settings_by_seed.items())
     return Plan(workers, jobs, settings_by_seed[seeds[0]], origins)
 
 
-def resume_command(given: Mapping[str, Any], seeds: str, jobs: int | None) -> str:
+def resume_command(
+    given: Mapping[str, Any], seeds: str, jobs: int | None, file: SettingsFile | None = None
+) -> str:
     """The command line that goes on with all seeds of a command.
 
     Args:
         given: the settings of the command line; None means not given.
         seeds: what --seeds was.
         jobs: what --jobs was.
+        file: the settings of --config.
     """
-    many = [f"--seeds={seeds}", *([] if jobs is None else [f"--jobs={jobs}"])]
+    many = [*_config(file), f"--seeds={seeds}", *([] if jobs is None else [f"--jobs={jobs}"])]
     return shlex.join(["rsm-train", *_arguments(given), *many, "--resume"])
 
 
@@ -254,11 +268,20 @@ def _own_settings(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return own
 
 
-def _worker(settings: Mapping[str, Any], seed: int, resume: bool) -> Worker:
-    run, _ = resolve(settings)
-    arguments = [*_arguments(settings), *(["--resume"] if resume else [])]
+def _worker(settings: Mapping[str, Any], seed: int, resume: bool, file: SettingsFile | None) -> Worker:
+    run, _ = resolve(settings, file=file)
+    arguments = [*_config(file), *_arguments(settings), *(["--resume"] if resume else [])]
     command = (sys.executable, "-m", "rsm_train.cli", *arguments)
-    return Worker(seed, run_directory(run), command, settings.get("total_steps"))
+    named = {**({} if file is None else file.settings), **_given(settings)}
+    return Worker(seed, run_directory(run), command, named.get("total_steps"))
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _config(file: SettingsFile | None) -> list[str]:
+    return [] if file is None else [f"--config={file.path}"]
 
 
 def _arguments(settings: Mapping[str, Any]) -> list[str]:

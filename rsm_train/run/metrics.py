@@ -251,9 +251,9 @@ class RunLog:
         first_step, first_s = self._learning_since
         return duration((self._total_steps - step) * (self.wall_s - first_s) / (step - first_step))
 
-    def train(self, step: int, values: Mapping[str, float]) -> None:
+    def train(self, step: int, values: Mapping[str, float]) -> Record:
         """Record the means of a log interval."""
-        self._write(step, "train", values)
+        record = self._write(step, "train", values)
         if self._learning_since is None and values["updates"] > 0:
             self._learning_since = (step, self.wall_s)
         self._progress.update(
@@ -262,13 +262,14 @@ class RunLog:
             episode_return=f"{values['episode_return']:.1f}" if "episode_return" in values else "-",
             rate=f"{values['steps_per_s']:.0f} steps/s  {values['updates_per_s']:.0f} updates/s",
         )
+        return record
 
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+    def evaluation(self, step: int, evaluation: Evaluation) -> Record:
         """Record an evaluation."""
         values = _statistics("eval", evaluation.returns)
         if evaluation.one_particle is not None:
             values |= _statistics("eval1", evaluation.one_particle)
-        self._write(step, "eval", values)
+        return self._write(step, "eval", values)
 
     def show(self, step: int, evaluation: Evaluation) -> None:
         """Print a line about an evaluation."""
@@ -281,10 +282,11 @@ class RunLog:
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+    def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> Record:
         record = {"step": step, "wall_s": round(self.wall_s, 3), "kind": kind, **values}
         for sink in self._sinks:
             sink.write(record)
+        return record
 
 
 def duration(seconds: float) -> str:

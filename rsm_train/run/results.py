@@ -49,9 +49,18 @@ def read_result(run_dir: Path) -> RunResult | None:
     Raises:
         CheckpointError: there is no such directory, or metrics.jsonl is damaged.
     """
-    if run_dir.is_dir() and not (run_dir / METRICS_FILE).exists():
-        return None
-    points = [EvalPoint.of(record) for record in read_metrics(run_dir) if record.get("kind") == "eval"]
+    points = read_evaluations(run_dir)
     if not points:
         return None
     return RunResult(points[-1], max(points, key=lambda point: (point.mean, point.step)))
+
+
+def read_evaluations(run_dir: Path) -> list[EvalPoint]:
+    """Every evaluation of a run, in order; none without a metrics.jsonl.
+
+    Raises:
+        CheckpointError: see `read_result`.
+    """
+    if run_dir.is_dir() and not (run_dir / METRICS_FILE).exists():
+        return []
+    return [EvalPoint.of(record) for record in read_metrics(run_dir) if record.get("kind") == "eval"]

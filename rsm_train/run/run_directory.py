@@ -16,6 +16,7 @@ from typing import Any
 from rsm_common import atomic
 from rsm_common.errors import CheckpointError, ConfigError
 from rsm_common.locking import lock_file
+from rsm_eval.env_ids import factory_name
 from rsm_eval.learning import METRICS_FILE
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig, find_algorithm, resolve, run_directory
@@ -26,6 +27,7 @@ from rsm_train.run.checkpoint_files import (
     is_checkpoint,
     list_checkpoints,
 )
+from rsm_train.setting_types import Named, SettingsFile, checked, named_in, option_name
 
 _LOCK_FILE = "lock"
 _TEMPORARY_FILES = (f".{CONFIG_FILE}.*", f".{METRICS_FILE}.*", f"{REPLAY_DIR}/.*.safetensors.*")
@@ -56,8 +58,24 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 
 def resume_command(run_dir: Path) -> str:
-    """The command line that continues a run."""
+    """The command line that continues a run; the call in Python where only a program can."""
+    made_by = _factory_of(run_dir)
+    if made_by is not None:
+        return _resume_call(run_dir, made_by)
     return f"rsm-train --resume --out {shlex.quote(str(run_dir))}"
+
+
+def _resume_call(run_dir: Path, made_by: str) -> str:
+    name = made_by.partition(":")[2]
+    return f"rsm_train.train(env={name if name.isidentifier() else '...'}, out={str(run_dir)!r}, resume=True)"
+
+
+def _factory_of(run_dir: Path) -> str | None:
+    """The Python function that makes the environments of a run; None without one, or if that is not known."""
+    try:
+        return factory_name(json.loads((run_dir / CONFIG_FILE).read_bytes())["run"]["env"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_advice(number: int | None, run_dir: Path, *, begun: bool = True) -> str:
@@ -163,18 +181,44 @@ def _is_ours(path: Path) -> bool:
     return path.name == _LOCK_FILE or path.match(_TEMPORARY_FILES[0])
 
 
-def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfig, Path]:
+def run_settings(
+    given: Mapping[str, Any],
+    *,
+    resume: bool,
+    file: SettingsFile | None = None,
+    named: Named = option_name,
+) -> tuple[RunConfig, AlgorithmConfig, Path]:
+    """The settings and the directory of a run, new or to be resumed.
+
+    Raises what `resolve` and `resume_settings` do, which say what the arguments are.
+    """
+    if resume:
+        return resume_settings(given, file=file, named=named)
+    run, algorithm = resolve(given, file=file, named=named)
+    return run, algorithm, run_directory(run)
+
+
+def resume_settings(
+    given: Mapping[str, Any], *, file: SettingsFile | None = None, named: Named = option_name
+) -> tuple[RunConfig, AlgorithmConfig, Path]:
     """The settings and the directory of a run to resume, or to begin where there is none yet.
 
     Args:
         given: field names to values; None means not given.
+        file: the settings of a file.
+        named: how errors name a given setting.
 
     Raises:
         ConfigError: there is no run, it cannot be read, or a setting is given that would make it another run.
         CheckpointError: the run's configuration cannot be read.
     """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    run_dir = Path(chosen["out"]) if "out" in chosen else run_directory(resolve(chosen)[0])
+    own = {name: value for name, value in given.items() if value is not None}
+    said = named_in(file, own, named)
+    chosen = checked({**({} if file is None else file.settings), **own}, RunConfig, said)
+    if chosen.get("out") is not None:
+        run_dir = Path(chosen["out"])
+    else:
+        run_dir = run_directory(resolve(own, file=file, named=named)[0])
     try:
         begun, checkpoint = (run_dir / CONFIG_FILE).is_file(), is_checkpoint(run_dir)
     except OSError as error:
@@ -192,23 +236,60 @@ def resume_settings(given: Mapping[str, Any]) -> tuple[RunConfig, AlgorithmConfi
                 f"wanted a run to resume in {str(run_dir)!r}, got no {CONFIG_FILE} there; correct --out, or "
                 "give --env to begin a run"
             )
-        return *resolve(chosen), run_dir
+        return *resolve(own, file=file, named=named), run_dir
     run, algorithm = _read_config(run_dir / CONFIG_FILE)
+    _require_factory(run.env, chosen.get("env"), run_dir)
+    chosen = checked(chosen, type(algorithm), said)
     stored = dataclasses.asdict(algorithm) | dataclasses.asdict(run)
     for name, value in chosen.items():
         if name not in (*_FREE_TO_CHANGE, "out") and (name not in stored or stored[name] != value):
-            option, own = f"--{name.replace('_', '-')}", stored.get(name, "(no such setting)")
+            option, wanted = named(name), stored.get(name, "(no such setting)")
+            place = f" in {file.path!r}" if file is not None and name not in own else ""
             raise ConfigError(
-                f"wanted {option} {own} as the run in {str(run_dir)!r} has it, got {value}; leave {option} out "
-                "to resume, or begin a run in another directory"
+                f"wanted {option} {wanted} as the run in {str(run_dir)!r} has it, got {value}{place}; leave "
+                f"{option} out to resume, or begin a run in another directory"
             )
     changes = {name: chosen[name] for name in _FREE_TO_CHANGE if name in chosen}
     return dataclasses.replace(run, out=str(run_dir), **changes), algorithm, run_dir
 
 
+def _require_factory(env: str, given: str | None, run_dir: Path) -> None:
+    """Check that a run whose environments a Python function makes is resumed with this function.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    made_by = factory_name(env)
+    if made_by is not None and given != env:
+        got = "none" if given is None else factory_name(given) or given
+        raise ConfigError(
+            f"wanted the Python function {made_by}, which makes the environments of the run in "
+            f"{str(run_dir)!r}, got {got}; go on in a program with {_resume_call(run_dir, made_by)}"
+        )
+
+
+def stored_settings(run_dir: Path) -> dict[str, Any]:
+    """Every setting of a run by its name, as its configuration has it.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    path = run_dir / CONFIG_FILE
+    with _config_errors(path):
+        config = json.loads(path.read_bytes())
+        return {**config["run"], **config["algorithm"]}
+
+
 def _read_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
-    try:
+    with _config_errors(path):
         return _parse_config(path)
+
+
+@contextlib.contextmanager
+def _config_errors(path: Path) -> Iterator[None]:
+    """Make one sentence of an error in reading the configuration of a run."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"cannot read the configuration of a run from {path}: {error.strerror}; make it readable for this "

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from rich.console import Console
 
 from rsm_common import atomic
 from rsm_common.commandline import require_extra
 from rsm_common.errors import CheckpointError
+from rsm_eval.envs import Factory
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig
+from rsm_train.progress import Callback
 from rsm_train.run.checkpoint import Checkpoint, is_sound, load_training
 from rsm_train.run.checkpoint_files import CONFIG_FILE, REPLAY_DIR, list_checkpoints, set_aside
 from rsm_train.run.loop import Trainer
-from rsm_train.run.metrics import RunLog, Tolerant, extra_sinks, mute_closed_streams
+from rsm_train.run.machine import own_torch_settings
+from rsm_train.run.metrics import RunLog, Tolerant, extra_sinks
 from rsm_train.run.replay import remove_segments
 from rsm_train.run.run_directory import (
     lock,
@@ -33,13 +38,49 @@ from rsm_train.run.run_directory import (
 from rsm_train.run.saving import disk_errors, evaluation_due
 from rsm_train.run.stopping import StopRequest
 
+logger = logging.getLogger(__name__)
+
+_WARNING = "warning: "
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, resume: bool = False) -> Path:
+@dataclass(frozen=True)
+class Caller:
+    """What the program that starts a run gives it beside its settings."""
+
+    factory: Factory | None = None
+    """Makes the environments, where the id of the run only stands for it."""
+    callback: Callback | None = None
+    """Is told of every event, and may stop the run."""
+    quiet: bool = False
+    """Print nothing: what would be printed goes to the log, warnings as such."""
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence on stderr, or log it."""
+        if not self.quiet:
+            print(sentence, file=Tolerant(sys.stderr))
+        elif sentence.startswith(_WARNING):
+            logger.warning(sentence.removeprefix(_WARNING))
+        else:
+            logger.info(sentence)
+
+
+COMMAND_LINE = Caller()
+"""rsm-train: environments have ids, and everything is printed."""
+
+
+def train(
+    run: RunConfig,
+    algorithm_config: AlgorithmConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    caller: Caller = COMMAND_LINE,
+) -> Path:
     """Train and return the run directory.
 
-    SIGINT, SIGTERM and SIGHUP, in the main thread, end the run after its present step and a checkpoint.
+    SIGINT, SIGTERM and SIGHUP, in the main thread, end the run after its present step and a checkpoint. What
+    the run sets in torch for itself is as before at its end.
 
     Args:
         run: settings of the loop.
@@ -47,6 +88,7 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         run_dir: where everything is written.
         resume: go on from the newest sound checkpoint in the directory, or from the start where there is none;
             the settings are those of `rsm_train.run.run_directory.resume_settings`.
+        caller: what makes the environments, and what is told of events.
 
     Raises:
         ConfigError: the run directory holds another run already or another process writes there, the device
@@ -54,21 +96,18 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         UnsupportedEnvError: the environment is unknown or not Box-to-Box.
         CheckpointError: no checkpoint can be resumed from, or the checkpoints were deleted.
         TrainingError: the run cannot go on; its last checkpoint is intact.
-        RunStopped: a signal ended it; its message has the command to resume.
+        RunStopped: a signal or the callback ended it; its message has the command to resume.
         MissingExtraError: wandb is asked for and not installed.
     """
     if run.wandb is not None:
         require_extra("rsm-train --wandb", "wandb", ["wandb"])
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
-    with StopRequest() as stop, contextlib.ExitStack() as stack:
-        stack.callback(mute_closed_streams)  # for what the caller says at the end
+    with own_torch_settings(run.threads), StopRequest() as stop, contextlib.ExitStack() as stack:
         continuing = resume and (run_dir / CONFIG_FILE).is_file()
         if continuing:
             stack.enter_context(lock(run_dir))
         else:
             require_new(run_dir)
-        start = _start(run, algorithm_config, run_dir)
+        start = _start(run, algorithm_config, run_dir, caller)
         if start is None:
             return run_dir
         trainer, checkpoint = start.trainer, start.checkpoint
@@ -81,20 +120,21 @@ def train(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, *, r
         # First, as wandb may refuse: the directory is then still empty, and can be used again.
         sinks = extra_sinks(run.wandb, run_dir, trainer.config())
         with disk_errors(run_dir, "the run", _DISK, begun=False):
-            _set_aside(start)
-            prepare(trainer)
+            _set_aside(start, caller)
+            prepare(trainer, caller)
         with (
             disk_errors(run_dir, "the run", _DISK),
             RunLog(
                 run_dir,
                 run.total_steps,
                 sinks,
+                console=Console(quiet=True, file=io.StringIO()) if caller.quiet else None,
                 first_step=trainer.learner.step,
                 wall_s=wall_s,
                 warmup_steps=run.warmup_steps,
             ) as log,
         ):
-            trainer.train(log, stop)
+            trainer.train(log, stop, caller.callback)
     return run_dir
 
 
@@ -109,7 +149,7 @@ class _Start:
     """Newer checkpoints that cannot be resumed, newest first, and why."""
 
 
-def _start(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> _Start | None:
+def _start(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, caller: Caller) -> _Start | None:
     """Make the trainer, at the newest checkpoint that is sound if there is one; None if the run is finished.
 
     Raises:
@@ -120,23 +160,30 @@ def _start(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -> 
         try:
             checkpoint = load_training(path)
             if checkpoint.state["step"] >= run.total_steps and not evaluation_due(checkpoint.state):
-                _say(f"the run is finished at step {checkpoint.state['step']:,}; raise --total-steps to go on")
+                caller.say(
+                    f"the run is finished at step {checkpoint.state['step']:,}; raise --total-steps to go on"
+                )
                 return None
-            return _Start(_restored(run, algorithm_config, run_dir, checkpoint), checkpoint, damaged)
+            trainer = _restored(run, algorithm_config, run_dir, checkpoint, caller.factory)
+            return _Start(trainer, checkpoint, damaged)
         except CheckpointError as error:
             damaged.append((path, str(error)))
     if damaged:
         raise _none_sound(damaged)
     if (run_dir / CONFIG_FILE).is_file():
         require_no_lost_checkpoint(run_dir, run)
-        _say(f"warning: the run in {str(run_dir)!r} has no checkpoint, so it begins again at step 0")
-    return _Start(Trainer(run, algorithm_config, run_dir), None)
+        caller.say(f"{_WARNING}the run in {str(run_dir)!r} has no checkpoint, so it begins again at step 0")
+    return _Start(Trainer(run, algorithm_config, run_dir, factory=caller.factory), None)
 
 
 def _restored(
-    run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path, checkpoint: Checkpoint
+    run: RunConfig,
+    algorithm_config: AlgorithmConfig,
+    run_dir: Path,
+    checkpoint: Checkpoint,
+    factory: Factory | None,
 ) -> Trainer:
-    trainer = Trainer(run, algorithm_config, run_dir, checkpoint)
+    trainer = Trainer(run, algorithm_config, run_dir, checkpoint, factory=factory)
     try:
         trainer.restore(checkpoint)
     except BaseException:
@@ -154,18 +201,18 @@ def _none_sound(damaged: Sequence[tuple[Path, str]]) -> CheckpointError:
     )
 
 
-def _set_aside(start: _Start) -> None:
+def _set_aside(start: _Start, caller: Caller) -> None:
     """Rename the damaged checkpoints that are newer than the one resumed from, with a warning for each."""
     for path, reason in start.damaged:
         assert start.checkpoint is not None
         kept = set_aside(path)
-        _say(
-            f"warning: {reason}; the run goes on from the older checkpoint {start.checkpoint.path}, and the "
+        caller.say(
+            f"{_WARNING}{reason}; the run goes on from the older checkpoint {start.checkpoint.path}, and the "
             f"damaged one is kept as {kept}"
         )
 
 
-def prepare(trainer: Trainer) -> None:
+def prepare(trainer: Trainer, caller: Caller = COMMAND_LINE) -> None:
     """Leave in the run directory what belongs to the present step, and nothing else."""
     run_dir = trainer.run_dir
     remove_leftovers(run_dir)
@@ -174,21 +221,17 @@ def prepare(trainer: Trainer) -> None:
     content = json.dumps(trainer.config(), indent=2) + "\n"
     atomic.write_file(run_dir / CONFIG_FILE, content.encode())
     if trainer.learner.step:
-        _say(f"resuming at step {trainer.learner.step:,}")
+        caller.say(f"resuming at step {trainer.learner.step:,}")
     if trainer.env_warning is not None:
-        _say(trainer.env_warning)
+        caller.say(trainer.env_warning)
     if trainer.learner.envs.restarted:
         names = ", ".join(map(str, trainer.learner.envs.restarted))
-        _say(
-            f"warning: the open episodes of environments {names} could not be restored and begin anew, so the "
+        caller.say(
+            f"{_WARNING}the open episodes of environments {names} could not be restored and begin anew, so the "
             "run is not bit for bit the one without an interruption"
         )
     if trainer.changed:
-        _say(
-            f"warning: the run goes on with {trainer.changed}, so it is not bit for bit the one without an "
+        caller.say(
+            f"{_WARNING}the run goes on with {trainer.changed}, so it is not bit for bit the one without an "
             "interruption"
         )
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=Tolerant(sys.stderr))

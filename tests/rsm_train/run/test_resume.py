@@ -31,7 +31,7 @@ from rsm_train.run.learner import Learner
 from rsm_train.run.loop import Trainer
 from rsm_train.run.replay import ReplayBuffer, list_segments, load_segments
 from rsm_train.run.run_directory import lock, resume_command, resume_settings, trim_metrics
-from rsm_train.run.start import prepare, train
+from rsm_train.run.start import Caller, prepare, train
 from rsm_train.run.stopping import RunStopped
 from tests.hang import HANG_S
 from tests.rsm_train.launcher import ROOT, Launcher
@@ -453,8 +453,8 @@ def test_a_signal_before_the_first_step(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
 
-        def prepare_and_stop(trainer: Trainer) -> None:
-            prepare(trainer)
+        def prepare_and_stop(trainer: Trainer, caller: Caller) -> None:
+            prepare(trainer, caller)
             os.kill(os.getpid(), signal.SIGTERM)
 
         patch.setattr("rsm_train.run.start.prepare", prepare_and_stop)
