@@ -119,6 +119,22 @@ class RunConfig:
             "clipped to 10 standard deviations. The statistics belong to the policy and to its exported graph.",
         },
     )
+    normalize_reward: bool = field(
+        default=False,
+        metadata={
+            "group": "Environment",
+            "help": "Divide rewards by the running standard deviation of the discounted return, or by a fifth "
+            "of its largest magnitude if that is larger. The exported q is in the environment's rewards.",
+        },
+    )
+    noise_hold: int = field(
+        default=1,
+        metadata={
+            "group": "Environment",
+            "help": "Largest number of steps that exploration noise is held; a span has n steps with "
+            "probability proportional to 1 / n^2. 1 draws new noise in each step.",
+        },
+    )
     precision: Precision = field(
         default="fp32",
         metadata={
@@ -147,7 +163,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("total_steps", "num_envs", "batch_size", "replay_size", "eval_every", "eval_episodes"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every", "noise_hold"):
             _require(getattr(self, name) >= 1, f"wanted {name} >= 1, got {getattr(self, name)}")
         _require(self.threads is None or self.threads >= 1, f"wanted threads >= 1, got {self.threads}")
         _require(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsm_common.policy import ActResult, Seed, Timing, act_rows
 from rsm_common.spec import PolicySpec
-from rsm_train.model.critic import choose_best
+from rsm_train.model.critic import ATOMS, choose_best
 from rsm_train.model.samplers.common import ActionScale, Weights
 
 
@@ -35,6 +35,12 @@ class TorchPolicy:
     def __init__(self, spec: PolicySpec, weights: Weights) -> None:
         self.spec = spec
         self.weights = weights
+
+    @property
+    def value_size(self) -> float:
+        """The magnitude that rounding of values is in proportion to: the largest atom of the critics, or 1."""
+        atoms = self.weights.critics.get(ATOMS)
+        return 1.0 if atoms is None else float(atoms.abs().max())
 
     def particles(
         self, obs_BO: NDArray[np.float32], noise_BTNA: NDArray[np.float32]

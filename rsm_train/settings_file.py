@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rsm_common.output import write_atomically
+from rsm_common.atomic import write_atomically
 from rsm_common.commandline import OTHER, require_extra
 from rsm_common.errors import ConfigError
 from rsm_common.lazy import toolkit_version

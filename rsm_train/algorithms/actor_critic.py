@@ -3,8 +3,7 @@
 An algorithm owns an `ActorCritic` and adds the rule by which the policy learns. One update is
 
     a' = agent.backup_action(...)            an action of the policy at s'
-    y  = agent.td_target(batch, a')          the TD target
-    agent.update_critic(batch, y)            one step on the TD error
+    agent.update_critic(batch, a')           one step of the critics on the TD error
     agent.update_policy(loss)                when due: one step on the algorithm's loss, then all averages
 """
 
@@ -22,6 +21,7 @@ from rsm_train.algorithms.common import (
     Metrics,
     adam,
     copy_params,
+    decayed,
     descend,
     explore,
     leaves,
@@ -30,11 +30,10 @@ from rsm_train.algorithms.common import (
     move_average,
     save_state,
     set_learning_rate,
-    td_target,
-    update_critic,
 )
+from rsm_train.algorithms.critics import Backup, Critics
 from rsm_train.algorithms.temperature import open_loop_temperature
-from rsm_train.model.critic import choose_best, init_critics, select_value
+from rsm_train.model.critic import choose_best
 from rsm_train.model.diffusion import make_schedule
 from rsm_train.model.inference import Inference
 from rsm_train.model.kernels import Compute
@@ -67,21 +66,14 @@ class ActorCritic:
         hidden = [config.width] * config.depth
         # Drawn on the CPU, so that a seed gives the same networks on every device.
         self.policy = leaves(init_denoiser(obs_size, action_size, hidden, generator), device)
-        self.critic = leaves(
-            init_critics(
-                *(obs_size, action_size, hidden, generator),
-                members=config.critics,
-                layer_norm=config.critic_layer_norm,
-            ),
-            device,
+        self.critics = Critics(
+            config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
         self.policy_average = copy_params(self.policy)  # the policy that is evaluated and exported
-        self.critic_target = copy_params(self.critic)
         self.policy_optimizer = adam(self.policy, config.policy_lr)
-        self.critic_optimizer = adam(self.critic, config.critic_lr)
         self._optimizers = {
             "policy_optimizer": (self.policy_optimizer, self.policy),
-            "critic_optimizer": (self.critic_optimizer, self.critic),
+            **self.critics.optimizers,
         }
         self._open_loop = open_loop_temperature(
             config.temperature_schedule, config.temperature, config.target_entropy
@@ -135,15 +127,15 @@ class ActorCritic:
         action_BNA = self.inference.sample(self.policy, obs_BO, noise_BTNA)
         if action_BNA.shape[1] == 1:
             return action_BNA[:, 0]
-        return choose_best(action_BNA, self.values(self.critic, obs_BO, action_BNA))[0]
+        return choose_best(action_BNA, self.values(obs_BO, action_BNA))[0]
 
-    def values(self, critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) -> Tensor:
-        """Q(s, a), one value from the ensemble's, without a graph; [B, N]."""
-        return self.select(self.inference.values(critics, obs_BO, action_BNA))
+    def values(self, obs_BO: Tensor, action_BNA: Tensor, *, target: bool = False) -> Tensor:
+        """Q(s, a) in scaled rewards, one value from the ensemble's, without a graph; [B, N].
 
-    def select(self, q_E: Tensor) -> Tensor:
-        """One value from the ensemble's: [E, ...] -> [...]."""
-        return select_value(q_E, self.config.critic_selection, self.config.critic_std_factor)
+        With `target` of the critics of the TD target.
+        """
+        critics = self.critics.target if target else self.critics.params
+        return self.critics.select(self.inference.values(critics or self.critics.params, obs_BO, action_BNA))
 
     # --- learning -------------------------------------------------------------------------------------------
 
@@ -153,9 +145,12 @@ class ActorCritic:
         if self._open_loop is not None:
             self.log_alpha.fill_(self._open_loop.log_at(self.updates))
         if c.policy_lr_final is not None:
-            done = (self.updates // c.policy_every - c.policy_lr_decay_start) / c.policy_lr_decay_updates
-            share = min(max(done, 0.0), 1.0)
-            set_learning_rate(self.policy_optimizer, c.policy_lr + share * (c.policy_lr_final - c.policy_lr))
+            done = self.updates // c.policy_every
+            rate = decayed(
+                c.policy_lr, c.policy_lr_final, done, c.policy_lr_decay_start, c.policy_lr_decay_updates
+            )
+            set_learning_rate(self.policy_optimizer, rate)
+        self.critics.begin_update(self.updates)
         self.updates += 1
         return self.updates % c.policy_every == 0
 
@@ -166,22 +161,22 @@ class ActorCritic:
             action = explore(action, exploration_BA, self.exploration_std)
         return action
 
-    def td_target(self, batch: Batch, next_action_BA: Tensor) -> Tensor:
-        """y = reward_scale r + gamma (1 - terminated) Q'(s', a'), [B]."""
-        c = self.config
-        next_q_B = self.values(self.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(1)
-        return td_target(batch, next_q_B, gamma=c.gamma, reward_scale=c.reward_scale)
+    def update_critic(self, batch: Batch, next_action_BA: Tensor, backup: Backup | None = None) -> Metrics:
+        """One step of the critics on y = reward + discount Q'(s', a').
 
-    def update_critic(self, batch: Batch, y_B: Tensor) -> Metrics:
-        """One step on sum_i E (Q_i(s, a) - y)^2."""
-        repeats = self.config.critic_repeats
-        return update_critic(self.critic, self.critic_optimizer, batch, y_B, repeats=repeats)
+        Args:
+            batch: transitions.
+            next_action_BA: a', [B, A].
+            backup: reward and discount, [B] each; those of `Critics.backup` if None.
+        """
+        backup = self.critics.backup(batch) if backup is None else backup
+        return self.critics.update(batch, next_action_BA, backup, repeats=self.config.critic_repeats)
 
     def update_policy(self, loss: Tensor) -> None:
         """One step of the policy, then of the averaged policy and the target critics."""
         descend(self.policy_optimizer, loss)
         move_average(self.policy_average, self.policy, self.config.tau)
-        move_average(self.critic_target, self.critic, self.config.tau)
+        self.critics.move_target()
 
     def update_temperature(self, kl: Tensor) -> None:
         """Dual ascent: warmer where the weights are sharper than target_kl; nothing with another schedule."""
@@ -195,8 +190,7 @@ class ActorCritic:
         return {
             "policy": self.policy,
             "policy_average": self.policy_average,
-            "critic": self.critic,
-            "critic_target": self.critic_target,
+            **self.critics.networks(),
         }
 
     def keep(self, name: str, tensors: Params) -> Params:

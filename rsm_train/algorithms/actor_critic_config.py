@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rsm_train.algorithms.common import AlgorithmConfig
+from rsm_train.algorithms.critic_config import CriticConfig
 from rsm_train.algorithms.temperature import TemperatureSchedule
-from rsm_train.model.diffusion import ScheduleName, SelectionName
+from rsm_train.model.diffusion import ScheduleName
 
 QUICK_DIFFUSION: dict[str, Any] = {
     "diffusion_steps": 5,
@@ -24,7 +24,7 @@ QUICK_DIFFUSION: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ActorCriticConfig(AlgorithmConfig):
+class ActorCriticConfig(CriticConfig):
     """Settings that DPMD and SDAC share; the defaults are the `paper` preset."""
 
     diffusion_steps: int = field(
@@ -54,63 +54,6 @@ class ActorCriticConfig(AlgorithmConfig):
             "help": "Standard deviation of the initial noise; a value below 1 is a lower temperature.",
         },
     )
-    width: int = field(
-        default=256, metadata={"group": "Networks", "help": "Hidden units per layer of policy and critics."}
-    )
-    depth: int = field(
-        default=3, metadata={"group": "Networks", "help": "Hidden layers of policy and critics."}
-    )
-    critics: int = field(
-        default=2, metadata={"group": "Networks", "help": "E, members of the ensemble of critics."}
-    )
-    critic_layer_norm: bool = field(
-        default=False,
-        metadata={
-            "group": "Networks",
-            "help": "Normalise the critics' hidden layers before their activations.",
-        },
-    )
-    critic_selection: SelectionName = field(
-        default="min",
-        metadata={
-            "group": "Networks",
-            "help": "Value of the ensemble: min, mean, or mean + critic_std_factor * std (mean_std).",
-        },
-    )
-    critic_std_factor: float = field(
-        default=0.0,
-        metadata={
-            "group": "Networks",
-            "help": "Factor of the standard deviation for critic_selection mean_std.",
-        },
-    )
-    policy_lr: float = field(
-        default=3e-4,
-        metadata={
-            "group": "Optimisation",
-            "help": "Learning rate of the policy; in sac also of the temperature.",
-        },
-    )
-    policy_lr_final: float | None = field(
-        default=None,
-        metadata={
-            "group": "Optimisation",
-            "help": "Final learning rate of the policy after a linear decay; default: no decay.",
-        },
-    )
-    policy_lr_decay_start: int = field(
-        default=25_000,
-        metadata={
-            "group": "Optimisation",
-            "help": "Policy update at which the decay of the learning rate begins.",
-        },
-    )
-    policy_lr_decay_updates: int = field(
-        default=50_000, metadata={"group": "Optimisation", "help": "Number of policy updates of the decay."}
-    )
-    critic_lr: float = field(
-        default=3e-4, metadata={"group": "Optimisation", "help": "Learning rate of the critics."}
-    )
     critic_repeats: int = field(
         default=1,
         metadata={
@@ -119,19 +62,8 @@ class ActorCriticConfig(AlgorithmConfig):
             "(deviation 2).",
         },
     )
-    gamma: float = field(default=0.99, metadata={"group": "Optimisation", "help": "Discount factor."})
-    tau: float = field(
-        default=0.005, metadata={"group": "Optimisation", "help": "Rate of the target and average networks."}
-    )
     reward_scale: float = field(
         default=0.2, metadata={"group": "Optimisation", "help": "Factor on rewards in the TD target."}
-    )
-    policy_every: int = field(
-        default=2,
-        metadata={
-            "group": "Optimisation",
-            "help": "Number of critic updates per update of the policy, the target and the average.",
-        },
     )
     temperature_schedule: TemperatureSchedule = field(
         default="entropy",
@@ -184,23 +116,11 @@ class ActorCriticConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("diffusion_steps", "particles", "target_particles", "width", "depth", "critics")
-        for name in (*counts, "critic_repeats", "policy_every", "policy_lr_decay_updates"):
+        for name in ("diffusion_steps", "particles", "target_particles", "critic_repeats"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in (
-            *("policy_lr", "critic_lr", "temperature", "temperature_scale"),
-            *("reward_scale", "prior_std", "target_kl"),
-        ):
+        for name in ("temperature", "temperature_scale", "prior_std", "target_kl"):
             self._require(name, getattr(self, name) > 0, "> 0")
-        self._require("gamma", 0 <= self.gamma <= 1, "between 0 and 1")
-        self._require("tau", 0 < self.tau <= 1, "> 0 and <= 1")
-        for name in ("exploration_noise", "policy_lr_decay_start"):
-            self._require(name, getattr(self, name) >= 0, ">= 0")
-        if self.critic_std_factor and self.critic_selection != "mean_std":
-            raise ValueError(
-                f"wanted critic_selection mean_std with a critic_std_factor, got {self.critic_selection}"
-            )
-        self._require("policy_lr_final", self.policy_lr_final is None or self.policy_lr_final >= 0, ">= 0")
+        self._require("exploration_noise", self.exploration_noise >= 0, ">= 0")
 
     def _require_reachable_kl(self, actions: int) -> None:
         """KL(weights || uniform) of K actions is at most log K."""
@@ -209,11 +129,9 @@ class ActorCriticConfig(AlgorithmConfig):
 
     def ineffective(self) -> Mapping[str, str]:
         """See `AlgorithmConfig.ineffective`."""
-        found = {}
+        found = dict(super().ineffective())
         if self.temperature_schedule != "kl":
             found["target_kl"] = "temperature_schedule kl"
         if self.temperature_schedule != "entropy":
             found["target_entropy"] = "temperature_schedule entropy"
-        if self.policy_lr_final is None:
-            found["policy_lr_decay_start"] = found["policy_lr_decay_updates"] = "policy_lr_final"
         return found

@@ -1,16 +1,15 @@
-"""Parts that the algorithms share: settings, the batch, the TD target, the critics' step, averages."""
+"""Parts that the algorithms share: settings, the batch, optimisers, averages."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from rsm_train.model.critic import q_values
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params
 from rsm_train.model.samplers.common import Sampler
@@ -26,13 +25,20 @@ class AlgorithmConfig:
     Every field with a "help" entry in its metadata becomes an option of rsm-train.
 
     Raises:
-        ValueError: a number that is not finite.
+        ValueError: a number that is not finite, or out of range.
     """
+
+    gamma: float = field(default=0.99, metadata={"group": "Optimisation", "help": "Discount factor."})
+    reward_scale: float = field(
+        default=1.0, metadata={"group": "Optimisation", "help": "Factor on rewards in the TD target."}
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"wanted a finite {name}, got {value}")
+        self._require("gamma", 0 <= self.gamma <= 1, "between 0 and 1")
+        self._require("reward_scale", self.reward_scale > 0, "> 0")
 
     def ineffective(self) -> Mapping[str, str]:
         """Settings that have no effect beside these values, and the setting that each of them needs.
@@ -128,21 +134,6 @@ class Algorithm(Protocol):
         ...
 
 
-def td_target(batch: Batch, next_q_B: Tensor, *, gamma: float, reward_scale: float) -> Tensor:
-    """y = reward_scale * r + gamma (1 - terminated) Q'(s', a'), [B]. A time limit bootstraps."""
-    return reward_scale * batch.reward + gamma * (1 - batch.terminated) * next_q_B
-
-
-def update_critic(
-    critic: Params, optimizer: torch.optim.Optimizer, batch: Batch, y_B: Tensor, *, repeats: int = 1
-) -> Metrics:
-    """One step on sum_i E (Q_i(s, a) - y)^2; `repeats`: how often the gradient is applied."""
-    q_EB = q_values(critic, batch.obs, batch.action.unsqueeze(1)).squeeze(2)
-    loss = (q_EB - y_B).square().mean(dim=1).sum()
-    descend(optimizer, loss, repeats=repeats)
-    return {"critic_loss": loss.detach(), "q_mean": q_EB.detach().mean(), "target_mean": y_B.mean()}
-
-
 def move_average(average: Mapping[str, Tensor], params: Mapping[str, Tensor], tau: float) -> None:
     """average <- average + tau (params - average), in place."""
     with torch.no_grad():
@@ -208,6 +199,12 @@ def adam(params: Params, learning_rate: float) -> torch.optim.Optimizer:
         rate = torch.tensor(learning_rate, device=device)
         return torch.optim.Adam(params.values(), lr=rate, fused=True, capturable=True)
     return torch.optim.Adam(params.values(), lr=learning_rate, fused=True)
+
+
+def decayed(first: float, final: float, updates: int, start: int, count: int) -> float:
+    """A learning rate after `updates`: linear from `first` to `final` over `count` updates from `start` on."""
+    share = min(max((updates - start) / count, 0.0), 1.0)
+    return first + share * (final - first)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

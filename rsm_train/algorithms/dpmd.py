@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,10 +32,10 @@ from rsm_train.algorithms.common import (
     load_params,
     weight_health,
 )
-from rsm_train.model.diffusion import forward_noise
+from rsm_train.model.diffusion import NoiseSchedule, forward_noise
 from rsm_train.model.graphs import CapturedVariants
-from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
-from rsm_train.model.networks import observe, predict_noise, split_denoiser
+from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute, compiled
+from rsm_train.model.networks import Params, observe, predict_noise, split_denoiser
 
 QScaling = Literal["raw", "state", "running", "running_slip"]
 
@@ -181,6 +182,7 @@ class DPMD:
         # Running statistics of Q, for the scalings that need them.
         start = {"mean": torch.zeros((), device=device), "std": torch.ones((), device=device)}
         self._q = self.agent.keep("q", start)
+        self._loss = compiled(partial(policy_loss, self.agent.schedule), compute.compile)
         self._learn_captured = CapturedVariants(self._learn, self.agent.device)
 
     def update(self, batch: Batch, noise: DPMDNoise) -> Metrics:
@@ -191,24 +193,23 @@ class DPMD:
 
     def _learn(self, batch: Batch, noise: DPMDNoise, *, policy_due: bool) -> Metrics:
         next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
-        y_B = self.td_target(batch, next_action_BA)
-        metrics = self.agent.update_critic(batch, y_B)
+        metrics = self.update_critic(batch, next_action_BA)
         if policy_due:
             metrics |= self._update_policy(batch, next_action_BA, noise)
         return metrics
 
-    def td_target(self, batch: Batch, next_action_BA: Tensor) -> Tensor:
-        """y = reward_scale r + gamma (1 - terminated) Q'(s', a'), [B]; a variant may have another one."""
-        return self.agent.td_target(batch, next_action_BA)
+    def update_critic(self, batch: Batch, next_action_BA: Tensor) -> Metrics:
+        """One step on y = reward_scale r + gamma (1 - terminated) Q'(s', a'); a variant may have another."""
+        return self.agent.update_critic(batch, next_action_BA)
 
     def _update_policy(self, batch: Batch, next_action_BA: Tensor, noise: DPMDNoise) -> Metrics:
         if self.config.policy_actions == "backup":
             obs_BO, action_BKA = batch.next_obs, next_action_BA.unsqueeze(1)
         else:
             obs_BO, action_BKA = batch.obs, self._propose(batch.obs, noise)  # a_0 ~ pi_k(. | s)
-        q_BK = self.agent.values(self.agent.critic, obs_BO, action_BKA)
+        q_BK = self.agent.values(obs_BO, action_BKA)
         weight_BK, health = self._weigh(q_BK)  # w(s, a_0)
-        loss = self._loss(obs_BO, action_BKA, weight_BK, noise)
+        loss = self._loss(self.agent.policy, obs_BO, action_BKA, weight_BK, noise.t, noise.eps)
         self.agent.update_policy(loss)
         self.agent.update_temperature(health["weight_kl_uniform"])
         return {"policy_loss": loss.detach(), **health}
@@ -234,14 +235,6 @@ class DPMD:
             health["q_clipped"] = (scaled.abs() >= _RUNNING_CLIP).float().mean()
         return weight_BK, {"q_spread": q_BK.std(dim=1, correction=0).mean(), **health}
 
-    def _loss(self, obs_BO: Tensor, action_BKA: Tensor, weight_BK: Tensor, noise: DPMDNoise) -> Tensor:
-        """E_s sum_k w_k |eps_theta(s, a_t, t) - eps|^2."""
-        denoiser = split_denoiser(self.agent.policy, self.agent.schedule.steps)
-        a_t = forward_noise(self.agent.schedule, action_BKA, noise.t, noise.eps)
-        predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, noise.t)
-        error_BK = (predicted - noise.eps).square().mean(dim=2)
-        return (weight_BK * error_BK).sum(dim=1).mean()
-
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> DPMDNoise:
         """Draw the randomness of one update on the generator's device."""
         c, size, device = self.config, self.agent.action_size, generator.device
@@ -260,6 +253,23 @@ class DPMD:
             t=torch.randint(c.diffusion_steps, (batch_size, weighted), generator=generator, device=device),
             eps=normal(weighted, size),
         )
+
+
+def policy_loss(
+    schedule: NoiseSchedule,
+    policy: Params,
+    obs_BO: Tensor,
+    action_BKA: Tensor,
+    weight_BK: Tensor,
+    t_BK: Tensor,
+    eps_BKA: Tensor,
+) -> Tensor:
+    """E_s sum_k w_k |eps_theta(s, a_t, t) - eps|^2, 0-d."""
+    denoiser = split_denoiser(policy, schedule.steps)
+    a_t = forward_noise(schedule, action_BKA, t_BK, eps_BKA)
+    predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, t_BK)
+    error_BK = (predicted - eps_BKA).square().mean(dim=2)
+    return (weight_BK * error_BK).sum(dim=1).mean()
 
 
 def scale_q(q_BK: Tensor, scaling: QScaling, mean: Tensor, std: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,62 +25,33 @@ from rsm_train.algorithms.common import (
     Batch,
     Metrics,
     adam,
-    copy_params,
+    decayed,
     descend,
     leaves,
     load_params,
     load_state,
-    move_average,
     save_state,
-    td_target,
-    update_critic,
+    set_learning_rate,
 )
-from rsm_train.model.critic import init_critics, q_values, select_value
+from rsm_train.algorithms.critic_config import CriticConfig
+from rsm_train.algorithms.critics import Backup, Critics
+from rsm_train.model.critic import fold, q_values, select_value
+from rsm_train.model.diffusion import SelectionName
 from rsm_train.model.graphs import CapturedVariants
-from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
+from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute, compiled
 from rsm_train.model.networks import Params, gaussian, init_gaussian
 from rsm_train.model.samplers.gaussian import GaussianSampler
 
 
 @dataclass(frozen=True)
-class SACConfig(AlgorithmConfig):
+class SACConfig(CriticConfig):
     """Settings of SAC; the defaults are those of its authors, with mish networks.
 
     How often it learns is the run's `updates_per_step`, 1 for its authors.
     """
 
-    width: int = field(
-        default=256, metadata={"group": "Networks", "help": "Hidden units per layer of policy and critics."}
-    )
     depth: int = field(
         default=2, metadata={"group": "Networks", "help": "Hidden layers of policy and critics."}
-    )
-    critics: int = field(
-        default=2, metadata={"group": "Networks", "help": "E, members of the ensemble of critics."}
-    )
-    critic_layer_norm: bool = field(
-        default=False,
-        metadata={
-            "group": "Networks",
-            "help": "Normalise the critics' hidden layers before their activations.",
-        },
-    )
-    policy_lr: float = field(
-        default=3e-4,
-        metadata={
-            "group": "Optimisation",
-            "help": "Learning rate of the policy; in sac also of the temperature.",
-        },
-    )
-    critic_lr: float = field(
-        default=3e-4, metadata={"group": "Optimisation", "help": "Learning rate of the critics."}
-    )
-    gamma: float = field(default=0.99, metadata={"group": "Optimisation", "help": "Discount factor."})
-    tau: float = field(
-        default=0.005, metadata={"group": "Optimisation", "help": "Rate of the target and average networks."}
-    )
-    reward_scale: float = field(
-        default=1.0, metadata={"group": "Optimisation", "help": "Factor on rewards in the TD target."}
     )
     policy_every: int = field(
         default=1,
@@ -101,17 +73,12 @@ class SACConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("width", "depth", "critics", "policy_every"):
-            self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("policy_lr", "critic_lr", "temperature", "reward_scale"):
-            self._require(name, getattr(self, name) > 0, "> 0")
-        self._require("gamma", 0 <= self.gamma <= 1, "between 0 and 1")
-        self._require("tau", 0 < self.tau <= 1, "> 0 and <= 1")
+        self._require("temperature", self.temperature > 0, "> 0")
 
     def ineffective(self) -> Mapping[str, str]:
         """See `AlgorithmConfig.ineffective`."""
         needed = "an algorithm that samples particles, dpmd or sdac"
-        return {"precision=bf16": needed, "compile=on": needed}
+        return {**super().ineffective(), "precision=bf16": needed}
 
 
 @dataclass(frozen=True)
@@ -133,28 +100,22 @@ class SACAgent:
         *,
         generator: torch.Generator,
         device: torch.device | str,
+        compute: Compute,
     ) -> None:
         self.config = config
         self.action_size = action_size
         self.updates = 0
         hidden = [config.width] * config.depth
         self.policy = leaves(init_gaussian(obs_size, action_size, hidden, generator), device)
-        self.critic = leaves(
-            init_critics(
-                *(obs_size, action_size, hidden, generator),
-                members=config.critics,
-                layer_norm=config.critic_layer_norm,
-            ),
-            device,
+        self.critics = Critics(
+            config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
-        self.critic_target = copy_params(self.critic)
         self.alpha = leaves({"log": torch.tensor(math.log(config.temperature))}, device)
         self.policy_optimizer = adam(self.policy, config.policy_lr)
-        self.critic_optimizer = adam(self.critic, config.critic_lr)
         self.alpha_optimizer = adam(self.alpha, config.policy_lr)
         self._optimizers = {
             "policy_optimizer": (self.policy_optimizer, self.policy),
-            "critic_optimizer": (self.critic_optimizer, self.critic),
+            **self.critics.optimizers,
             "alpha_optimizer": (self.alpha_optimizer, self.alpha),
         }
         self._kept = {"alpha.log": self.alpha["log"]}
@@ -162,12 +123,26 @@ class SACAgent:
     @property
     def sampler(self) -> GaussianSampler:
         """How the policy samples."""
-        return GaussianSampler()
+        c = self.config
+        return GaussianSampler(selection=c.critic_selection, selection_std=c.critic_std_factor)
 
     @property
     def temperature(self) -> float:
         """alpha now."""
         return float(self.alpha["log"].detach().exp())
+
+    def begin_update(self) -> bool:
+        """Count an update and set its learning rates; true if the policy is due."""
+        c = self.config
+        if c.policy_lr_final is not None:
+            done = self.updates // c.policy_every
+            rate = decayed(
+                c.policy_lr, c.policy_lr_final, done, c.policy_lr_decay_start, c.policy_lr_decay_updates
+            )
+            set_learning_rate(self.policy_optimizer, rate)
+        self.critics.begin_update(self.updates)
+        self.updates += 1
+        return self.updates % c.policy_every == 0
 
     @torch.no_grad()
     def act(self, obs_BO: Tensor, noise_BTNA: Tensor, exploration_BA: Tensor) -> Tensor:
@@ -176,7 +151,7 @@ class SACAgent:
 
     def networks(self) -> dict[str, Params]:
         """Every network by name."""
-        return {"policy": self.policy, "critic": self.critic, "critic_target": self.critic_target}
+        return {"policy": self.policy, **self.critics.networks()}
 
     def state(self) -> dict[str, Tensor]:
         """See `Agent.state`."""
@@ -206,52 +181,68 @@ class SAC:
         device: torch.device | str = "cpu",
         compute: Compute = DEFAULT_COMPUTE,
     ) -> None:
-        """`compute` is for particles; there are none here."""
         self.config = config
-        self.agent = SACAgent(config, obs_size, action_size, generator=generator, device=device)
+        self.agent = SACAgent(
+            config, obs_size, action_size, generator=generator, device=device, compute=compute
+        )
+        loss = partial(policy_loss, selection=config.critic_selection, std_factor=config.critic_std_factor)
+        self._loss = compiled(loss, compute.compile)
+        self._sample = compiled(sample, compute.compile)
         self._learn_captured = CapturedVariants(self._learn, torch.device(device))
 
     def update(self, batch: Batch, noise: SACNoise) -> Metrics:
         """One critic update and, every `policy_every`-th time, one of policy, temperature and targets."""
-        self.agent.updates += 1
-        policy_due = self.agent.updates % self.config.policy_every == 0
-        return self._learn_captured(batch, noise, policy_due=policy_due)
+        return self._learn_captured(batch, noise, policy_due=self.agent.begin_update())
 
     def _learn(self, batch: Batch, noise: SACNoise, *, policy_due: bool) -> Metrics:
         agent = self.agent
-        y_B = self._td_target(batch, noise.next_action)
-        metrics = update_critic(agent.critic, agent.critic_optimizer, batch, y_B)
+        next_action_BA, backup = self._soft_backup(batch, noise.next_action)
+        metrics = agent.critics.update(batch, next_action_BA, backup)
         if policy_due:
             metrics |= self._update_policy(batch.obs, noise)
-            move_average(agent.critic_target, agent.critic, self.config.tau)
+            agent.critics.move_target()
         return metrics
 
     @torch.no_grad()
-    def _td_target(self, batch: Batch, noise_BA: Tensor) -> Tensor:
-        """y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a'|s')), [B]."""
-        agent, c = self.agent, self.config
-        next_action_BA, next_log_p_B = sample(agent.policy, batch.next_obs, noise_BA)
-        q_EB = q_values(agent.critic_target, batch.next_obs, next_action_BA.unsqueeze(1)).squeeze(2)
-        soft_q_B = select_value(q_EB) - agent.alpha["log"].exp() * next_log_p_B
-        return td_target(batch, soft_q_B, gamma=c.gamma, reward_scale=c.reward_scale)
+    def _soft_backup(self, batch: Batch, noise_BA: Tensor) -> tuple[Tensor, Backup]:
+        """a' [B, A], and y = (r - discount alpha log pi(a'|s')) + discount min_i Q_i'(s', a')."""
+        agent = self.agent
+        next_action_BA, next_log_p_B = self._sample(agent.policy, batch.next_obs, noise_BA)
+        reward_B, discount_B = agent.critics.backup(batch)
+        return next_action_BA, (reward_B - discount_B * agent.alpha["log"].exp() * next_log_p_B, discount_B)
 
     def _update_policy(self, obs_BO: Tensor, noise: SACNoise) -> Metrics:
         agent = self.agent
-        action_BA, log_p_B = sample(agent.policy, obs_BO, noise.action)
-        frozen = {name: value.detach() for name, value in agent.critic.items()}
-        q_B = select_value(q_values(frozen, obs_BO, action_BA.unsqueeze(1)).squeeze(2))
-        loss = (agent.alpha["log"].detach().exp() * log_p_B - q_B).mean()
+        critics = {name: value.detach() for name, value in agent.critics.params.items()}
+        loss, entropy = self._loss(agent.policy, critics, agent.alpha["log"].detach(), obs_BO, noise.action)
         descend(agent.policy_optimizer, loss)
         target = self.config.target_entropy * agent.action_size
-        alpha_loss = -agent.alpha["log"].exp() * (log_p_B.detach().mean() + target)
+        alpha_loss = -agent.alpha["log"].exp() * (target - entropy)
         descend(agent.alpha_optimizer, alpha_loss)
-        return {"policy_loss": loss.detach(), "entropy": -log_p_B.detach().mean()}
+        return {"policy_loss": loss.detach(), "entropy": entropy}
 
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> SACNoise:
         """Draw the randomness of one update on the generator's device."""
         shape = (2, batch_size, self.agent.action_size)
         next_action, action = torch.randn(shape, generator=generator, device=generator.device)
         return SACNoise(next_action, action)
+
+
+def policy_loss(
+    policy: Params,
+    critics: Params,
+    log_alpha: Tensor,
+    obs_BO: Tensor,
+    noise_BA: Tensor,
+    *,
+    selection: SelectionName = "min",
+    std_factor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """E [alpha log pi(a|s) - Q(s, a)], and the entropy, without a gradient; 0-d each."""
+    action_BA, log_p_B = sample(policy, obs_BO, noise_BA)
+    q_EB = q_values(fold(critics), obs_BO, action_BA.unsqueeze(1)).squeeze(2)
+    loss = (log_alpha.exp() * log_p_B - select_value(q_EB, selection, std_factor)).mean()
+    return loss, -log_p_B.detach().mean()
 
 
 def sample(policy: Mapping[str, Tensor], obs_BO: Tensor, noise_BA: Tensor) -> tuple[Tensor, Tensor]:

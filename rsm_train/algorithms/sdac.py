@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,8 +27,8 @@ from rsm_train.algorithms.actor_critic_config import QUICK_DIFFUSION, ActorCriti
 from rsm_train.algorithms.common import AlgorithmConfig, Batch, Metrics, weight_health
 from rsm_train.model.diffusion import NoiseSchedule, forward_noise
 from rsm_train.model.graphs import CapturedVariants
-from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute
-from rsm_train.model.networks import observe, predict_noise, split_denoiser
+from rsm_train.model.kernels import DEFAULT_COMPUTE, Compute, compiled
+from rsm_train.model.networks import Params, observe, predict_noise, split_denoiser
 
 _LAST_QUANTILE = -37.0  # float64 holds the lower tail of the normal law down to here
 _SMALLEST_UNIFORM = 2.0**-25  # half of what float32 draws leave between 0 and the next
@@ -115,6 +116,7 @@ class SDAC:
         self.agent = ActorCritic(
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
+        self._loss = compiled(partial(policy_loss, config.diffusion_steps), compute.compile)
         self._learn_captured = CapturedVariants(self._learn, self.agent.device)
 
     def update(self, batch: Batch, noise: SDACNoise) -> Metrics:
@@ -123,24 +125,23 @@ class SDAC:
 
     def _learn(self, batch: Batch, noise: SDACNoise, *, policy_due: bool) -> Metrics:
         next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
-        y_B = self.td_target(batch, next_action_BA)
-        metrics = self.agent.update_critic(batch, y_B)
+        metrics = self.update_critic(batch, next_action_BA)
         if policy_due:
             metrics |= self._update_policy(batch.obs, noise)
         return metrics
 
-    def td_target(self, batch: Batch, next_action_BA: Tensor) -> Tensor:
-        """y = reward_scale r + gamma (1 - terminated) Q'(s', a'), [B]; a variant may have another one."""
-        return self.agent.td_target(batch, next_action_BA)
+    def update_critic(self, batch: Batch, next_action_BA: Tensor) -> Metrics:
+        """One step on y = reward_scale r + gamma (1 - terminated) Q'(s', a'); a variant may have another."""
+        return self.agent.update_critic(batch, next_action_BA)
 
     def _update_policy(self, obs_BO: Tensor, noise: SDACNoise) -> Metrics:
         proposal_BA = self.agent.backup_action(obs_BO, noise.action, noise.proposal)
         a_t = forward_noise(self.agent.schedule, proposal_BA.unsqueeze(1), noise.t, noise.eps)  # [B, 1, A]
         eps_BKA, action_BKA, health = self._invert(a_t, noise)
-        q_BK = self.agent.values(self.agent.critic, obs_BO, action_BKA)
+        q_BK = self.agent.values(obs_BO, action_BKA)
         weight_BK = torch.softmax(q_BK / self.agent.lambda_, dim=1)
         target_B1A = (weight_BK.unsqueeze(2) * eps_BKA).sum(dim=1, keepdim=True)  # sum_k w_k eps_k
-        loss = self._loss(obs_BO, a_t, noise.t, target_B1A)
+        loss = self._loss(self.agent.policy, obs_BO, a_t, noise.t, target_B1A)
         self.agent.update_policy(loss)
         health |= weight_health(weight_BK)
         self.agent.update_temperature(health["weight_kl_uniform"])
@@ -159,12 +160,6 @@ class SDAC:
         clipped = action.clamp(-1.0, 1.0)
         return eps, clipped, {"reverse_clipped": (clipped != action).float().mean()}
 
-    def _loss(self, obs_BO: Tensor, a_t: Tensor, t: Tensor, target_B1A: Tensor) -> Tensor:
-        """E_s |eps_theta(s, a_t, t) - sum_k w_k eps_k|^2."""
-        denoiser = split_denoiser(self.agent.policy, self.agent.schedule.steps)
-        predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, t)
-        return (predicted - target_B1A).square().mean()
-
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> SDACNoise:
         """Draw the randomness of one update on the generator's device."""
         c, size, device = self.config, self.agent.action_size, generator.device
@@ -181,6 +176,15 @@ class SDAC:
             eps=normal(1, size),
             reverse=torch.rand(batch_size, c.reverse_samples, size, generator=generator, device=device),
         )
+
+
+def policy_loss(
+    steps: int, policy: Params, obs_BO: Tensor, a_t: Tensor, t: Tensor, target_B1A: Tensor
+) -> Tensor:
+    """E_s |eps_theta(s, a_t, t) - sum_k w_k eps_k|^2, 0-d."""
+    denoiser = split_denoiser(policy, steps)
+    predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, t)
+    return (predicted - target_B1A).square().mean()
 
 
 def truncated_reverse(

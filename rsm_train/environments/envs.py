@@ -101,6 +101,8 @@ class TrainingEnvs:
                 OpenEpisode(int(self._episode[i]), state[f"actions.{i}"].numpy(), state["obs"][i].numpy())
                 for i in range(count)
             ]
+        self.ended = torch.zeros(count, dtype=torch.bool)
+        """Whether the episode of each environment ended with the last step, [count]."""
         self._failed = False
         self._env_id = source if isinstance(source, str) else source.env_id
         self._envs = _make_vector(
@@ -169,6 +171,7 @@ class TrainingEnvs:
             terminated=torch.from_numpy(terminated.astype(np.float32)),
         )
         self._take(obs)
+        self.ended = torch.from_numpy(done.astype(bool))
         self._running_return += reward
         returns = self._running_return[done].tolist()
         self._running_return[done] = 0.0

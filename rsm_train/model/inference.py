@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsm_train.model import kernels
-from rsm_train.model.critic import q_values
+from rsm_train.model.critic import fold, q_values
 from rsm_train.model.diffusion import NoiseSchedule, reverse_step
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params, noise_from_parts, observe, split_denoiser
@@ -30,7 +30,7 @@ class Inference:
         self._prior_std = prior_std
         self._dtype = compute.dtype
         self._step = kernels.compiled(_denoise, compute.compile)
-        self._values = kernels.compiled(q_values, compute.compile)
+        self._values = kernels.compiled(_values, compute.compile)
         device = schedule.betas.device
         # Constants as tensors, so that all steps are one compiled function.
         self._constants = torch.tensor([step.constants for step in schedule.reverse_steps], device=device)
@@ -58,13 +58,17 @@ class Inference:
 
     @torch.no_grad()
     def values(self, critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) -> Tensor:
-        """Values of every critic, [E, B, N] float32; see `critic.q_values`."""
+        """Values of every critic of any kind, [E, B, N] float32; see `critic.q_values`."""
         rows, particles, _ = action_BNA.shape
         groups = [
             self._values(dict(critics), obs_BO[group], action_BNA[group])
             for group in _groups(rows, particles, obs_BO.device)
         ]
         return torch.cat(groups, dim=1)
+
+
+def _values(critics: Params, obs_BO: Tensor, action_BNA: Tensor) -> Tensor:
+    return q_values(fold(critics), obs_BO, action_BNA)
 
 
 def _denoise(

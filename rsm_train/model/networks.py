@@ -35,7 +35,7 @@ def mish(x: Tensor) -> Tensor:
     wherever the result is above 1e-30, cannot overflow, and on a CPU more than twice as fast as torch's
     kernel where the tensor fits the cache, less where it does not (benchmarks/results/learner.json).
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         return _Mish.apply(x)  # type: ignore[no-any-return, no-untyped-call]
     s = torch.sigmoid(x)
     p = s * (s - 2)

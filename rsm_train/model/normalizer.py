@@ -1,9 +1,12 @@
-"""Normalised observations: running mean and variance in learning, a fixed affine map with a clip in a policy.
+"""Normalised observations and rewards: running statistics in learning, a fixed map in a policy.
 
     z = clip((s - mean) / sqrt(var + EPSILON), -LIMIT, LIMIT)
 
 The statistics are those of the observations that were stored since the beginning of the run. They belong to
 the policy: a checkpoint and an exported graph have them, and take raw observations.
+
+Rewards are divided by a unit, which follows the discounted return; values that were learnt from them are
+multiplied by it where they leave learning.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class RunningStatistics:
         obs = obs_BO.double().cpu()
         count = self.count + len(obs)
         shift = obs.mean(dim=0) - self.mean
-        share = len(obs) / count
+        share = len(obs) / count.double()  # of an integer tensor, torch would divide in float32
         self.squares += obs.sub(obs.mean(dim=0)).square().sum(dim=0) + shift.square() * self.count * share
         self.mean += shift * share
         self.count = count
@@ -83,6 +86,68 @@ class RunningStatistics:
             if value.shape != own.shape or not torch.isfinite(value).all():
                 raise ValueError(f"normalizer.{name}: wanted finite {list(own.shape)}, got {list(value.shape)}")
             setattr(self, name, value.to(own.dtype).clone())
+
+
+RETURN_LIMIT = 5.0
+"""The largest discounted return seen so far is at most this many units of reward."""
+
+
+class ReturnStatistics:
+    """The unit of rewards: max(std of the discounted return, largest |discounted return| / RETURN_LIMIT).
+
+    The discounted return at a step is that of the rewards up to it, G <- gamma G + r, from the beginning of
+    its episode. Float64 on the CPU.
+    """
+
+    def __init__(self, envs: int, gamma: float) -> None:
+        """Begin without a reward; the unit is then 1.
+
+        Args:
+            envs: number of environments.
+            gamma: discount factor.
+        """
+        self._gamma = gamma
+        self._statistics = RunningStatistics(1)
+        self._returns = torch.zeros(envs, dtype=torch.float64)
+        self._largest = torch.zeros((), dtype=torch.float64)
+
+    def add(self, reward_B: Tensor, ended_B: Tensor) -> None:
+        """Take in one step of every environment.
+
+        Args:
+            reward_B: rewards, [B].
+            ended_B: whether the episode ended with this step, [B] bool.
+        """
+        self._returns = self._gamma * self._returns + reward_B.double().cpu()
+        self._statistics.add(self._returns.unsqueeze(1))
+        self._largest = torch.maximum(self._largest, self._returns.abs().max())
+        self.end_episodes(ended_B)
+
+    def end_episodes(self, ended_B: Tensor) -> None:
+        """Begin the discounted return of some environments anew, [B] bool."""
+        self._returns = torch.where(ended_B.cpu(), torch.zeros_like(self._returns), self._returns)
+
+    @property
+    def unit(self) -> float:
+        """What rewards are divided by, in the environment's rewards; above 0."""
+        if not self._statistics.count:
+            return 1.0
+        variance = float(self._statistics.squares) / float(self._statistics.count)
+        unit = max(variance**0.5, float(self._largest) / RETURN_LIMIT)
+        return unit if unit > EPSILON else 1.0
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that `restore` continues from."""
+        return {**self._statistics.state(), "returns": self._returns, "largest": self._largest}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state()` was. Raises what `RunningStatistics.restore` does."""
+        self._statistics.restore(state)
+        for name, own in (("returns", self._returns), ("largest", self._largest)):
+            if state[name].shape != own.shape or not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name}: wanted finite {list(own.shape)}, got {list(state[name].shape)}")
+        self._returns = state["returns"].to(torch.float64).clone()
+        self._largest = state["largest"].to(torch.float64).clone()
 
 
 def _cpu(device: torch.device | None) -> torch.device:

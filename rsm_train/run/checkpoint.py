@@ -27,6 +27,9 @@ Order of a save: replay files, checkpoint; then the old checkpoints go, then the
 Networks: "policy_average" (the policy that is evaluated and exported), "policy", "critic", "critic_target";
 SAC has no "policy_average", and its "policy" is evaluated.
 
+"value" has unit, a number: the environment's rewards in one unit of the critics' values. The exported q is
+their value times the unit. Older checkpoints lack it: their q is in the critics' own unit.
+
 With --normalize-observation there is "normalizer" as well: mean and inv_std, [O] each. Every network then takes
 clip((s - mean) inv_std, -10, 10) in place of the observation s.
 
@@ -45,12 +48,17 @@ Diffusion policy ("policy_average", "policy"), which predicts the noise of a noi
 The 16 features of t in {0, ..., T - 1}, 0 being the least noisy: f_i = 10000^(-i / 8) for i = 0 to 7, and
 [sin(t f_0), ..., sin(t f_7), cos(t f_0), ..., cos(t f_7)] / 4.
 
-Critics ("critic", "critic_target"), E of them stacked, of [observation, action in [-1, 1]]:
+Critics ("critic" and, with critic_target average, "critic_target"), E of them stacked, of [observation, action
+in [-1, 1]]:
 
     layers.0.weight  [E, H, O + A]          layers.0.bias  [E, H]        and so on
     layers.3.weight  [E, 1, H]              layers.3.bias  [E, 1]
     norms.i.weight   [E, H]                 norms.i.bias   [E, H]        LayerNorm (epsilon 1e-5) of layer i's
                                                                          output, before its mish; optional
+    batch_norms.i.{weight,bias,mean,var}   [E, H]                        BatchNorm (epsilon 1e-3); optional
+    input_norm.{mean,var}                  [1, O + A]                    BatchNorm of the input; optional
+    atoms                                  [K]                           optional: the last layer has K outputs,
+                                                                         and Q is softmax(outputs) @ atoms
 
 Gaussian policy of SAC ("policy"): `layers.i` as above, from the observation to [mean, log standard deviation].
 
@@ -74,6 +82,7 @@ from rsm_common import atomic
 from rsm_common.errors import BundleError, CheckpointError, DamagedCheckpointError
 from rsm_common.manifest import FileRecord
 from rsm_common.spec import PolicySpec
+from rsm_train.model.critic import fold
 from rsm_train.model.networks import Params, subset
 from rsm_train.model.normalizer import ObservationScale
 from rsm_train.model.samplers.common import Sampler
@@ -95,10 +104,9 @@ from rsm_train.run.checkpoint_files import (
     list_checkpoints,
     write_files,
 )
+from rsm_train.run.network_checks import NORMALIZER, VALUE, check_networks
 
 SCHEMA_VERSION = 1
-NORMALIZER = "normalizer"
-"""Among the networks: the normalisation of observations."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class Checkpoint:
         policy, critics = self.networks[self.sampler.acting], self.networks.get("critic", {})
         normalizer = self.networks.get(NORMALIZER)
         obs_scale = None if normalizer is None else ObservationScale(**normalizer).to(torch.device("cpu"))
+        critics = fold(critics, self.networks.get(VALUE, {}).get("unit")) if critics else {}
         weights = self.sampler.prepare(policy, critics, action_scale(self.spec), obs_scale)
         return TorchPolicy(self.spec, weights)
 
@@ -293,70 +302,12 @@ def _check_content(checkpoint: Checkpoint) -> None:
     if (sampler.steps, sampler.particles) != (spec.steps, spec.particles):
         raise DamagedCheckpointError(f"{where}: {CONFIG_FILE} and {SPEC_FILE} disagree on steps and particles")
     probe = checkpoint.probe_obs
-    obs, action = spec.observation.size, spec.action.size
+    obs = spec.observation.size
     if probe.shape[1:] != (obs,) or len(probe) < 1 or not torch.isfinite(probe).all():
         raise DamagedCheckpointError(
             f"{where}: wanted finite observations [P, {obs}] in {PROBE_FILE}, got shape {list(probe.shape)}"
         )
-    if NORMALIZER in checkpoint.networks:
-        _check_normalizer(f"{where}: {NORMALIZER}", checkpoint.networks[NORMALIZER], obs)
-    policy, critic = (checkpoint.networks.get(key, {}) for key in (sampler.acting, "critic"))
-    for mlp in sampler.networks(obs, action):
-        name = f"{where}: {sampler.acting}.{mlp.prefix}".rstrip(".")
-        params = subset(policy, mlp.prefix) if mlp.prefix else policy
-        _check_mlp(name, params, mlp.inputs, mlp.outputs, at_least=mlp.at_least)
-    if critic or spec.has_q:
-        _check_mlp(f"{where}: critic", critic, obs + action, 1)
-    elif sampler.particles > 1:
-        raise DamagedCheckpointError(f"{where}: wanted critics to choose among {sampler.particles} particles")
-
-
-def _check_normalizer(where: str, scale: Mapping[str, Tensor], obs_size: int) -> None:
-    """Check that the normalisation of observations is complete, finite and of their size."""
-    if set(scale) != {"mean", "inv_std"}:
-        raise DamagedCheckpointError(f"{where}: wanted mean and inv_std, got {', '.join(sorted(scale))}")
-    for name, value in scale.items():
-        if value.shape != (obs_size,) or value.dtype != torch.float32 or not torch.isfinite(value).all():
-            raise DamagedCheckpointError(
-                f"{where}.{name}: wanted finite float32 numbers of shape {[obs_size]}, got {value.dtype} of "
-                f"shape {list(value.shape)}"
-            )
-
-
-def _check_mlp(
-    where: str, params: Mapping[str, Tensor], inputs: int, outputs: int, *, at_least: int = 1
-) -> None:
-    """Check that layers 0, 1, ... lead from `inputs` to `outputs`, and are finite."""
-    count = sum(name.startswith("layers.") and name.endswith(".weight") for name in params)
-    for name, value in params.items():
-        if value.dtype != torch.float32:
-            raise CheckpointError(
-                f"{where}.{name}: wanted float32, got {value.dtype}; write the arrays with "
-                "rsm_train.foreign.import_weights, which casts them"
-            )
-    for i in range(max(count, at_least)):
-        weight, bias = params.get(f"layers.{i}.weight"), params.get(f"layers.{i}.bias")
-        if weight is None or bias is None:
-            raise DamagedCheckpointError(f"{where}.layers.{i} is missing in {NETWORKS_FILE}")
-        fan_out = outputs if i == count - 1 else weight.shape[-2]
-        if weight.shape != (*bias.shape, inputs) or bias.shape[-1:] != (fan_out,):
-            raise DamagedCheckpointError(
-                f"{where}.layers.{i}: wanted a weight with {inputs} inputs and {fan_out} outputs and a bias "
-                f"for it, got {list(weight.shape)} and {list(bias.shape)}"
-            )
-        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-            raise DamagedCheckpointError(f"{where}.layers.{i} holds NaN or Inf")
-        _check_norm(f"{where}.norms.{i}", subset(params, f"norms.{i}."), bias)
-        inputs = int(fan_out)
-
-
-def _check_norm(where: str, norm: Mapping[str, Tensor], bias: Tensor) -> None:
-    """Check that a layer has no normalisation, or a complete, finite one of its size."""
-    for name in ("weight", "bias") if norm else ():
-        if name not in norm or norm[name].shape != bias.shape or not torch.isfinite(norm[name]).all():
-            raise DamagedCheckpointError(
-                f"{where}.{name}: wanted finite values of shape {list(bias.shape)} in {NETWORKS_FILE}"
-            )
+    check_networks(where, checkpoint.networks, sampler, spec)
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -21,8 +21,10 @@ from rsm_train.environments.envs import TrainingEnvs, check_state
 from rsm_train.environments.episodes import EnvSource
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params, subset
-from rsm_train.model.normalizer import RunningStatistics, scaled
-from rsm_train.run.checkpoint import NORMALIZER, Checkpoint, damaged_training
+from rsm_train.model.normalizer import ReturnStatistics, RunningStatistics, scaled
+from rsm_train.run.checkpoint import Checkpoint, damaged_training
+from rsm_train.run.held_noise import HeldNoise
+from rsm_train.run.network_checks import NORMALIZER, VALUE
 from rsm_train.run.replay import ReplayBuffer
 
 PROBE_ROWS = 256
@@ -75,6 +77,9 @@ class Learner:
         self.replay = ReplayBuffer(run.replay_size, self.envs.obs_size, self.envs.action_size, device=device)
         self._statistics = RunningStatistics(self.envs.obs_size) if run.normalize_observation else None
         self._scale = None if self._statistics is None else self._statistics.scale(device)
+        self._reward_scale = algorithm_config.reward_scale
+        self._returns = ReturnStatistics(run.num_envs, algorithm_config.gamma) if run.normalize_reward else None
+        self._held = self._make_held_noise() if run.noise_hold > 1 else None
         self.step = 0
         self.updates = 0
         self._recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
@@ -86,19 +91,35 @@ class Learner:
         if self.step < self._run.warmup_steps:
             action = torch.rand(count, size, generator=self._acting_generator) * 2 - 1
         else:
-            sampler = self.algorithm.agent.sampler
-            noise_shape = (count, sampler.steps, sampler.particles, size)
-            noise = torch.randn(noise_shape, generator=self._acting_generator)
-            exploration = torch.randn(count, size, generator=self._acting_generator)
+            noise = {
+                name: torch.randn(count, *shape, generator=self._acting_generator)
+                for name, shape in self._noise_shapes().items()
+            }
+            if self._held is not None:
+                noise = self._held.hold(noise)
             obs = self._normalized(self.envs.obs.to(self._device))
-            action = self.algorithm.agent.act(obs, noise.to(self._device), exploration.to(self._device))
+            drawn = (noise[name].to(self._device) for name in ("policy", "exploration"))
+            action = self.algorithm.agent.act(obs, *drawn)
         batch, returns = self.envs.step(action.cpu())
         self.replay.add(batch)
         if self._statistics is not None:
             self._statistics.add(batch.obs)
             self._scale = self._statistics.scale(self._device)
+        if self._returns is not None:
+            self._returns.add(batch.reward, self.envs.ended)
+        if self._held is not None:
+            self._held.release(self.envs.ended)
         self._recent_returns.extend(returns)
         self.step += count
+
+    def _noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the noise with which one environment acts, in the order in which it is drawn."""
+        sampler, size = self.algorithm.agent.sampler, self.envs.action_size
+        return {"policy": (sampler.steps, sampler.particles, size), "exploration": (size,)}
+
+    def _make_held_noise(self) -> HeldNoise:
+        run = self._run
+        return HeldNoise(run.num_envs, run.noise_hold, self._acting_generator, self._noise_shapes())
 
     def learn(self) -> None:
         """As many updates as are due after the steps taken so far."""
@@ -131,8 +152,10 @@ class Learner:
         return values
 
     def networks(self) -> dict[str, Params]:
-        """The networks of the agent and, as one more, the normalisation of observations."""
+        """The networks of the agent, the unit of their values and the normalisation of observations."""
         networks = self.algorithm.agent.networks()
+        unit = 1.0 if self._returns is None else self._returns.unit
+        networks[VALUE] = {"unit": torch.tensor(unit / self._reward_scale)}
         if self._statistics is not None:
             networks[NORMALIZER] = dict(vars(self._statistics.scale()))
         return networks
@@ -152,14 +175,17 @@ class Learner:
         """What learning continues from beside the networks and the replay buffer.
 
         "algorithm.*" is `Agent.state`, "envs.*" `TrainingEnvs.state`, "normalizer.*" `RunningStatistics.state`,
-        "means.*" the sums of the metrics since the last log line, "generator.*" the states of the random
-        generators, "recent_returns" the last episode returns.
+        "returns.*" `ReturnStatistics.state`, "held.*" `HeldNoise.state`, "means.*" the sums of the metrics
+        since the last log line, "generator.*" the states of the random generators, "recent_returns" the last
+        episode returns.
         """
         return {
             **_prefixed("algorithm", self.algorithm.agent.state()),
             **_prefixed("envs", self.envs.state()),
             **_prefixed("means", self._means.sums),
             **({} if self._statistics is None else _prefixed("normalizer", self._statistics.state())),
+            **({} if self._returns is None else _prefixed("returns", self._returns.state())),
+            **({} if self._held is None else _prefixed("held", self._held.state())),
             "generator.acting": self._acting_generator.get_state(),
             "generator.learning": self._learning_generator.get_state(),
             "recent_returns": torch.tensor(list(self._recent_returns), dtype=torch.float64),
@@ -180,6 +206,14 @@ class Learner:
             if self._statistics is not None:
                 self._statistics.restore(subset(training, "normalizer."))
                 self._scale = self._statistics.scale(self._device)
+            restarted = torch.zeros(self.envs.count, dtype=torch.bool)
+            restarted[self.envs.restarted] = True
+            if self._returns is not None:
+                self._returns.restore(subset(training, "returns."))
+                self._returns.end_episodes(restarted)
+            if self._held is not None:
+                self._held.restore(subset(training, "held."))
+                self._held.release(restarted)
             self._means.restore(subset(training, "means."), counters["log_counts"], self.step, self.updates)
             self._acting_generator.set_state(training["generator.acting"])
             self._restore_learning_generator(training["generator.learning"])
@@ -217,7 +251,8 @@ class Learner:
 
     def _normalized_batch(self, batch: Batch) -> Batch:
         obs, next_obs = self._normalized(batch.obs), self._normalized(batch.next_obs)
-        return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
+        reward = batch.reward if self._returns is None else batch.reward / self._returns.unit
+        return dataclasses.replace(batch, obs=obs, next_obs=next_obs, reward=reward)
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(

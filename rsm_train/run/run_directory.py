@@ -318,8 +318,10 @@ def _config_advice(path: Path) -> str:
 
 def _parse_config(path: Path) -> tuple[RunConfig, AlgorithmConfig]:
     config = json.loads(path.read_bytes())
-    run = RunConfig(**config["run"])
-    return run, find_algorithm(run.algo).Config(**config["algorithm"])
+    run, algorithm = RunConfig(**config["run"]), dict(config["algorithm"])
+    if "critic_layer_norm" in algorithm:  # of a version before critic_norm
+        algorithm["critic_norm"] = "layer" if algorithm.pop("critic_layer_norm") else "none"
+    return run, find_algorithm(run.algo).Config(**algorithm)
 
 
 def require_no_lost_checkpoint(run_dir: Path, run: RunConfig) -> None:

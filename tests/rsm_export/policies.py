@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from rsm_export.graph.fold import FoldedPolicy
 
 from rsm_common.seeds import draw_noise, expand_seed
 from rsm_common.spec import BoxSpec, PolicySpec
-from rsm_train.model.critic import init_critics
-from rsm_train.model.networks import init_denoiser, init_gaussian
+from rsm_train.model.categorical import make_atoms
+from rsm_train.model.critic import CriticNorm, batch_outputs, fold, init_critics, uses_batch
+from rsm_train.model.networks import Params, init_denoiser, init_gaussian
 from rsm_train.model.samplers.diffusion import DiffusionSampler, DiffusionWeights
 from rsm_train.model.samplers.gaussian import GaussianSampler
 from rsm_train.policy import TorchPolicy, action_scale
@@ -29,18 +30,19 @@ def random_policy(
     particles: int = 4,
     hidden: Sequence[int] = (24, 16),
     critics: int = 2,
-    layer_norm: bool = False,
+    kind: Mapping[str, Any] | None = None,
     seed: int = 0,
     **sampler: Any,
 ) -> TorchPolicy:
-    """A policy whose biases are not zero, with action bounds that are not symmetric."""
+    """A policy whose biases are not zero, with action bounds that are not symmetric.
+
+    `kind` is of the critics: see `RandomCritics`.
+    """
     generator = torch.Generator().manual_seed(seed)
     denoiser = init_denoiser(obs_size, action_size, hidden, generator)
-    values = init_critics(obs_size, action_size, hidden, generator, members=critics, layer_norm=layer_norm)
-    for params in (denoiser, values):
-        for name, value in params.items():
-            if name.endswith("bias") or "norms" in name:
-                value += 0.3 * torch.randn(value.shape, generator=generator)
+    made = RandomCritics(obs_size, action_size, hidden, generator, members=critics, **(kind or {}))
+    move_biases(denoiser, generator)
+    values = made.learnt()
     settings = DiffusionSampler("cosine", steps, particles, sampler.pop("prior_std", 0.7), **sampler)
     spec = PolicySpec(
         name="random",
@@ -55,6 +57,50 @@ def random_policy(
     return TorchPolicy(spec, settings.prepare(denoiser, values if particles > 1 else {}, action_scale(spec)))
 
 
+class RandomCritics:
+    """Critics of a kind, whose values are in a unit."""
+
+    def __init__(
+        self,
+        obs_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        generator: torch.Generator,
+        *,
+        members: int = 2,
+        norm: CriticNorm = "none",
+        input_norm: bool = False,
+        atoms: int | None = None,
+        limit: float = 5.0,
+        unit: float = 1.0,
+    ) -> None:
+        self._sizes, self._generator, self._unit = (obs_size, action_size), generator, unit
+        self._params = init_critics(
+            *(obs_size, action_size, hidden, generator),
+            members=members,
+            norm=norm,
+            input_norm=input_norm,
+            atoms=None if atoms is None else make_atoms(atoms, limit),
+        )
+
+    def learnt(self) -> Params:
+        """Folded, as if learnt: biases are not 0, factors not 1, and statistics have seen rows."""
+        obs_size, action_size = self._sizes
+        move_biases(self._params, self._generator)
+        for _ in range(300 if uses_batch(self._params) else 0):
+            obs = 2 * torch.randn(64, obs_size, generator=self._generator) + 1
+            action = torch.rand(64, action_size, generator=self._generator) * 2 - 1
+            batch_outputs(self._params, obs, action, move_statistics=True)
+        return fold(self._params, torch.tensor(self._unit))
+
+
+def move_biases(params: Params, generator: torch.Generator) -> None:
+    """Biases away from 0, and the factors of normalisations from 1."""
+    for name, value in params.items():
+        if name.endswith("bias") or ("norms" in name and name.endswith("weight")):
+            value += 0.3 * torch.randn(value.shape, generator=generator)
+
+
 def weights_of(policy: TorchPolicy) -> DiffusionWeights:
     """The weights of a diffusion policy."""
     assert isinstance(policy.weights, DiffusionWeights)
@@ -62,20 +108,24 @@ def weights_of(policy: TorchPolicy) -> DiffusionWeights:
 
 
 def random_gaussian(
-    *, particles: int = 1, obs_size: int = 5, action_size: int = 3, depth: int = 2, layer_norm: bool = False
+    *,
+    particles: int = 1,
+    obs_size: int = 5,
+    action_size: int = 3,
+    depth: int = 2,
+    kind: Mapping[str, Any] | None = None,
+    **sampler: Any,
 ) -> TorchPolicy:
     """A Gaussian policy whose biases are not zero, with action bounds that are not symmetric."""
     generator = torch.Generator().manual_seed(1)
     hidden = [24, 16][:depth]
     policy = init_gaussian(obs_size, action_size, hidden, generator)
-    critics = init_critics(obs_size, action_size, hidden, generator, members=2, layer_norm=layer_norm)
-    for params in (policy, critics):
-        for name, value in params.items():
-            if name.endswith("bias"):
-                value += 0.3 * torch.randn(value.shape, generator=generator)
+    made = RandomCritics(obs_size, action_size, hidden, generator, **(kind or {}))
+    move_biases(policy, generator)
+    critics = made.learnt()
     like = random_policy(obs_size=obs_size, action_size=action_size, steps=1, particles=particles).spec
     spec = dataclasses.replace(like, algorithm="sac", sampler="gaussian")
-    weights = GaussianSampler(particles=particles).prepare(
+    weights = GaussianSampler(particles=particles, **sampler).prepare(
         policy, critics if particles > 1 else {}, action_scale(spec)
     )
     return TorchPolicy(spec, weights)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from rsm_export import build
 from rsm_export.build import make_probe, sampled_policy
 from rsm_export.checks.static_rules import FORBIDDEN_OPS
@@ -25,6 +26,8 @@ from rsm_serve.server import background_server
 from rsm_train.model.samplers.diffusion import DiffusionSampler
 from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy
 from tests.rsm_export.policies import chain_of, with_chain
+from tests.rsm_train.critic_kinds import ALL_AT_ONCE
+from tests.rsm_train.model.test_critic import by_hand, value_by_hand
 from tests.rsm_train.runs import tiny_run
 
 
@@ -216,7 +219,7 @@ def test_an_sdac_policy_with_normalised_critics_of_another_selection_is_exported
         tmp_path / "run",
         algo="sdac",
         critics=3,
-        critic_layer_norm=True,
+        critic_norm="layer",
         critic_selection="mean_std",
         critic_std_factor=-0.5,
     )
@@ -229,6 +232,37 @@ def test_an_sdac_policy_with_normalised_critics_of_another_selection_is_exported
     assert ours.q is not None
     assert theirs.q is not None
     np.testing.assert_allclose(ours.q, theirs.q, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory):
+    """A run with critics of every part at once, whose values are in units of the return."""
+    return tiny_run(
+        tmp_path_factory.mktemp("runs") / "composed", **ALL_AT_ONCE, normalize_reward=True, noise_hold=5
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_composed_critics_are_exported_and_served_with_q_in_rewards(composed, tmp_path, precision):
+    made = export_checkpoint(composed, tmp_path, "composed", ExportConfig(precision=precision))
+    assert made.verification is not None
+    checkpoint = load_checkpoint(composed)
+    obs, seeds = checkpoint.probe_obs.numpy()[:32], expand_seed(3, 32)
+    config = ServerConfig(repo=tmp_path, addresses=("127.0.0.1:0",))
+    with background_server(config) as server, PolicyClient(server.addresses[0], timeout_s=10) as client:
+        served = client.act(obs, seed=seeds)
+    assert served.q is not None
+    # By hand: the critics with their running statistics, in float64, at the action that was served.
+    params = {name: value.double() for name, value in checkpoint.networks["critic"].items()}
+    unit = float(checkpoint.networks["value"]["unit"])
+    assert unit > 10, "an episode of 1 per step, and reward_scale 0.1"
+    scale = torch.from_numpy(served.action).double() / 3
+    q = value_by_hand(params, by_hand(params, torch.from_numpy(obs).double(), scale, over_batch=False))
+    wanted = unit * q.amin(0).numpy()
+    limit = unit * 5.0
+    tolerance = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 1e-1}[precision]
+    assert np.abs(served.q - wanted).max() <= 2 * tolerance * limit
+    assert np.abs(wanted).max() > 20 * tolerance * limit or precision != "fp32"
 
 
 @pytest.fixture

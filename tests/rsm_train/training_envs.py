@@ -74,6 +74,14 @@ class ForgetfulEnv(LongEnv):
         return random.SystemRandom().random()
 
 
+class SteadyEnv(LongEnv):
+    """A reward of 7 in each step, whatever is done, for ever: with gamma 0.5 every value is 14."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, 7.0, *rest
+
+
 class FailingEnv(LongEnv):
     """Fails in the 33rd step of its process, as the environment variable RSM_FAIL says; well without it."""
 
@@ -94,6 +102,7 @@ for _name, _kind, _limit in (
     ("Counting", CountingEnv, 3),
     ("Odd", OddBounds, None),
     ("Long", LongEnv, 7),
+    ("Steady", SteadyEnv, 7),
     ("Forgetful", ForgetfulEnv, 7),
     ("Failing", FailingEnv, 7),
 ):

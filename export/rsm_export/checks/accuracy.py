@@ -4,8 +4,9 @@ Best-of-N is discontinuous: where the two best particles tie to rounding, torch 
 choose either, and both are right. So the graph must give one of the policy's own particles whose value is the
 best to within a tolerance, and must state that value.
 
-Actions are compared as fractions of the action range, values as fractions of the largest of 1, the value itself
-and the mean magnitude of the values compared.
+Actions are compared as fractions of the action range, values as fractions of the largest of the value itself,
+the mean magnitude of the values compared, and 1. Values of critics with atoms are rounded in proportion to the
+largest atom, which takes the place of the 1.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class Original(Protocol):
     """What a graph is compared with; a `TorchPolicy` is one."""
 
     spec: PolicySpec
+
+    @property
+    def value_size(self) -> float:
+        """The magnitude that rounding of values is in proportion to, however small the value."""
+        ...
 
     def particles(self, obs_BO: Array, noise_BTNA: Array) -> tuple[Array, Array | None]:
         """All N particles [B, N, A] in environment units, and their values [B, N], None without critics."""
@@ -93,7 +99,7 @@ def compare(
     if q_BN is None:
         q_BN = np.zeros_like(error_BN)
     best_B = q_BN.max(axis=1)
-    slack_B = tolerance.value * _value_scale(best_B)
+    slack_B = tolerance.value * _value_scale(policy, best_B)
     # Of the particles that may be chosen, the nearest.
     allowed_BN = np.where(q_BN >= (best_B - slack_B)[:, None], error_BN, np.inf)
     nearest_B, error_B = allowed_BN.argmin(axis=1), allowed_BN.min(axis=1)
@@ -109,13 +115,15 @@ def compare(
         max_error=float(error_B.max()),
         mean_error=float(error_B.mean()),
         other_particle_rate=float(np.mean(q_BN[np.arange(len(q_BN)), nearest_B] < best_B)),
-        max_q_error=None if q_B is None else _value_error(q_B, best_B, tolerance.value),
+        max_q_error=None
+        if q_B is None
+        else _value_error(q_B, best_B, _value_scale(policy, best_B), tolerance.value),
         tolerance=tolerance,
     )
 
 
-def _value_error(q_B: Array, best_B: Array, tolerance: float) -> float:
-    error_B = np.abs(q_B - best_B) / _value_scale(best_B)
+def _value_error(q_B: Array, best_B: Array, scale_B: Array, tolerance: float) -> float:
+    error_B = np.abs(q_B - best_B) / scale_B
     for row in np.flatnonzero(~(error_B <= tolerance)):
         raise ParityError(
             f"the graph does not value like the policy: q of row {row} is {q_B[row]:.7g}, wanted "
@@ -137,7 +145,8 @@ def allowed(policy: TorchPolicy, obs_BO: Array, noise_BTNA: Array, precision: Pr
     action_BNA, q_BN = policy.particles(obs_BO, noise_BTNA)
     rounding = [np.abs(action_BNA - exact_BNA) / _span(policy), np.zeros(1)]
     if q_BN is not None and exact_BN is not None:
-        rounding[1] = np.abs(q_BN - exact_BN).max(axis=1) / _value_scale(exact_BN.max(axis=1))
+        scale_B = _value_scale(policy, exact_BN.max(axis=1))
+        rounding[1] = np.abs(q_BN - exact_BN).max(axis=1) / scale_B
     return Tolerance(*(max(TOLERANCES["fp32"], _ROUNDING_FACTOR * float(found.max())) for found in rounding))
 
 
@@ -145,9 +154,9 @@ def _span(policy: Original) -> Array:
     return policy.spec.action_high - policy.spec.action_low
 
 
-def _value_scale(best_B: Array) -> Array:
+def _value_scale(policy: Original, best_B: Array) -> Array:
     magnitude_B = np.abs(best_B)
-    scale_B: Array = np.maximum(np.maximum(1, magnitude_B), magnitude_B.mean())
+    scale_B: Array = np.maximum(np.maximum(policy.value_size, magnitude_B), magnitude_B.mean())
     return scale_B
 
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rsm_train.model.critic import ATOMS
 from rsm_train.model.networks import depth, subset
 
 Array = NDArray[np.float32]
@@ -50,6 +51,8 @@ class Network:
     """Behind the first layer and each hidden one."""
     hidden: tuple[Layer, ...]
     out: Layer
+    atoms: Array | None = None
+    """[K], values whose probabilities are the softmax of the last layer's outputs; None for a plain output."""
 
 
 def fold_network(
@@ -67,7 +70,8 @@ def fold_network(
     ]
     norms = tuple(_norm(f"{name}.norms.{i}", subset(params, f"norms.{i}.")) for i in range(last))
     first = (float32(action_weight), float32(obs_weight), float32(obs_bias))
-    return Network(name, *first, norms, tuple(layers[:-1]), layers[-1])
+    atoms = float32(params[ATOMS]) if ATOMS in params else None
+    return Network(name, *first, norms, tuple(layers[:-1]), layers[-1], atoms)
 
 
 def _norm(name: str, params: Mapping[str, Tensor]) -> Norm | None:
@@ -78,7 +82,7 @@ def fold_critics(critics: Mapping[str, Tensor], obs_size: int, action_size: int)
     """The members of an ensemble of critics; none if there are no parameters."""
     members = []
     for e in range(len(critics["layers.0.weight"]) if critics else 0):
-        params = {name: value[e] for name, value in critics.items()}
+        params = {name: value if name == ATOMS else value[e] for name, value in critics.items()}
         obs_weight, action_weight = torch.split(params["layers.0.weight"], [obs_size, action_size], dim=1)
         members.append(fold_network(f"critic.{e}", obs_weight, action_weight, params["layers.0.bias"], params))
     return tuple(members)

@@ -97,7 +97,11 @@ def _choose(writer: GraphWriter, policy: FoldedPolicy, obs_parts: list[str], act
         hidden = writer.hidden(network, writer.op("Add", writer.op("MatMul", action_RA, weight), obs_part))
         out = writer.constant(f"{network.out.name}.weight", network.out.weight)
         bias = writer.constant(f"{network.out.name}.bias", network.out.bias)
-        values.append(writer.op("Gemm", hidden, out, bias, transB=1, alpha=-2.0))
+        value = writer.op("Gemm", hidden, out, bias, transB=1, alpha=-2.0)
+        if network.atoms is not None:
+            atoms = writer.constant(f"{network.name}.atoms", network.atoms[:, None])
+            value = writer.op("MatMul", writer.op("Softmax", value, axis=-1), atoms)
+        values.append(value)
     writer.scope = "choose"
     selected = _select(writer, policy, values)
     q_BN = writer.op("Reshape", selected, writer.shape(-1, policy.particles))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -168,6 +168,19 @@ class Sampler(Protocol):
             ValueError: the sampler has no such setting, or the value is out of range.
         """
         ...
+
+
+def check_selection(selection: object, selection_std: object) -> None:
+    """Check the settings that make one value from those of the critics.
+
+    Raises:
+        ValueError: no such selection, or no number.
+    """
+    selections = get_args(SelectionName)
+    if selection not in selections:
+        raise ValueError(f"wanted a selection of {', '.join(selections)}, got {selection!r}")
+    if not isinstance(selection_std, (float, int)):
+        raise ValueError(f"wanted a number as selection_std, got {selection_std!r}")
 
 
 def frozen(params: Mapping[str, Tensor]) -> Params:

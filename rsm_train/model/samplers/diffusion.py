@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from rsm_train.model.samplers.common import (
     ActionScale,
     Mlp,
     Resampling,
+    check_selection,
     frozen,
     in_float64,
     scale_in_float64,
@@ -92,11 +93,7 @@ class DiffusionSampler:
             raise ValueError(str(error)) from None
         if not isinstance(self.prior_std, (float, int)) or not self.prior_std > 0:
             raise ValueError(f"wanted prior_std > 0, got {self.prior_std!r}")
-        selections = get_args(SelectionName)
-        if self.selection not in selections:
-            raise ValueError(f"wanted a selection of {', '.join(selections)}, got {self.selection!r}")
-        if not isinstance(self.selection_std, (float, int)):
-            raise ValueError(f"wanted a number as selection_std, got {self.selection_std!r}")
+        check_selection(self.selection, self.selection_std)
 
     def networks(self, obs_size: int, action_size: int) -> list[Mlp]:
         """See `Sampler.networks`."""

@@ -20,6 +20,7 @@ from rsm_train.model.samplers.common import (
     ActionScale,
     Mlp,
     Resampling,
+    check_selection,
     frozen,
     in_float64,
     scale_in_float64,
@@ -33,12 +34,14 @@ class GaussianSampler:
 
     kind: ClassVar[str] = "gaussian"
     acting: ClassVar[str] = "policy"
-    selection: ClassVar[SelectionName] = "min"
-    selection_std: ClassVar[float] = 0.0
 
     steps: int = 1
     particles: int = 1
     """N, of which the critics choose the best; 1 in training."""
+    selection: SelectionName = "min"
+    """How the values of the critics become the value that chooses."""
+    selection_std: float = 0.0
+    """For "mean_std": mean + selection_std * std."""
 
     @property
     def name(self) -> str:
@@ -61,6 +64,7 @@ class GaussianSampler:
                 "wanted steps 1 and particles >= 1 of a Gaussian policy, got "
                 f"{self.steps!r} and {self.particles!r}"
             )
+        check_selection(self.selection, self.selection_std)
 
     def networks(self, obs_size: int, action_size: int) -> list[Mlp]:
         """See `Sampler.networks`."""
@@ -104,10 +108,10 @@ class GaussianWeights:
 
     def particles(self, obs_BO: Tensor, noise_BTNA: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Weights.particles`; T is 1."""
-        obs_BO = scaled(self.obs_scale, obs_BO)
+        s, obs_BO = self.sampler, scaled(self.obs_scale, obs_BO)
         mean_BA, log_std_BA = gaussian(self.policy, obs_BO)
         action_BNA = torch.tanh(mean_BA.unsqueeze(1) + log_std_BA.exp().unsqueeze(1) * noise_BTNA[:, 0])
-        return action_BNA, selected_values(self.critics, obs_BO, action_BNA, "min", 0.0)
+        return action_BNA, selected_values(self.critics, obs_BO, action_BNA, s.selection, s.selection_std)
 
     def without_critics(self) -> GaussianWeights:
         """See `Weights.without_critics`."""

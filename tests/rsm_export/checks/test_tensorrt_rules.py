@@ -179,10 +179,10 @@ def test_graphs_of_the_contract_pass():
     check_tensorrt(onnx.load_from_string(make_model(make_spec(has_q=False))))
 
 
-def exported(seed: int, precision: Precision = "fp32") -> tuple[bytes, PolicySpec]:
+def exported(seed: int, precision: Precision = "fp32", **kind: Any) -> tuple[bytes, PolicySpec]:
     """The exporter's graph of a policy whose parameters are all random, as after training."""
     # One action: its bias is a single number.
-    policy = random_policy(action_size=1, steps=2, particles=3, hidden=(16, 12), seed=seed)
+    policy = random_policy(action_size=1, steps=2, particles=3, hidden=(16, 12), seed=seed, kind=kind)
     return build_graph(fold(weights_of(policy)), precision).SerializeToString(deterministic=True), policy.spec
 
 
@@ -195,22 +195,53 @@ def test_every_precision_of_the_exporter_passes(precision):
     check_tensorrt(onnx.load_from_string(exported(1, precision)[0]))
 
 
-def test_exported_policies_pass_and_differ_in_weights_only(tmp_path, monkeypatch):
-    """A policy that was trained further is refitted: its graph differs in nothing that would need a build."""
-    (first, spec), (second, _) = exported(1), exported(2)
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer": {"norm": "layer"},
+    "batch": {"norm": "batch", "input_norm": True},
+    "categorical": {"atoms": 21},
+    "all at once": {"norm": "batch", "input_norm": True, "atoms": 21},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_policies_pass_and_differ_in_weights_only(tmp_path, monkeypatch, kind):
+    """A policy that was trained further is refitted: its graph differs in nothing that would need a build.
+
+    The unit of its values has changed with it, and so have its atoms, which are the limit times the unit.
+    """
+    first, spec = exported(1, **KINDS[kind], unit=2.0)
+    second, _ = exported(2, **KINDS[kind], unit=3.5)
     check_tensorrt(onnx.load_from_string(first))
     structure = read_structure(first)
     assert read_structure(second) == structure
     old, new = contents(first), contents(second)
     assert old.keys() == new.keys()
     assert {name for name in old if old[name] != new[name]} <= set(structure.weights)
+    atoms = {name for name in old if name.endswith(".atoms")}
+    assert all(old[name] != new[name] for name in atoms)
+    assert len(atoms) == (2 if "atoms" in KINDS[kind] else 0)
 
     gpu = FakeGpu()
     gpu.install(monkeypatch)
     obs = np.random.default_rng(0).normal(size=(3, spec.observation.size)).astype(np.float32)
     noise = draw_noise(expand_seed(0, 3), spec.noise_shape)
+    values = []
     for model in (first, second):
         session = TensorRTSession(model, spec, max_batch_size=4, cache_dir=tmp_path)
         answer, wanted = session.run(obs, noise), OnnxRuntimeSession(model, spec).run(obs, noise)
         np.testing.assert_allclose(answer[0], wanted[0], atol=1e-5)
+        assert answer[1] is not None
+        assert wanted[1] is not None
+        np.testing.assert_allclose(answer[1], wanted[1], rtol=1e-4, atol=1e-4)
+        values.append(wanted[1])
+    assert np.abs(values[0] - values[1]).max() > 0.1
     assert (gpu.counts["build"], gpu.counts["refit"]) == (1, 1)
+
+
+def test_critics_of_another_kind_are_another_structure():
+    """A refit cannot make one of the other; TensorRT builds a new engine, and other runtimes load the file."""
+    kinds = [*KINDS.values(), {"atoms": 31}]
+    digests = {read_structure(exported(1, **kind)[0]).digest for kind in kinds}
+    # BatchNorm is folded: what is left of "batch" is a plain network, and of "all at once" a categorical one.
+    assert len(digests) == len(kinds) - 2

@@ -229,6 +229,7 @@ def test_a_tie_may_be_broken_either_way_and_nothing_else(policy):
         """The policy, but its second best particle is as good as the best, by a gap."""
 
         spec = policy.spec
+        value_size = 1.0
 
         def __init__(self, gap):
             self._values = values.copy()
@@ -255,7 +256,8 @@ def test_values_are_compared_too(policy):
 class Fixed:
     """One particle for each row, of the given values, in an action range of 2."""
 
-    def __init__(self, values, action_size=4):
+    def __init__(self, values, action_size=4, value_size=1.0):
+        self.value_size = value_size
         self._values = np.array(values, np.float32)[:, None]
         self.spec = random_policy(action_size=action_size).spec
         bounds = ((-1.0,) * action_size, (1.0,) * action_size)
@@ -292,6 +294,21 @@ def test_values_are_off_by_a_fraction_of_their_own_magnitude_or_the_usual_one(ro
         q[row] += factor * 1e-3 * scale
         with contextlib.nullcontext() if passes else pytest.raises(ParityError, match=f"q of row {row}"):
             assert policy.compare(policy.action, q).max_q_error == pytest.approx(factor * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [0.2, 50.0])
+def test_values_of_critics_with_atoms_are_off_by_a_fraction_of_the_largest_atom(size):
+    policy = Fixed([0.0, 0.1, 0.0, 0.0], value_size=size)
+    for factor, passes in ((0.9, True), (1.1, False)):
+        q = [0.0, 0.1 + factor * 1e-3 * size, 0.0, 0.0]
+        with contextlib.nullcontext() if passes else pytest.raises(ParityError, match="q of row 1"):
+            assert policy.compare(policy.action, q).max_q_error == pytest.approx(factor * 1e-3, rel=1e-2)
+
+
+def test_the_size_of_values_is_the_largest_atom_in_the_unit():
+    assert random_policy(kind={"unit": 40.0}).value_size == 1.0
+    assert random_policy(particles=1).value_size == 1.0
+    assert random_policy(kind={"atoms": 11, "limit": 3.0, "unit": 40.0}).value_size == pytest.approx(120.0)
 
 
 def test_a_value_that_is_no_number_is_refused():

@@ -18,7 +18,16 @@ from tests.rsm_export.policies import inputs, random_gaussian
 
 @pytest.mark.parametrize("particles", [1, 4])
 @pytest.mark.parametrize(
-    "settings", [{}, {"depth": 1}, {"layer_norm": True}, {"action_size": 1, "obs_size": 1}]
+    "settings",
+    [
+        {},
+        {"depth": 1},
+        {"kind": {"norm": "layer"}},
+        {"kind": {"norm": "batch", "atoms": 21, "input_norm": True, "unit": 3.0}},
+        {"selection": "mean"},
+        {"selection": "mean_std", "selection_std": -1.5},
+        {"action_size": 1, "obs_size": 1},
+    ],
 )
 def test_the_graph_acts_like_the_policy(particles, settings):
     policy = random_gaussian(particles=particles, **settings)

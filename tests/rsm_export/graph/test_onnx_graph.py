@@ -13,8 +13,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from rsm_export.checks.accuracy import allowed, compare
+from rsm_export.checks.accuracy import TOLERANCES, allowed, compare
 from rsm_export.checks.static_rules import check_model, check_static_rules
+from rsm_export.checks.tensorrt_rules import check_tensorrt
 from rsm_export.config import Precision
 from rsm_export.graph.fold import fold
 from rsm_export.graph.onnx_graph import OPSET, build_graph
@@ -33,7 +34,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "three hidden layers": {"hidden": (12, 20, 8)},
     "one action": {"action_size": 1, "obs_size": 1},
     "five normalised critics": {
-        "critics": 5, "layer_norm": True, "selection": "mean_std", "selection_std": -0.5,
+        "critics": 5, "kind": {"norm": "layer"}, "selection": "mean_std", "selection_std": -0.5,
     },
     "mean of critics": {"critics": 3, "selection": "mean"},
     "one critic": {"critics": 1},
@@ -41,6 +42,19 @@ POLICIES: dict[str, dict[str, Any]] = {
     "in between": {"chain_steps": 4, "eta": 0.5, "prior_std": 1.3},
     "Humanoid": {"obs_size": 348, "action_size": 17, "particles": 2, "steps": 3},
 }  # fmt: skip
+
+CRITICS: dict[str, dict[str, Any]] = {
+    "plain": {"unit": 40.0},
+    "layer": {"norm": "layer", "unit": 0.02},
+    "batch": {"norm": "batch", "unit": 7.0},
+    "normalised input": {"input_norm": True},
+    "categorical": {"atoms": 31, "limit": 3.0},
+    "categorical in small units": {"atoms": 101, "unit": 0.01},
+    "categorical in large units": {"atoms": 101, "unit": 300.0},
+    "all at once": {"norm": "batch", "input_norm": True, "atoms": 51, "unit": 40.0},
+    "layer, categorical": {"norm": "layer", "input_norm": True, "atoms": 51, "unit": 4.0},
+}
+"""Kinds of critics, their values in other units."""
 
 
 def in_onnxruntime(model, feeds):
@@ -83,6 +97,35 @@ def test_the_graph_acts_like_the_policy(kind):
         assert accuracy.rows == rows
     wanted = policy.act(feeds["obs"], noise=feeds["noise"]).action
     assert wanted.std() > 0.05, "a constant policy would agree with anything"
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_every_kind_of_critics_in_every_precision(kind, precision: Precision):
+    policy = random_policy(kind=CRITICS[kind])
+    model = build_graph(fold(weights_of(policy)), precision)
+    check_model(model)
+    check_static_rules(model)
+    check_tensorrt(model)
+    feeds = inputs(policy.spec, 40)
+    runtimes = (
+        RUNTIMES if precision != "bf16" else {name: RUNTIMES[name] for name in ("openvino", "onnx reference")}
+    )
+    for name, run in runtimes.items():
+        accuracy = follows(policy, precision, run(model, feeds), feeds)
+        assert accuracy.max_q_error is not None
+        assert accuracy.max_q_error <= TOLERANCES[precision] or precision == "fp32", name
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+def test_values_are_in_the_unit_and_the_unit_changes_no_action(kind):
+    one, other = ({**CRITICS[kind], "unit": unit} for unit in (1.0, 8.0))
+    policies = [random_policy(kind=found) for found in (one, other)]
+    feeds = inputs(policies[0].spec, 30)
+    answers = [in_onnxruntime(build_graph(fold(weights_of(policy))), feeds) for policy in policies]
+    np.testing.assert_array_equal(answers[0][0], answers[1][0])
+    np.testing.assert_allclose(8 * answers[0][1], answers[1][1], rtol=1e-5)
+    assert answers[0][1].std() > 0.01
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -181,7 +224,7 @@ def test_new_weights_change_initialisers_alone_and_no_name(precision: Precision)
 
 
 def test_names_are_those_of_the_checkpoint():
-    model = build_graph(fold(weights_of(random_policy(layer_norm=True))))
+    model = build_graph(fold(weights_of(random_policy(kind={"norm": "layer"}))))
     names = {tensor.name for tensor in model.graph.initializer}
     assert {
         "policy.layers.0.action_weight",
@@ -196,7 +239,7 @@ def test_names_are_those_of_the_checkpoint():
         "noise.scale",
         "action.half_range",
     } <= names
-    weights = weights_of(random_policy(layer_norm=True))
+    weights = weights_of(random_policy(kind={"norm": "layer"}))
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     np.testing.assert_array_equal(held["policy.layers.1.weight"], weights.denoiser.tail["layers.1.weight"])
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from rsm_train.algorithms.common import Batch, copy_params, td_target, weight_health
+from rsm_train.algorithms.common import Batch, copy_params, weight_health
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, scale_q
 from rsm_train.model.critic import choose_best, q_values
 from rsm_train.model.networks import mlp_tail, sample_actions, split_denoiser
@@ -47,14 +47,6 @@ def random_batch(rows=16, obs=3, action=2, seed=0):
     )
 
 
-def test_td_target_by_hand():
-    batch = dataclasses.replace(
-        random_batch(2), reward=torch.tensor([1.0, 1.0]), terminated=torch.tensor([0.0, 1.0])
-    )
-    y = td_target(batch, torch.tensor([10.0, 10.0]), gamma=0.9, reward_scale=0.2)
-    torch.testing.assert_close(y, torch.tensor([9.2, 0.2]))
-
-
 def test_policy_weights_by_hand():
     q = torch.tensor([[1.0, 2.0, 3.0]])
     torch.testing.assert_close(policy_weights(q, 2.0, "raw"), torch.softmax(torch.tensor([[0.5, 1.0, 1.5]]), 1))
@@ -83,11 +75,13 @@ def test_critic_regresses_on_the_td_target():
     algorithm = make()
     batch = random_batch(64)
     noise = algorithm.draw_noise(64, torch.Generator().manual_seed(1))
+    target = algorithm.agent.critics.target
+    assert target is not None
     with torch.no_grad():
         action = algorithm.agent.best_action(batch.next_obs, noise.next_action)
-        next_q = q_values(algorithm.agent.critic_target, batch.next_obs, action[:, None])[..., 0].min(0).values
+        next_q = q_values(target, batch.next_obs, action[:, None])[..., 0].min(0).values
         y = batch.reward + 0.99 * (1 - batch.terminated) * next_q
-        q = q_values(algorithm.agent.critic, batch.obs, batch.action[:, None])[..., 0]
+        q = q_values(algorithm.agent.critics.params, batch.obs, batch.action[:, None])[..., 0]
         wanted = (q - y).square().mean(1).sum()
     torch.testing.assert_close(algorithm.update(batch, noise)["critic_loss"], wanted)
 
@@ -98,7 +92,7 @@ def test_policy_loss_is_the_weighted_noise_error():
     noise = algorithm.draw_noise(6, torch.Generator().manual_seed(1))
     action = torch.rand(6, 8, 2) * 2 - 1
     weight = torch.softmax(torch.randn(6, 8), 1)
-    got = algorithm._loss(batch.obs, action, weight, noise)
+    got = algorithm._loss(algorithm.agent.policy, batch.obs, action, weight, noise.t, noise.eps)
     params, schedule = algorithm.agent.policy, algorithm.agent.schedule
     total = 0.0
     from rsm_train.model.networks import embed_time
@@ -187,13 +181,16 @@ def test_one_update_by_hand_with_every_network_different(scaling):
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     with torch.no_grad():
         proposals = (sample(average, batch.obs, noise.action) + 0.2 * noise.proposal).clamp(-1, 1)
-        weights = policy_weights(q_values(algorithm.agent.critic, batch.obs, proposals).amin(0), 0.7, scaling)
-        algorithm.agent.policy, now = live, algorithm.agent.policy
-        loss = algorithm._loss(batch.obs, proposals, weights, noise)
-        algorithm.agent.policy = now
+        weights = policy_weights(
+            q_values(algorithm.agent.critics.params, batch.obs, proposals).amin(0), 0.7, scaling
+        )
+        loss = algorithm._loss(live, batch.obs, proposals, weights, noise.t, noise.eps)
     torch.testing.assert_close(metrics["policy_loss"], loss)
     # Adam's first step is the learning rate in every weight that has a gradient.
-    for before, after, rate in ((live, now, 1e-3), (critic, algorithm.agent.critic, 3e-3)):
+    for before, after, rate in (
+        (live, algorithm.agent.policy, 1e-3),
+        (critic, algorithm.agent.critics.params, 3e-3),
+    ):
         moved = (after["layers.1.weight"].detach() - before["layers.1.weight"]).abs().max()
         assert moved.item() == pytest.approx(rate, rel=0.01)
 
@@ -225,7 +222,7 @@ def test_learns_a_quadratic_problem_to_its_closed_form_optimum():
     action = algorithm.agent.act(obs, noise, torch.zeros(200, 2))
     error = (action - obs @ matrix.T).square().sum(1)
     assert error.mean() < 0.02, "a uniform random policy has 0.9"
-    q = q_values(algorithm.agent.critic, obs, (obs @ matrix.T)[:, None]).mean()
+    q = q_values(algorithm.agent.critics.params, obs, (obs @ matrix.T)[:, None]).mean()
     assert abs(q.item()) < 0.1
 
 
@@ -317,16 +314,14 @@ def test_one_update_of_the_published_program_by_hand(scaling):
     metrics = algorithm.update(batch, noise)
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     with torch.no_grad():
-        q = q_values(agent.critic, batch.next_obs, a_next[:, None]).amin(0)
+        q = q_values(agent.critics.params, batch.next_obs, a_next[:, None]).amin(0)
         mean, std = 1e-3 * q.mean(), 1 + 1e-3 * (q.std(correction=0) - 1)
         scaled = (q - mean) / std if scaling == "running" else q - mean / std
         weight = (scaled.clamp(-3, 3) / 0.7).exp()
-        agent.policy, now = live, agent.policy
-        loss = algorithm._loss(batch.next_obs, a_next[:, None], weight, noise)
-        agent.policy = now
+        loss = algorithm._loss(live, batch.next_obs, a_next[:, None], weight, noise.t, noise.eps)
     torch.testing.assert_close(metrics["policy_loss"], loss)
     # The second application of the same gradient moves about as far as the first.
-    moved = (agent.critic["layers.1.weight"].detach() - critic["layers.1.weight"]).abs().max()
+    moved = (agent.critics.params["layers.1.weight"].detach() - critic["layers.1.weight"]).abs().max()
     assert moved.item() == pytest.approx(2 * SMALL.critic_lr, rel=0.05)
 
 

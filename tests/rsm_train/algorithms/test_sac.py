@@ -58,25 +58,27 @@ def test_one_update_by_hand():
     metrics = algorithm.update(batch, noise)
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     action, log_p = sample(policy, batch.obs, noise.action)
-    q = q_values(agent.critic, batch.obs, action[:, None])[..., 0].amin(0)
+    q = q_values(agent.critics.params, batch.obs, action[:, None])[..., 0].amin(0)
     torch.testing.assert_close(metrics["policy_loss"], (0.3 * log_p - q).mean().detach())
     torch.testing.assert_close(metrics["entropy"], -log_p.mean())
     # Entropy above its target lowers the temperature, by Adam's first step; below, it raises it.
     sign = 1 if -log_p.mean().item() < -0.7 * 2 else -1
     assert agent.temperature == pytest.approx(0.3 * math.exp(sign * 2e-3), rel=1e-5)
-    assert all(value.grad is None or not value.grad.isnan().any() for value in agent.critic.values())
-    expected = target["layers.1.weight"] + 0.05 * (agent.critic["layers.1.weight"] - target["layers.1.weight"])
-    torch.testing.assert_close(agent.critic_target["layers.1.weight"], expected.detach())
+    assert all(value.grad is None or not value.grad.isnan().any() for value in agent.critics.params.values())
+    expected = target["layers.1.weight"] + 0.05 * (
+        agent.critics.params["layers.1.weight"] - target["layers.1.weight"]
+    )
+    torch.testing.assert_close(agent.critics.target["layers.1.weight"], expected.detach())
 
 
 def test_the_policys_loss_does_not_move_the_critics():
     algorithm = make(dataclasses.replace(SMALL, critic_lr=1e-12))
-    before = copy_params(algorithm.agent.critic)
+    before = copy_params(algorithm.agent.critics.params)
     start = copy_params(algorithm.agent.policy)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         algorithm.update(random_batch(), algorithm.draw_noise(16, generator))
-    for name, value in algorithm.agent.critic.items():
+    for name, value in algorithm.agent.critics.params.items():
         torch.testing.assert_close(value.detach(), before[name], atol=1e-9, rtol=0)
     assert not torch.equal(algorithm.agent.policy["layers.1.weight"], start["layers.1.weight"])
 

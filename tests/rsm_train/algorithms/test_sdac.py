@@ -89,7 +89,7 @@ def test_weighted_terms_and_the_weighted_mean_target_give_the_same_gradient():
         return torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(params.values()))])
 
     target = (weight.unsqueeze(2) * eps).sum(1, keepdim=True)
-    ours = gradient(algorithm._loss(obs, a_t, t, target))
+    ours = gradient(algorithm._loss(algorithm.agent.policy, obs, a_t, t, target))
     denoiser = split_denoiser(params, 5)
     predicted = predict_noise(denoiser, observe(denoiser, obs), a_t, t)
     terms = (weight.unsqueeze(2) * (predicted - eps).square()).sum(1).mean()
@@ -128,12 +128,12 @@ def test_one_update_by_hand_with_every_network_different(reverse):
     with torch.no_grad():
         assert noise.action.shape[2] == 3
         particles, obs = best(batch.obs, noise.action)
-        proposal = choose_best(particles, q_values(agent.critic, obs, particles).amin(0))[0]
+        proposal = choose_best(particles, q_values(agent.critics.params, obs, particles).amin(0))[0]
         a_t = forward_noise(agent.schedule, proposal[:, None], noise.t, noise.eps)
         reverse_draw = truncated_reverse if reverse == "truncated" else untruncated_reverse
         eps, clean = reverse_draw(agent.schedule, a_t, noise.t, noise.reverse)
         outside = (clean.abs() > 1).float().mean()
-        q = q_values(agent.critic, obs, clean.clamp(-1, 1)).amin(0)
+        q = q_values(agent.critics.params, obs, clean.clamp(-1, 1)).amin(0)
         weight = torch.softmax(q / (0.7 * 0.6), 1)
         wanted = (weight.unsqueeze(2) * eps).sum(1, keepdim=True)
         denoiser = split_denoiser(live, 5)

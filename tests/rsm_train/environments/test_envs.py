@@ -31,7 +31,8 @@ def small_seeds(monkeypatch):
 def test_final_observations_terminations_and_resets(small_seeds):
     envs = TrainingEnvs(ENV_ID, 3, seed=0)  # lengths 2, 3 and 4, of which the limit of 3 cuts the last
     assert envs.obs.tolist() == [[0, 0], [1, 0], [2, 0]]
-    times, terminations, returns = [], [], []
+    times, terminations, returns, ends = [], [], [], []
+    assert envs.ended.tolist() == [False] * 3
     for _ in range(4):
         before = envs.obs.clone()
         batch, ended = envs.step(torch.full((3, 2), 0.5))
@@ -39,10 +40,12 @@ def test_final_observations_terminations_and_resets(small_seeds):
         times.append(batch.next_obs[:, 1].tolist())
         terminations.append(batch.terminated.tolist())
         returns.append(ended)
+        ends.append(envs.ended.tolist())
     # next_obs is the final observation where an episode ended, and never the first of the next one.
     assert times == [[1, 1, 1], [2, 2, 2], [1, 3, 3], [2, 1, 1]]
     # A time limit is not a termination: environment 2 never terminates.
     assert terminations == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert ends == [[False] * 3, [True, False, False], [False, True, True], [True, False, False]]
     assert returns == [[], [2.0], [3.0, 3.0], [2.0]]
     assert envs.obs[:, 1].tolist() == [0, 1, 1]
     envs.close()

@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 def networks(width=128):
     g = torch.Generator().manual_seed(0)
     policy = init_denoiser(OBS, ACTION, [width, width], g)
-    return policy, init_critics(OBS, ACTION, [width, width], g, layer_norm=True)
+    return policy, init_critics(OBS, ACTION, [width, width], g, norm="layer")
 
 
 def inputs(rows):

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from rsm_train.model.critic import choose_best, init_critics, q_values, select_value
 from rsm_train.model.diffusion import make_schedule
 from rsm_train.model.networks import (
     embed_time,
@@ -104,54 +103,3 @@ def test_initial_weights_are_truncated_normal_of_fan_in():
     ensemble = init_mlp([4, 8, 1], generator(), ensemble=2)["layers.0.weight"]
     assert ensemble.shape == (2, 8, 4)
     assert not torch.equal(ensemble[0], ensemble[1])
-
-
-def naive_q(critics, member, obs, action):
-    x = torch.cat([obs, action], -1)
-    for i in range(3):
-        x = x @ critics[f"layers.{i}.weight"][member].T + critics[f"layers.{i}.bias"][member]
-        x = torch.nn.functional.mish(x) if i < 2 else x
-    return x.squeeze(-1)
-
-
-def test_q_values_equal_the_concatenated_networks():
-    critics = randomised(init_critics(5, 3, [32, 32], generator()))
-    obs, action = torch.randn(4, 5, generator=generator(1)), torch.randn(4, 6, 3, generator=generator(2))
-    got = q_values(critics, obs, action)
-    wide = obs.unsqueeze(1).expand(4, 6, 5)
-    wanted = torch.stack([naive_q(critics, i, wide, action) for i in range(2)])
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_layer_norm_and_any_ensemble_size_equal_the_plain_networks():
-    critics = randomised(init_critics(5, 3, [16, 16], generator(), members=3, layer_norm=True))
-    obs, action = torch.randn(4, 5, generator=generator(1)), torch.randn(4, 6, 3, generator=generator(2))
-    got = q_values(critics, obs, action)
-    assert got.shape == (3, 4, 6)
-    for member in range(3):
-        x = torch.cat([obs.unsqueeze(1).expand(4, 6, 5), action], -1)
-        for i in range(3):
-            x = x @ critics[f"layers.{i}.weight"][member].T + critics[f"layers.{i}.bias"][member]
-            if i < 2:
-                x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-                x = x * critics[f"norms.{i}.weight"][member] + critics[f"norms.{i}.bias"][member]
-                x = torch.nn.functional.mish(x)
-        torch.testing.assert_close(got[member], x.squeeze(-1), atol=1e-5, rtol=1e-5)
-
-
-def test_select_value_by_hand():
-    q = torch.tensor([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]])
-    assert select_value(q).tolist() == [1.0, 5.0]
-    assert select_value(q, "mean").tolist() == [4.0, 5.0]
-    std = math.sqrt((9 + 1 + 16) / 3)
-    assert select_value(q, "mean_std", -0.5).tolist() == pytest.approx([4.0 - 0.5 * std, 5.0])
-
-
-def test_choose_best_takes_the_highest_value():
-    action, q = torch.randn(7, 6, 3, generator=generator(1)), torch.randn(7, 6, generator=generator(2))
-    best, value = choose_best(action, q)
-    for row in range(7):
-        index = int(q[row].argmax())
-        assert torch.equal(best[row], action[row, index])
-        assert value[row] == q[row, index]
-    assert len({int(row.argmax()) for row in q}) > 1

@@ -13,15 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from rsm_export.cli import main as rsm_export
+from safetensors.torch import load_file, save_file
 
 from rsm_common.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from rsm_common.policy import ActResult
 from rsm_eval.cli import main as rsm_eval
 from rsm_train.cli import main
 from rsm_train.run.checkpoint import load_checkpoint, load_torch_policy, load_training
 from rsm_train.run.checkpoint_files import find_checkpoint, list_checkpoints
 from rsm_train.run.run_directory import lock
+from tests.rsm_train.model.test_critic import by_hand
 from tests.rsm_train.run.test_resume import SETTINGS, assert_same_run, resume
 from tests.rsm_train.runs import tiny_run
 
@@ -199,6 +204,62 @@ def test_a_run_of_an_older_version_is_resumed_with_one_warning(tmp_path, capsys,
     records = json.loads((newest / "sha256.json").read_text())["files"]
     segments = {f"replay/{path.name}" for path in (run / "replay").iterdir()}
     assert segments <= set(records), "the files of the older version are recorded, too"
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_a_run_with_critics_of_an_older_version_goes_on_as_if_it_were_of_this_one(tmp_path, layer_norm):
+    """Before critics were composed, their one setting was critic_layer_norm, and values had no unit."""
+    settings = {**SETTINGS, "critic_norm": "layer" if layer_norm else "none"}
+    whole = tiny_run(tmp_path / "whole", **settings)
+    run = tiny_run(tmp_path / "run", **{**settings, "total_steps": 120})
+    (run / "config.json").write_text(of_older_version(run / "config.json", layer_norm))
+    for checkpoint in list_checkpoints(run):
+        (checkpoint / "config.json").write_text(of_older_version(checkpoint / "config.json", layer_norm))
+        (checkpoint / "sha256.json").unlink()
+        networks = load_file(checkpoint / "networks.safetensors")
+        del networks["value.unit"]
+        save_file(networks, checkpoint / "networks.safetensors")
+    resume(run, total_steps=240)
+    assert_same_run(run, whole)
+    settings = json.loads((run / "config.json").read_text())["algorithm"]
+    assert settings["critic_norm"] == ("layer" if layer_norm else "none")
+    assert "critic_layer_norm" not in settings
+
+
+def of_older_version(path: Path, layer_norm: bool) -> str:
+    """The text of a config.json as versions before composed critics wrote it."""
+    config = json.loads(path.read_text())
+    old = json.loads((GOLDEN / "config.json").read_text())
+    assert "critic_layer_norm" in old["algorithm"]
+    for part in ("run", "algorithm"):
+        added = config[part].keys() - old[part].keys()
+        config[part] = {name: value for name, value in config[part].items() if name not in added}
+    assert "critic_norm" not in config["algorithm"]
+    config["algorithm"]["critic_layer_norm"] = layer_norm
+    return json.dumps(config)
+
+
+def test_a_checkpoint_without_a_unit_has_the_values_of_its_critics(tmp_path):
+    run = shutil.copytree(GOLDEN, tmp_path / "run")
+    old = load_checkpoint(run)
+    assert "value" not in old.networks
+    obs = old.probe_obs[:9]
+    answer = old.policy().act(obs.numpy(), seed=3)
+    critics = {name: value.double() for name, value in old.networks["critic"].items()}
+
+    def value(act: ActResult) -> np.ndarray:
+        action = torch.from_numpy(act.action).double() / 3
+        return by_hand(critics, obs.double(), action, over_batch=False)[..., 0].amin(0).numpy()
+
+    assert answer.q is not None
+    np.testing.assert_allclose(answer.q, value(answer), rtol=1e-5, atol=1e-6)
+    assert main(["--resume", "--out", str(run), "--total-steps", "240"]) == 0
+    new = load_checkpoint(list_checkpoints(run)[-1])
+    assert new.networks["value"]["unit"].item() == 10.0, "1 / reward_scale"
+    critics = {name: value.double() for name, value in new.networks["critic"].items()}
+    answer = new.policy().act(obs.numpy(), seed=3)
+    assert answer.q is not None
+    np.testing.assert_allclose(answer.q, 10 * value(answer), rtol=1e-5, atol=1e-5)
 
 
 # Locks

@@ -34,6 +34,7 @@ from rsm_train.run.run_directory import lock, resume_command, resume_settings, t
 from rsm_train.run.start import Caller, prepare, train
 from rsm_train.run.stopping import RunStopped
 from tests.hang import HANG_S
+from tests.rsm_train.critic_kinds import ALL_AT_ONCE
 from tests.rsm_train.launcher import ROOT, Launcher
 from tests.rsm_train.runs import TINY, tiny_run
 from tests.rsm_train.training_envs import MODULE, FailingEnv
@@ -172,6 +173,59 @@ def test_every_algorithm_is_resumed(tmp_path, stop_at, algo, preset):
         stopped(lambda: resume(tmp_path / "run"))
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+COMPOSED: dict[str, dict[str, Any]] = {
+    "all at once": {
+        **ALL_AT_ONCE,
+        "normalize_reward": True,
+        "normalize_observation": True,
+        "noise_hold": 6,
+        "critic_lr_final": 1e-5,
+        "critic_lr_decay_updates": 60,
+    },
+    "layer": {"critic_norm": "layer", "normalize_observation": True, "normalize_reward": True},
+    "batch": {"critic_norm": "batch", "critic_input_norm": True, "noise_hold": 3},
+}
+
+
+@pytest.mark.parametrize("algo", ["dpmd", "sdac", "sac"])
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_critics_of_every_kind_are_resumed(tmp_path, stop_at, algo, kind):
+    """With the unit of rewards, held noise and statistics, whose values depend on all steps before."""
+    settings = {key: value for key, value in SETTINGS.items() if key != "particles" or algo != "sac"}
+    settings |= {"algo": algo, "preset": "quick", "depth": 2, **COMPOSED[kind]}
+
+    def begin(directory: Path) -> Path:
+        return train(*resolve(settings), directory)
+
+    begin(tmp_path / "whole")
+    stop_at(54, 133, 198)
+    stopped(lambda: begin(tmp_path / "run"))
+    for _ in range(2):
+        stopped(lambda: resume(tmp_path / "run"))
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    newest = load_file(list_checkpoints(tmp_path / "run")[-1] / "training.safetensors")
+    assert ("held.left" in newest) is ("noise_hold" in COMPOSED[kind])
+    assert ("returns.returns" in newest) is ("normalize_reward" in COMPOSED[kind])
+
+
+def test_composed_critics_that_were_killed_are_resumed(tmp_path, launcher):
+    """Killed between two checkpoints, the run repeats the steps since the last one."""
+    run, whole, error = tmp_path / "run", tmp_path / "whole", tmp_path / "stderr"
+    flags = [f"--{key.replace('_', '-')}" for key, value in COMPOSED["all at once"].items() if value is True]
+    given = {key: value for key, value in COMPOSED["all at once"].items() if value is not True}
+    begin = [*options({**SETTINGS, **given, "log_every": 2}), *flags]
+    for step in (110, 170):
+        pid = launcher.start([*begin, "--out", str(run), "--resume"], error, hold=(step, tmp_path / "never"))
+        wait_for(run, step - 2, pid)  # the step that it holds at is not logged yet
+        os.kill(pid, signal.SIGKILL)
+        assert launcher.wait() == -signal.SIGKILL, error.read_text()
+    for out in (run, whole):
+        launcher.start([*begin, "--out", str(out), "--resume"], error)
+        assert launcher.wait() == 0, error.read_text()
+    assert_same_run(run, whole)
 
 
 def test_wall_time_goes_on_and_the_past_of_tensorboard_is_purged(uninterrupted, tmp_path):
