@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rsm_common.errors import UsageError
 from rsm_common.locking import UNSUPPORTED
 
 logger = logging.getLogger(__name__)
@@ -104,38 +103,3 @@ def _warn_fsync(reason: str) -> None:
     logger.warning(
         "this file system does not support fsync (%s), so files written last may be lost in a power cut", reason
     )
-
-
-def check_writable(path: Path) -> None:
-    """Make sure, before long work, that a file of a user can be written; nothing is left behind.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file of a user or none, in a directory that is made if need be.
-
-    Raises:
-        UsageError: the directory cannot be created or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, text.encode())
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UsageError:
-    remedy = {
-        errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-        errno.ENOSPC: "make room, or choose a place on another disk",
-    }.get(error.errno or 0, "choose a place that you may write to")
-    return UsageError(f"wanted to write {str(path)!r}, got {error.strerror}; {remedy}")

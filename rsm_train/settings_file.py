@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rsm_common.atomic import write_atomically
 from rsm_common.commandline import OTHER, require_extra
 from rsm_common.errors import ConfigError
 from rsm_common.lazy import toolkit_version
+from rsm_common.output import write_atomically
 from rsm_train.algorithms.common import AlgorithmConfig
 from rsm_train.config import RunConfig, find_algorithm
 from rsm_train.setting_types import NO_VALUE, SettingsFile, checked, nearest

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rsm_common.atomic import write_atomically
 from rsm_common.commandline import parse_seeds
 from rsm_common.errors import ConfigError, MissingExtraError, UsageError
 from rsm_common.output import write_atomically
