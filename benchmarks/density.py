@@ -36,7 +36,7 @@ from record import write_record
 from torch import Tensor
 
 from rsm_train.algorithms.common import Batch, load_params, set_learning_rate
-from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, DPMDNoise
+from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, policy_loss
 from rsm_train.algorithms.sdac import SDAC, SDACConfig
 from rsm_train.config import resolve
 from rsm_train.model.diffusion import make_schedule, reverse_chain
@@ -260,9 +260,10 @@ def _make_uniform(algorithm: DPMD, generator: torch.Generator, updates: int = 15
         action = torch.rand(512, 1, 2, generator=generator) * 2 - 1
         t = torch.randint(algorithm.config.diffusion_steps, (512, 1), generator=generator)
         eps = torch.randn(512, 1, 2, generator=generator)
-        empty = torch.empty(0)
-        noise = DPMDNoise(empty, empty, empty, empty, t, eps)
-        algorithm.agent.update_policy(algorithm._loss(torch.zeros(512, 1), action, torch.ones(512, 1), noise))
+        agent = algorithm.agent
+        agent.update_policy(
+            policy_loss(agent.schedule, agent.policy, torch.zeros(512, 1), action, torch.ones(512, 1), t, eps)
+        )
     load_params(algorithm.agent.policy, algorithm.agent.policy_average)
 
 

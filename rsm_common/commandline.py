@@ -342,12 +342,12 @@ def _option(shared: Mapping[str, _Setting], defaults: bool) -> Callable[..., Any
 
 def _default_text(by_label: Mapping[str, Any]) -> str:
     """The default of the first dataclass, then those that differ from it: "  [default: 5.0; sac: 1.0]"."""
-    labels: dict[str, list[str]] = {}
-    for label, default in by_label.items():
-        if default is not dataclasses.MISSING:
-            labels.setdefault(_shown(default), []).append(label)
-    if not set(labels) - {_shown(None)}:
+    known = {label: default for label, default in by_label.items() if default is not dataclasses.MISSING}
+    if all(default is None for default in known.values()):
         return ""
+    labels: dict[str, list[str]] = {}
+    for label, default in known.items():
+        labels.setdefault(_shown(default), []).append(label)
     first, *others = labels
     parts = [first, *(f"{', '.join(labels[shown])}: {shown}" for shown in others)]
     return f"  [default: {'; '.join(parts)}]"

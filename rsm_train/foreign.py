@@ -34,6 +34,7 @@ PROBE_ROWS = 256
 _MISTYPED = 0.85
 """Similarity of ids from which an unknown one is taken for a known one with a mistake."""
 _NAME = re.compile(r"(layers|norms)\.(0|[1-9]\d?)\.(weight|bias)")
+_BATCH_NORM = re.compile(r"(running_|\b)(mean|var)$")
 
 
 def import_weights(
@@ -236,10 +237,10 @@ def _check_names(where: str, arrays: Arrays, *prefixes: str) -> None:
     ]
     if strange:
         names = f"{prefixes[0]}layers.0.weight, {prefixes[0]}layers.0.bias"
-        raise CheckpointError(
-            f"{where}wanted arrays named {names}, ..., got {_listed(strange)}; rename them; "
-            "python -m pydoc rsm_train.run.checkpoint has the names"
-        )
+        advice = "rename them; python -m pydoc rsm_train.run.checkpoint has the names"
+        if any(_BATCH_NORM.search(name) for name in strange):
+            advice = "fold BatchNorm into the weight and the bias of its layer"
+        raise CheckpointError(f"{where}wanted arrays named {names}, ..., got {_listed(strange)}; {advice}")
 
 
 def _check_layer(

@@ -21,7 +21,6 @@ from rsm_train.algorithms.common import (
     Metrics,
     adam,
     copy_params,
-    decayed,
     descend,
     explore,
     leaves,
@@ -129,13 +128,9 @@ class ActorCritic:
             return action_BNA[:, 0]
         return choose_best(action_BNA, self.values(obs_BO, action_BNA))[0]
 
-    def values(self, obs_BO: Tensor, action_BNA: Tensor, *, target: bool = False) -> Tensor:
-        """Q(s, a) in scaled rewards, one value from the ensemble's, without a graph; [B, N].
-
-        With `target` of the critics of the TD target.
-        """
-        critics = self.critics.target if target else self.critics.params
-        return self.critics.select(self.inference.values(critics or self.critics.params, obs_BO, action_BNA))
+    def values(self, obs_BO: Tensor, action_BNA: Tensor) -> Tensor:
+        """Q(s, a) in scaled rewards, one value from the ensemble's, without a graph; [B, N]."""
+        return self.critics.select(self.inference.values(self.critics.params, obs_BO, action_BNA))
 
     # --- learning -------------------------------------------------------------------------------------------
 
@@ -144,12 +139,7 @@ class ActorCritic:
         c = self.config
         if self._open_loop is not None:
             self.log_alpha.fill_(self._open_loop.log_at(self.updates))
-        if c.policy_lr_final is not None:
-            done = self.updates // c.policy_every
-            rate = decayed(
-                c.policy_lr, c.policy_lr_final, done, c.policy_lr_decay_start, c.policy_lr_decay_updates
-            )
-            set_learning_rate(self.policy_optimizer, rate)
+        set_learning_rate(self.policy_optimizer, c.policy_lr_after(self.updates // c.policy_every))
         self.critics.begin_update(self.updates)
         self.updates += 1
         return self.updates % c.policy_every == 0

@@ -201,12 +201,6 @@ def adam(params: Params, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(params.values(), lr=learning_rate, fused=True)
 
 
-def decayed(first: float, final: float, updates: int, start: int, count: int) -> float:
-    """A learning rate after `updates`: linear from `first` to `final` over `count` updates from `start` on."""
-    share = min(max((updates - start) / count, 0.0), 1.0)
-    return first + share * (final - first)
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Change the learning rate, in place where it is a tensor."""
     for group in optimizer.param_groups:

@@ -179,6 +179,16 @@ class CriticConfig(AlgorithmConfig):
         width, depth = self.critic_width or self.width, self.critic_depth or self.depth
         return [width] * depth
 
+    def critic_lr_after(self, updates: int) -> float:
+        """The critics' learning rate after a number of their updates."""
+        share = (updates - self.critic_lr_decay_start) / self.critic_lr_decay_updates
+        return _decayed(self.critic_lr, self.critic_lr_final, share)
+
+    def policy_lr_after(self, updates: int) -> float:
+        """The policy's learning rate after a number of its updates."""
+        share = (updates - self.policy_lr_decay_start) / self.policy_lr_decay_updates
+        return _decayed(self.policy_lr, self.policy_lr_final, share)
+
     def ineffective(self) -> Mapping[str, str]:
         """See `AlgorithmConfig.ineffective`."""
         found = {}
@@ -189,3 +199,8 @@ class CriticConfig(AlgorithmConfig):
         if self.critic_loss != "categorical":
             found["value_atoms"] = found["value_limit"] = "critic_loss categorical"
         return found
+
+
+def _decayed(first: float, final: float | None, share: float) -> float:
+    """A line from `first` at share 0 to `final` at share 1, constant outside it; without `final`, `first`."""
+    return first if final is None else first + min(max(share, 0.0), 1.0) * (final - first)

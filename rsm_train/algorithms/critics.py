@@ -6,7 +6,6 @@ distribution over atoms whose atoms are moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -18,10 +17,8 @@ from rsm_train.algorithms.common import (
     Optimizers,
     adam,
     copy_params,
-    decayed,
     descend,
     leaves,
-    load_params,
     move_average,
     set_learning_rate,
 )
@@ -82,11 +79,6 @@ class Critics:
         found = {"critic": self.params}
         return found if self.target is None else found | {"critic_target": self.target}
 
-    def restore(self, networks: Mapping[str, Params]) -> None:
-        """Take values from networks of the same names. Raises what `load_params` does."""
-        for name, params in self.networks().items():
-            load_params(params, networks[name])
-
     def select(self, q_E: Tensor) -> Tensor:
         """One value from the ensemble's: [E, ...] -> [...]."""
         return select_value(q_E, self.config.critic_selection, self.config.critic_std_factor)
@@ -98,12 +90,7 @@ class Critics:
 
     def begin_update(self, updates: int) -> None:
         """Set the learning rate of the update that follows `updates` others."""
-        c = self.config
-        if c.critic_lr_final is not None:
-            rate = decayed(
-                c.critic_lr, c.critic_lr_final, updates, c.critic_lr_decay_start, c.critic_lr_decay_updates
-            )
-            set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, self.config.critic_lr_after(updates))
 
     def update(self, batch: Batch, next_action_BA: Tensor, backup: Backup, *, repeats: int = 1) -> Metrics:
         """One step on the loss of y = reward + discount Z(s', a'), of every critic.

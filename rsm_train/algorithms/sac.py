@@ -25,7 +25,6 @@ from rsm_train.algorithms.common import (
     Batch,
     Metrics,
     adam,
-    decayed,
     descend,
     leaves,
     load_params,
@@ -134,12 +133,7 @@ class SACAgent:
     def begin_update(self) -> bool:
         """Count an update and set its learning rates; true if the policy is due."""
         c = self.config
-        if c.policy_lr_final is not None:
-            done = self.updates // c.policy_every
-            rate = decayed(
-                c.policy_lr, c.policy_lr_final, done, c.policy_lr_decay_start, c.policy_lr_decay_updates
-            )
-            set_learning_rate(self.policy_optimizer, rate)
+        set_learning_rate(self.policy_optimizer, c.policy_lr_after(self.updates // c.policy_every))
         self.critics.begin_update(self.updates)
         self.updates += 1
         return self.updates % c.policy_every == 0

@@ -125,3 +125,4 @@ def test_equal_defaults_share_their_label():
     assert _default_text({"a": 1, "b": 2, "c": 2, "d": 1}) == "  [default: 1; b, c: 2]"
     assert _default_text({"a": None, "b": True}) == "  [default: none; b: on]"
     assert _default_text({"a": None, "b": dataclasses.MISSING}) == ""
+    assert _default_text({"a": "none", "b": "none"}) == "  [default: none]"

@@ -109,6 +109,8 @@ POLICY, CRITIC = policy_arrays(O, A, H), critic_arrays(O, A, H, 1)
         ({"policy": changed(POLICY, "layers.2.bias", np.array([None] * H))}, "got dtype object"),
         ({"policy": changed(POLICY, "layers.2.bias", [[1.0], [1.0, 2.0]])}, "real numbers, got none"),
         ({"policy": POLICY | {"dense/kernel": np.zeros(3)}}, "got 'dense/kernel'; rename them"),
+        ({"critics": [CRITIC | {"norms.0.running_mean": np.zeros(H)}]}, "running_mean'; fold BatchNorm into"),
+        ({"critics": [CRITIC | {"bn1/mean": np.zeros(H)}]}, "'bn1/mean'; fold BatchNorm into"),
         (
             {"policy": {f"net.{i}.w": np.zeros(3) for i in range(6)}},
             "layers.0.bias, ..., got 'net.0.w', 'net.1.w', 'net.2.w', 'net.3.w' and 2 more; rename",

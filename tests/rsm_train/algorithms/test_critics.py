@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rsm_common.errors import ConfigError
-from rsm_train.algorithms.common import Batch, copy_params, decayed
+from rsm_train.algorithms.common import Batch, copy_params
 from rsm_train.algorithms.critic_config import CriticConfig
 from rsm_train.algorithms.critics import Critics
 from rsm_train.config import resolve
@@ -284,8 +284,11 @@ def test_critics_of_their_own_size():
 
 
 def test_a_decayed_rate_is_a_line_between_two_constants():
-    rates = [decayed(1e-3, 2e-4, done, 10, 40) for done in (0, 10, 20, 50, 60)]
+    settings: dict[str, Any] = {"policy_lr": 1e-3, "policy_lr_decay_start": 10, "policy_lr_decay_updates": 40}
+    falling = CriticConfig(**settings, policy_lr_final=2e-4)
+    rates = [falling.policy_lr_after(updates) for updates in (0, 10, 20, 50, 60)]
     assert rates == pytest.approx([1e-3, 1e-3, 8e-4, 2e-4, 2e-4])
+    assert CriticConfig(**settings).policy_lr_after(60) == 1e-3
 
 
 def test_the_critics_learning_rate_falls_with_their_updates():

@@ -1,4 +1,3 @@
-import shutil
 import warnings
 
 import pytest
@@ -10,9 +9,9 @@ from rsm_train.model.diffusion import make_schedule
 from rsm_train.model.inference import Inference
 from rsm_train.model.kernels import Compute, compiled
 from rsm_train.model.networks import init_denoiser, sample_actions, split_denoiser
+from tests.rsm_train.compiler import needs_compiler
 
 OBS, ACTION, STEPS, PARTICLES = 5, 3, 4, 8
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
 
 
 def networks(width=128):

@@ -135,6 +135,19 @@ def stopped(start: Any) -> str:
     return str(caught.value)
 
 
+def assert_stops_change_nothing(settings: dict[str, Any], tmp_path: Path, stop_at: Any) -> Path:
+    """Compare a run that is stopped three times with one that is not; returns the stopped one."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(*resolve(settings), whole)
+    stop_at(54, 133, 198)
+    stopped(lambda: train(*resolve(settings), run))
+    for _ in range(2):
+        stopped(lambda: resume(run))
+    resume(run)
+    assert_same_run(run, whole)
+    return run
+
+
 # What a resumed run is
 
 
@@ -162,17 +175,7 @@ def test_every_algorithm_is_resumed(tmp_path, stop_at, algo, preset):
     if preset == "kl":
         changes |= {"policy_samples": 8, "old_policy_every": 25}
     settings = {key: value for key, value in SETTINGS.items() if key != "particles"} | changes
-
-    def begin(directory: Path) -> Path:
-        return train(*resolve(settings), directory)
-
-    begin(tmp_path / "whole")
-    stop_at(54, 133, 198)
-    stopped(lambda: begin(tmp_path / "run"))
-    for _ in range(2):
-        stopped(lambda: resume(tmp_path / "run"))
-    resume(tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_stops_change_nothing(settings, tmp_path, stop_at)
 
 
 COMPOSED: dict[str, dict[str, Any]] = {
@@ -195,18 +198,8 @@ def test_critics_of_every_kind_are_resumed(tmp_path, stop_at, algo, kind):
     """With the unit of rewards, held noise and statistics, whose values depend on all steps before."""
     settings = {key: value for key, value in SETTINGS.items() if key != "particles" or algo != "sac"}
     settings |= {"algo": algo, "preset": "quick", "depth": 2, **COMPOSED[kind]}
-
-    def begin(directory: Path) -> Path:
-        return train(*resolve(settings), directory)
-
-    begin(tmp_path / "whole")
-    stop_at(54, 133, 198)
-    stopped(lambda: begin(tmp_path / "run"))
-    for _ in range(2):
-        stopped(lambda: resume(tmp_path / "run"))
-    resume(tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-    newest = load_file(list_checkpoints(tmp_path / "run")[-1] / "training.safetensors")
+    run = assert_stops_change_nothing(settings, tmp_path, stop_at)
+    newest = load_file(list_checkpoints(run)[-1] / "training.safetensors")
     assert ("held.left" in newest) is ("noise_hold" in COMPOSED[kind])
     assert ("returns.returns" in newest) is ("normalize_reward" in COMPOSED[kind])
 
