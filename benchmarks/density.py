@@ -241,7 +241,7 @@ def _leave_out_critics(algorithm: DPMD | SDAC) -> None:
 
     def learn(batch: Batch, noise: Any, *, policy_due: bool) -> Any:
         if isinstance(algorithm, SDAC):
-            return algorithm._update_policy(batch.obs, noise)
+            return algorithm._update_policy(batch, noise)
         return algorithm._update_policy(batch, batch.action, noise)
 
     if isinstance(algorithm, SDAC) or algorithm.config.policy_actions != "backup":

@@ -61,13 +61,15 @@ def update_flops(c: DPMDConfig | SDACConfig, obs: int, action: int, batch: int) 
     critic = best_of(c.target_particles) + 4 * (value + c.critics * first)
     if isinstance(c, SDACConfig):
         draws = c.critics * first + c.reverse_samples * value
-        policy = best_of(c.proposal_particles) + draws + 3 * (first + denoise)
+        proposal = best_of(c.proposal_particles) if c.proposal_actions == "policy" else 0
+        policy = proposal + draws + 3 * (first + denoise)
     elif c.policy_actions == "backup":
         policy = c.critics * first + value + 3 * (first + denoise)
     else:
-        chains = first + c.policy_samples * c.diffusion_steps * denoise
+        chains = first + (c.policy_chains or c.policy_samples) * c.diffusion_steps * denoise
         weighing = c.critics * first + c.policy_samples * value
-        policy = chains + weighing + 3 * (first + c.policy_samples * denoise)
+        learnt = 1 if c.resample_actions else c.policy_samples
+        policy = chains + weighing + 3 * (first + learnt * denoise)
     return batch * (critic + policy / c.policy_every)
 
 

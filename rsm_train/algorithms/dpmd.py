@@ -52,6 +52,22 @@ class DPMDConfig(ActorCriticConfig):
         default=32,
         metadata={"group": "Policy loss of dpmd", "help": "K, number of actions per state in the policy loss."},
     )
+    policy_chains: int | None = field(
+        default=None,
+        metadata={
+            "group": "Policy loss of dpmd",
+            "help": "Number of denoising chains per state that the K actions come from: each gives K / "
+            "policy_chains actions, which proposal_noise keeps apart; default: K.",
+        },
+    )
+    resample_actions: bool = field(
+        default=False,
+        metadata={
+            "group": "Policy loss of dpmd",
+            "help": "Learn from one of the K actions, drawn with the weights as probabilities, instead of from "
+            "all K with their weights.",
+        },
+    )
     proposal_noise: float = field(
         default=0.0,
         metadata={
@@ -98,6 +114,22 @@ class DPMDConfig(ActorCriticConfig):
         super().__post_init__()
         self._require("policy_samples", self.policy_samples >= 1, ">= 1")
         self._require("proposal_noise", self.proposal_noise >= 0, ">= 0")
+        chains = self.policy_chains or self.policy_samples
+        self._require(
+            "policy_chains",
+            (self.policy_chains is None or self.policy_chains >= 1) and self.policy_samples % chains == 0,
+            f">= 1 and a divisor of policy_samples, {self.policy_samples}",
+        )
+        if chains < self.policy_samples and not self.proposal_noise:
+            raise ValueError(
+                "wanted proposal_noise > 0 with fewer policy_chains than policy_samples, got 0; the actions of "
+                "a chain would be the same"
+            )
+        if self.resample_actions and self.weighting != "softmax":
+            raise ValueError(
+                f"wanted weighting softmax with resample_actions, got {self.weighting}, whose weights are no "
+                "probabilities"
+            )
         self._require("old_policy_every", self.old_policy_every >= 0, ">= 0")
         self._require_reachable_kl(self.policy_samples)
         if self.policy_actions == "backup":
@@ -117,19 +149,24 @@ class DPMDConfig(ActorCriticConfig):
         found = dict(super().ineffective())
         if self.policy_actions == "backup":
             found["old_policy_every"] = found["proposal_noise"] = "policy_actions policy"
+            found["policy_chains"] = "policy_actions policy"
         return found
 
 
 @dataclass(frozen=True)
 class DPMDNoise:
-    """All randomness of one update, standard normal but for t; K' is K, or 1 with backup actions."""
+    """All randomness of one update, standard normal unless said otherwise.
+
+    K' is K, or 1 with backup actions or with resample_actions.
+    """
 
     next_action: Tensor  # [B, T, N', A] samples a' at s'
     exploration: Tensor  # [B, A] of a' with noisy_backup
-    action: Tensor  # [B, T, K, A] samples a_0 at s; K = 0 with backup actions
-    proposal: Tensor  # [B, K, A] widens a_0
+    action: Tensor  # [B, T, C, A] samples a_0 at s, from C chains; C = 0 with backup actions
+    proposal: Tensor  # [B, K, A] widens a_0; K = 0 with backup actions
     t: Tensor  # [B, K'] int64, uniform over {0, ..., T - 1}
     eps: Tensor  # [B, K', A]
+    choice: Tensor  # [B, 1] uniform over [0, 1), draws one of the K actions; [B, 0] without resample_actions
 
 
 class DPMD:
@@ -209,6 +246,8 @@ class DPMD:
             obs_BO, action_BKA = batch.obs, self._propose(batch.obs, noise)  # a_0 ~ pi_k(. | s)
         q_BK = self.agent.values(obs_BO, action_BKA)
         weight_BK, health = self._weigh(q_BK)  # w(s, a_0)
+        if self.config.resample_actions:
+            action_BKA, weight_BK = resample(action_BKA, weight_BK, noise.choice)
         loss = self._loss(self.agent.policy, obs_BO, action_BKA, weight_BK, noise.t, noise.eps)
         self.agent.update_policy(loss)
         self.agent.update_temperature(health["weight_kl_uniform"])
@@ -217,7 +256,9 @@ class DPMD:
     def _propose(self, obs_BO: Tensor, noise: DPMDNoise) -> Tensor:
         """K actions of pi_k at each state, [B, K, A], with noise that keeps them apart."""
         policy = self.agent.policy_average if self._policy_old is None else self._policy_old
-        action_BKA = self.agent.inference.sample(policy, obs_BO, noise.action)
+        action_BCA = self.agent.inference.sample(policy, obs_BO, noise.action)
+        # The actions of a chain stand side by side.
+        action_BKA = action_BCA.repeat_interleave(noise.proposal.shape[1] // action_BCA.shape[1], dim=1)
         return explore(action_BKA, noise.proposal, self.config.proposal_noise).clamp(-1.0, 1.0)
 
     def _weigh(self, q_BK: Tensor) -> tuple[Tensor, Metrics]:
@@ -244,14 +285,16 @@ class DPMD:
 
         backup = c.policy_actions == "backup"
         proposed = 0 if backup else c.policy_samples
-        weighted = 1 if backup else c.policy_samples
+        chains = 0 if backup else c.policy_chains or c.policy_samples
+        weighted = 1 if backup or c.resample_actions else c.policy_samples
         return DPMDNoise(
             next_action=normal(c.diffusion_steps, c.target_particles, size),
             exploration=normal(size),
-            action=normal(c.diffusion_steps, proposed, size),
+            action=normal(c.diffusion_steps, chains, size),
             proposal=normal(proposed, size),
             t=torch.randint(c.diffusion_steps, (batch_size, weighted), generator=generator, device=device),
             eps=normal(weighted, size),
+            choice=torch.rand(batch_size, int(c.resample_actions), generator=generator, device=device),
         )
 
 
@@ -270,6 +313,22 @@ def policy_loss(
     predicted = predict_noise(denoiser, observe(denoiser, obs_BO), a_t, t_BK)
     error_BK = (predicted - eps_BKA).square().mean(dim=2)
     return (weight_BK * error_BK).sum(dim=1).mean()
+
+
+def resample(action_BKA: Tensor, weight_BK: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """One action of each state, [B, 1, A], drawn with the weights as probabilities, and its weight 1, [B, 1].
+
+    Args:
+        action_BKA: K actions per state, [B, K, A].
+        weight_BK: probabilities, [B, K]; each row sums to 1.
+        uniform_B1: uniform over [0, 1), [B, 1].
+    """
+    # The sum of a row may be a rounding below 1.
+    index_B1 = torch.searchsorted(weight_BK.cumsum(dim=1), uniform_B1, right=True).clamp(
+        max=weight_BK.shape[1] - 1
+    )
+    chosen = action_BKA.gather(1, index_B1.unsqueeze(2).expand(-1, -1, action_BKA.shape[2]))
+    return chosen, torch.ones_like(uniform_B1)
 
 
 def scale_q(q_BK: Tensor, scaling: QScaling, mean: Tensor, std: Tensor) -> Tensor:

@@ -42,6 +42,14 @@ class SDACConfig(ActorCriticConfig):
         default=0.2,
         metadata={"group": "Temperature", "help": "Ratio lambda / alpha; the weights use Q / lambda."},
     )
+    proposal_actions: Literal["policy", "replay"] = field(
+        default="policy",
+        metadata={
+            "group": "Policy loss of sdac",
+            "help": "Actions that are noised to a_t: the policy's at s, or those taken there (replay), which "
+            "need no denoising chain.",
+        },
+    )
     proposal_particles: int = field(
         default=1,
         metadata={
@@ -72,6 +80,13 @@ class SDACConfig(ActorCriticConfig):
             self._require(name, getattr(self, name) >= 1, ">= 1")
         self._require_reachable_kl(self.reverse_samples)
 
+    def ineffective(self) -> Mapping[str, str]:
+        """See `AlgorithmConfig.ineffective`."""
+        found = dict(super().ineffective())
+        if self.proposal_actions == "replay":
+            found["proposal_particles"] = "proposal_actions policy"
+        return found
+
 
 @dataclass(frozen=True)
 class SDACNoise:
@@ -79,7 +94,7 @@ class SDACNoise:
 
     next_action: Tensor  # [B, T, N', A] samples a' at s'
     exploration: Tensor  # [B, A] of a' with noisy_backup
-    action: Tensor  # [B, T, N'', A] samples the action at s that is noised to a_t
+    action: Tensor  # [B, T, N'', A] samples the action at s that is noised to a_t; N'' = 0 with replayed ones
     proposal: Tensor  # [B, A] of that action with noisy_backup
     t: Tensor  # [B, 1] int64, uniform over {0, ..., T - 1}
     eps: Tensor  # [B, 1, A] noises that action
@@ -127,15 +142,18 @@ class SDAC:
         next_action_BA = self.agent.backup_action(batch.next_obs, noise.next_action, noise.exploration)
         metrics = self.update_critic(batch, next_action_BA)
         if policy_due:
-            metrics |= self._update_policy(batch.obs, noise)
+            metrics |= self._update_policy(batch, noise)
         return metrics
 
     def update_critic(self, batch: Batch, next_action_BA: Tensor) -> Metrics:
         """One step on y = reward_scale r + gamma (1 - terminated) Q'(s', a'); a variant may have another."""
         return self.agent.update_critic(batch, next_action_BA)
 
-    def _update_policy(self, obs_BO: Tensor, noise: SDACNoise) -> Metrics:
-        proposal_BA = self.agent.backup_action(obs_BO, noise.action, noise.proposal)
+    def _update_policy(self, batch: Batch, noise: SDACNoise) -> Metrics:
+        # The regression has the same minimum under any law of a_t that reaches everywhere.
+        obs_BO, proposal_BA = batch.obs, batch.action
+        if self.config.proposal_actions == "policy":
+            proposal_BA = self.agent.backup_action(obs_BO, noise.action, noise.proposal)
         a_t = forward_noise(self.agent.schedule, proposal_BA.unsqueeze(1), noise.t, noise.eps)  # [B, 1, A]
         eps_BKA, action_BKA, health = self._invert(a_t, noise)
         q_BK = self.agent.values(obs_BO, action_BKA)
@@ -163,6 +181,7 @@ class SDAC:
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> SDACNoise:
         """Draw the randomness of one update on the generator's device."""
         c, size, device = self.config, self.agent.action_size, generator.device
+        proposed = c.proposal_particles if c.proposal_actions == "policy" else 0
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(batch_size, *shape, generator=generator, device=device)
@@ -170,7 +189,7 @@ class SDAC:
         return SDACNoise(
             next_action=normal(c.diffusion_steps, c.target_particles, size),
             exploration=normal(size),
-            action=normal(c.diffusion_steps, c.proposal_particles, size),
+            action=normal(c.diffusion_steps, proposed, size),
             proposal=normal(size),
             t=torch.randint(c.diffusion_steps, (batch_size, 1), generator=generator, device=device),
             eps=normal(1, size),

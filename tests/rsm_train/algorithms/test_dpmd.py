@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsm_train.algorithms.common import Batch, copy_params, weight_health
-from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, scale_q
+from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, resample, scale_q
 from rsm_train.model.critic import choose_best, q_values
 from rsm_train.model.networks import mlp_tail, sample_actions, split_denoiser
 
@@ -152,11 +152,14 @@ def test_same_seed_same_networks_and_updates():
     )
 
 
-@pytest.mark.parametrize("scaling", ["raw", "state"])
-def test_one_update_by_hand_with_every_network_different(scaling):
+CHEAP = {"policy_chains": 2, "resample_actions": True}
+
+
+@pytest.mark.parametrize(("scaling", "cheap"), [("raw", {}), ("state", {}), ("raw", CHEAP)])
+def test_one_update_by_hand_with_every_network_different(scaling, cheap):
     """Networks, learning rates and temperature all differ, so none can be taken for another."""
     config = dataclasses.replace(
-        SMALL, policy_lr=1e-3, critic_lr=3e-3, temperature=0.7, q_scaling=scaling, target_particles=3
+        SMALL, policy_lr=1e-3, critic_lr=3e-3, temperature=0.7, q_scaling=scaling, target_particles=3, **cheap
     )
     algorithm = make(config)
     g = torch.Generator().manual_seed(8)
@@ -180,10 +183,22 @@ def test_one_update_by_hand_with_every_network_different(scaling):
     metrics = algorithm.update(batch, noise)
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     with torch.no_grad():
-        proposals = (sample(average, batch.obs, noise.action) + 0.2 * noise.proposal).clamp(-1, 1)
+        clean = sample(average, batch.obs, noise.action)
+        assert clean.shape[1] == (2 if cheap else 8)
+        if cheap:
+            clean = torch.stack([clean[:, k // 4] for k in range(8)], 1)
+        proposals = (clean + 0.2 * noise.proposal).clamp(-1, 1)
         weights = policy_weights(
             q_values(algorithm.agent.critics.params, batch.obs, proposals).amin(0), 0.7, scaling
         )
+        if cheap:
+            chosen = [
+                next(k for k in range(8) if weights[row, : k + 1].sum() > noise.choice[row])
+                for row in range(12)
+            ]
+            assert len(set(chosen)) > 2
+            proposals = torch.stack([proposals[row, k : k + 1] for row, k in enumerate(chosen)])
+            weights = torch.ones(12, 1)
         loss = algorithm._loss(live, batch.obs, proposals, weights, noise.t, noise.eps)
     torch.testing.assert_close(metrics["policy_loss"], loss)
     # Adam's first step is the learning rate in every weight that has a gradient.
@@ -193,6 +208,42 @@ def test_one_update_by_hand_with_every_network_different(scaling):
     ):
         moved = (after["layers.1.weight"].detach() - before["layers.1.weight"]).abs().max()
         assert moved.item() == pytest.approx(rate, rel=0.01)
+
+
+def test_resampled_actions_have_the_weights_as_probabilities():
+    rows = 40_000
+    action = torch.arange(4.0).view(1, 4, 1).expand(rows, 4, 1)
+    weight = torch.tensor([0.5, 0.0, 0.375, 0.125])
+    uniform = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0))
+    chosen, ones = resample(action, weight.expand(rows, 4), uniform)
+    shares = torch.bincount(chosen.flatten().long(), minlength=4) / rows
+    torch.testing.assert_close(shares, weight, atol=0.01, rtol=0)
+    assert shares[1] == 0
+    assert torch.equal(ones, torch.ones(rows, 1))
+
+
+def test_a_row_whose_sum_is_a_rounding_below_one_gives_its_last_action():
+    chosen, _ = resample(
+        torch.tensor([[[1.0], [2.0]]]), torch.tensor([[0.5, 0.4999]]), torch.tensor([[0.99995]])
+    )
+    assert chosen.item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"policy_chains": 3}, "policy_chains.*divisor of policy_samples, 8"),
+        ({"policy_chains": 0}, "policy_chains.*>= 1"),
+        ({"policy_chains": 2, "proposal_noise": 0.0}, "wanted proposal_noise > 0 with fewer policy_chains"),
+        (
+            {"resample_actions": True, "weighting": "exp", "q_scaling": "running"},
+            "wanted weighting softmax with resample_actions, got exp",
+        ),
+    ],
+)
+def test_cheap_proposals_that_cannot_be_drawn_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(SMALL, **changes)
 
 
 def test_exploration_noise_is_added_in_units_of_the_temperature():

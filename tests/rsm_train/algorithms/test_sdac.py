@@ -96,11 +96,18 @@ def test_weighted_terms_and_the_weighted_mean_target_give_the_same_gradient():
     torch.testing.assert_close(ours, gradient(terms), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reverse", ["truncated", "clipped"])
-def test_one_update_by_hand_with_every_network_different(reverse):
-    config = dataclasses.replace(
-        SMALL, policy_lr=1e-3, critic_lr=3e-3, temperature=0.7, temperature_scale=0.6, reverse_draws=reverse
-    )
+@pytest.mark.parametrize(
+    ("reverse", "proposals"), [("truncated", "policy"), ("clipped", "policy"), ("truncated", "replay")]
+)
+def test_one_update_by_hand_with_every_network_different(reverse, proposals):
+    rates = {"policy_lr": 1e-3, "critic_lr": 3e-3}
+    own = {
+        "temperature": 0.7,
+        "temperature_scale": 0.6,
+        "reverse_draws": reverse,
+        "proposal_actions": proposals,
+    }
+    config = dataclasses.replace(SMALL, **rates, **own)
     algorithm = make(config)
     agent = algorithm.agent
     g = torch.Generator().manual_seed(8)
@@ -126,9 +133,11 @@ def test_one_update_by_hand_with_every_network_different(reverse):
     metrics = algorithm.update(batch, noise)
     torch.testing.assert_close(metrics["critic_loss"], critic_loss)
     with torch.no_grad():
-        assert noise.action.shape[2] == 3
-        particles, obs = best(batch.obs, noise.action)
-        proposal = choose_best(particles, q_values(agent.critics.params, obs, particles).amin(0))[0]
+        obs, proposal = batch.obs, batch.action
+        assert noise.action.shape[2] == (3 if proposals == "policy" else 0)
+        if proposals == "policy":
+            particles, obs = best(batch.obs, noise.action)
+            proposal = choose_best(particles, q_values(agent.critics.params, obs, particles).amin(0))[0]
         a_t = forward_noise(agent.schedule, proposal[:, None], noise.t, noise.eps)
         reverse_draw = truncated_reverse if reverse == "truncated" else untruncated_reverse
         eps, clean = reverse_draw(agent.schedule, a_t, noise.t, noise.reverse)
