@@ -100,14 +100,15 @@ def test_weighted_terms_and_the_weighted_mean_target_give_the_same_gradient():
     ("reverse", "proposals"), [("truncated", "policy"), ("clipped", "policy"), ("truncated", "replay")]
 )
 def test_one_update_by_hand_with_every_network_different(reverse, proposals):
-    rates = {"policy_lr": 1e-3, "critic_lr": 3e-3}
-    own = {
-        "temperature": 0.7,
-        "temperature_scale": 0.6,
-        "reverse_draws": reverse,
-        "proposal_actions": proposals,
-    }
-    config = dataclasses.replace(SMALL, **rates, **own)
+    config = dataclasses.replace(
+        SMALL,
+        policy_lr=1e-3,
+        critic_lr=3e-3,
+        temperature=0.7,
+        temperature_scale=0.6,
+        reverse_draws=reverse,
+        proposal_actions=proposals,
+    )
     algorithm = make(config)
     agent = algorithm.agent
     g = torch.Generator().manual_seed(8)
