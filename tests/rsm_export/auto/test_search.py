@@ -15,8 +15,7 @@ from rsm_export.auto import search as search_module
 from rsm_export.auto.closed_loop import CONFIRMING_SEED, SCREENING_SEED, Arena, Loss, compare_returns
 from rsm_export.auto.search import as_trained, candidates, search, table
 from rsm_export.build import build, diffusion_sampler
-from rsm_export.checks import verification
-from rsm_export.checks.accuracy import Tolerance
+from rsm_export.checks.accuracy import Tolerance, allowed
 from rsm_export.cli import main
 from rsm_export.config import ExportConfig, SearchConfig
 from rsm_export.exporter import export_checkpoint
@@ -244,13 +243,12 @@ def test_where_every_candidate_or_the_full_policy_fails_the_reason_is_said(run_d
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_search_passes_over_what_its_precision_cannot_do(run_dir, tmp_path, monkeypatch, precision, capsys):
     """One step multiplies rounding by up to 406; a search of other chains does not end there."""
-    real = verification.allowed
 
     def no_single_step(policy, obs, noise, precision):
-        return Tolerance(0.0, 0.0) if policy.spec.steps == 1 else real(policy, obs, noise, precision)
+        return Tolerance(0.0, 0.0) if policy.spec.steps == 1 else allowed(policy, obs, noise, precision)
 
     # How much this policy rounds depends on how it was trained, so the test says which chains round too much.
-    monkeypatch.setattr(verification, "allowed", no_single_step)
+    monkeypatch.setattr("rsm_export.checks.verification.allowed", no_single_step)
     arguments = f"--repo {tmp_path} --name tiny --auto --tolerance 0.9 --episodes 8 --precision {precision}"
     assert main([str(run_dir), *arguments.split()]) == 0
     assert f"left out ddpm, 1 step, 4 particles, {precision}: check 'parity' failed" in capsys.readouterr().err
