@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from record import write_record
 from torch import Tensor
 
-from rsm_train.algorithms.common import Batch, load_params, set_learning_rate
+from rsm_train.algorithms.common import Batch, load_params
 from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, policy_loss
 from rsm_train.algorithms.sdac import SDAC, SDACConfig
 from rsm_train.config import resolve
@@ -250,7 +250,7 @@ def _leave_out_critics(algorithm: DPMD | SDAC) -> None:
 
 def _anneal(algorithm: DPMD | SDAC, share: float, learning_rate: float) -> None:
     """Lower the learning rate to a fiftieth, so that the fit is measured and not its noise."""
-    set_learning_rate(algorithm.agent.policy_optimizer, learning_rate * 0.02**share)
+    algorithm.agent.policy_optimizer.learning_rate.fill_(learning_rate * 0.02**share)
 
 
 def _make_uniform(algorithm: DPMD, generator: torch.Generator, updates: int = 1500) -> None:

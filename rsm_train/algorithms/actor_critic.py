@@ -19,18 +19,14 @@ from rsm_train.algorithms.actor_critic_config import ActorCriticConfig
 from rsm_train.algorithms.common import (
     Batch,
     Metrics,
-    adam,
     copy_params,
-    descend,
     explore,
     leaves,
     load_params,
-    load_state,
     move_average,
-    save_state,
-    set_learning_rate,
 )
 from rsm_train.algorithms.critics import Backup, Critics
+from rsm_train.algorithms.optimizer import Adam, load_state, save_state
 from rsm_train.algorithms.temperature import open_loop_temperature
 from rsm_train.model.critic import choose_best
 from rsm_train.model.diffusion import make_schedule
@@ -69,10 +65,10 @@ class ActorCritic:
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
         self.policy_average = copy_params(self.policy)  # the policy that is evaluated and exported
-        self.policy_optimizer = adam(self.policy, config.policy_lr)
+        self.policy_optimizer = Adam(self.policy, config.policy_lr)
         self._optimizers = {
-            "policy_optimizer": (self.policy_optimizer, self.policy),
-            **self.critics.optimizers,
+            "policy_optimizer": self.policy_optimizer,
+            "critic_optimizer": self.critics.optimizer,
         }
         self._open_loop = open_loop_temperature(
             config.temperature_schedule, config.temperature, config.target_entropy
@@ -139,7 +135,7 @@ class ActorCritic:
         c = self.config
         if self._open_loop is not None:
             self.log_alpha.fill_(self._open_loop.log_at(self.updates))
-        set_learning_rate(self.policy_optimizer, c.policy_lr_after(self.updates // c.policy_every))
+        self.policy_optimizer.learning_rate.fill_(c.policy_lr_after(self.updates // c.policy_every))
         self.critics.begin_update(self.updates)
         self.updates += 1
         return self.updates % c.policy_every == 0
@@ -164,7 +160,7 @@ class ActorCritic:
 
     def update_policy(self, loss: Tensor) -> None:
         """One step of the policy, then of the averaged policy and the target critics."""
-        descend(self.policy_optimizer, loss)
+        self.policy_optimizer.descend(loss)
         move_average(self.policy_average, self.policy, self.config.tau)
         self.critics.move_target()
 

@@ -1,4 +1,4 @@
-"""Parts that the algorithms share: settings, the batch, optimisers, averages."""
+"""Parts that the algorithms share: settings, the batch, parameters and their averages."""
 
 from __future__ import annotations
 
@@ -145,34 +145,6 @@ def copy_params(params: Mapping[str, Tensor]) -> Params:
     return {name: value.detach().clone() for name, value in params.items()}
 
 
-Optimizers = Mapping[str, tuple[torch.optim.Optimizer, Params]]
-"""Adam optimisers by name, each with the parameters it moves."""
-
-
-def save_state(optimizers: Optimizers, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `state()` of an agent is: its own tensors, and "<optimizer>.<moment>.<parameter>"."""
-    moments = {
-        f"{name}.{moment}.{key}": value
-        for name, (optimizer, params) in optimizers.items()
-        for key, param in params.items()
-        for moment, value in optimizer.state[param].items()
-    }
-    return moments | dict(kept)
-
-
-def load_state(optimizers: Optimizers, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """The reverse of `save_state`; `kept` is changed in place. Raises what `load_params` does."""
-    for name, (optimizer, params) in optimizers.items():
-        for key, param in params.items():
-            if f"{name}.step.{key}" in state:
-                assert not optimizer.state[param], "a graph may have been captured that writes to these moments"
-                optimizer.state[param] = {
-                    moment: state[f"{name}.{moment}.{key}"].to(param.device, copy=True)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                }
-    load_params(kept, state)
-
-
 def load_params(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters, in place.
 
@@ -190,32 +162,6 @@ def load_params(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
 def leaves(params: Params, device: torch.device | str) -> Params:
     """Parameters on a device, ready for an optimiser."""
     return {name: value.to(device).requires_grad_() for name, value in params.items()}
-
-
-def adam(params: Params, learning_rate: float) -> torch.optim.Optimizer:
-    """Adam; on CUDA in the form that a graph can hold, with the learning rate in a tensor."""
-    device = next(iter(params.values())).device
-    if device.type == "cuda":
-        rate = torch.tensor(learning_rate, device=device)
-        return torch.optim.Adam(params.values(), lr=rate, fused=True, capturable=True)
-    return torch.optim.Adam(params.values(), lr=learning_rate, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Change the learning rate, in place where it is a tensor."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *, repeats: int = 1) -> None:
-    """Differentiate once and apply the gradient, `repeats` times."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    for _ in range(repeats):
-        optimizer.step()
 
 
 def explore(action: Tensor, noise: Tensor, std: Tensor | float) -> Tensor:

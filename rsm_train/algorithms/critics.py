@@ -6,23 +6,18 @@ distribution over atoms whose atoms are moved.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from rsm_train.algorithms.common import (
     Batch,
     Metrics,
-    Optimizers,
-    adam,
     copy_params,
-    descend,
     leaves,
     move_average,
-    set_learning_rate,
 )
 from rsm_train.algorithms.critic_config import CriticConfig
+from rsm_train.algorithms.optimizer import Adam
 from rsm_train.model.categorical import make_atoms, project
 from rsm_train.model.critic import (
     ATOMS,
@@ -69,10 +64,8 @@ class Critics:
         learnt = leaves({name: value for name, value in params.items() if is_learnt(name)}, device)
         self.params: Params = {name: learnt.get(name, value.to(device)) for name, value in params.items()}
         self.target: Params | None = copy_params(self.params) if config.critic_target == "average" else None
-        self.optimizer = adam(learnt, config.critic_lr)
-        self.optimizers: Optimizers = {"critic_optimizer": (self.optimizer, learnt)}
-        loss = partial(critic_loss, selection=config.critic_selection, std_factor=config.critic_std_factor)
-        self._loss = compiled(loss, compute.compile)
+        self.optimizer = Adam(learnt, config.critic_lr)
+        self._descend = compiled(self._descend_eagerly, compute.compile)
 
     def networks(self) -> dict[str, Params]:
         """ "critic" and, if there is one, "critic_target"."""
@@ -90,7 +83,7 @@ class Critics:
 
     def begin_update(self, updates: int) -> None:
         """Set the learning rate of the update that follows `updates` others."""
-        set_learning_rate(self.optimizer, self.config.critic_lr_after(updates))
+        self.optimizer.learning_rate.fill_(self.config.critic_lr_after(updates))
 
     def update(self, batch: Batch, next_action_BA: Tensor, backup: Backup, *, repeats: int = 1) -> Metrics:
         """One step on the loss of y = reward + discount Z(s', a'), of every critic.
@@ -102,9 +95,15 @@ class Critics:
             repeats: how often the gradient is applied.
         """
         rows = (batch.obs, batch.action, batch.next_obs, next_action_BA, *backup)
-        loss, q_mean, target_mean = self._loss(self.params, self.target, *rows)
-        descend(self.optimizer, loss, repeats=repeats)
-        if self.config.critic_unit_weights:
+        return self._descend(*rows, repeats=repeats)
+
+    def _descend_eagerly(self, *rows: Tensor, repeats: int) -> Metrics:
+        c = self.config
+        loss, q_mean, target_mean = critic_loss(
+            self.params, self.target, *rows, selection=c.critic_selection, std_factor=c.critic_std_factor
+        )
+        self.optimizer.descend(loss, repeats=repeats)
+        if c.critic_unit_weights:
             project_rows(self.params)
         return {"critic_loss": loss.detach(), "q_mean": q_mean, "target_mean": target_mean}
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -219,7 +218,7 @@ class DPMD:
         # Running statistics of Q, for the scalings that need them.
         start = {"mean": torch.zeros((), device=device), "std": torch.ones((), device=device)}
         self._q = self.agent.keep("q", start)
-        self._loss = compiled(partial(policy_loss, self.agent.schedule), compute.compile)
+        self._improve = compiled(self._improve_eagerly, compute.compile)
         self._learn_captured = CapturedVariants(self._learn, self.agent.device)
 
     def update(self, batch: Batch, noise: DPMDNoise) -> Metrics:
@@ -245,10 +244,16 @@ class DPMD:
         else:
             obs_BO, action_BKA = batch.obs, self._propose(batch.obs, noise)  # a_0 ~ pi_k(. | s)
         q_BK = self.agent.values(obs_BO, action_BKA)
+        return self._improve(obs_BO, action_BKA, q_BK, noise.t, noise.eps, noise.choice)
+
+    def _improve_eagerly(
+        self, obs_BO: Tensor, action_BKA: Tensor, q_BK: Tensor, t_BK: Tensor, eps_BKA: Tensor, choice_B1: Tensor
+    ) -> Metrics:
         weight_BK, health = self._weigh(q_BK)  # w(s, a_0)
         if self.config.resample_actions:
-            action_BKA, weight_BK = resample(action_BKA, weight_BK, noise.choice)
-        loss = self._loss(self.agent.policy, obs_BO, action_BKA, weight_BK, noise.t, noise.eps)
+            action_BKA, weight_BK = resample(action_BKA, weight_BK, choice_B1)
+        agent = self.agent
+        loss = policy_loss(agent.schedule, agent.policy, obs_BO, action_BKA, weight_BK, t_BK, eps_BKA)
         self.agent.update_policy(loss)
         self.agent.update_temperature(health["weight_kl_uniform"])
         return {"policy_loss": loss.detach(), **health}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,16 +23,12 @@ from rsm_train.algorithms.common import (
     AlgorithmConfig,
     Batch,
     Metrics,
-    adam,
-    descend,
     leaves,
     load_params,
-    load_state,
-    save_state,
-    set_learning_rate,
 )
 from rsm_train.algorithms.critic_config import CriticConfig
 from rsm_train.algorithms.critics import Backup, Critics
+from rsm_train.algorithms.optimizer import Adam, load_state, save_state
 from rsm_train.model.critic import fold, q_values, select_value
 from rsm_train.model.diffusion import SelectionName
 from rsm_train.model.graphs import CapturedVariants
@@ -110,12 +105,12 @@ class SACAgent:
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
         self.alpha = leaves({"log": torch.tensor(math.log(config.temperature))}, device)
-        self.policy_optimizer = adam(self.policy, config.policy_lr)
-        self.alpha_optimizer = adam(self.alpha, config.policy_lr)
+        self.policy_optimizer = Adam(self.policy, config.policy_lr)
+        self.alpha_optimizer = Adam(self.alpha, config.policy_lr)
         self._optimizers = {
-            "policy_optimizer": (self.policy_optimizer, self.policy),
-            **self.critics.optimizers,
-            "alpha_optimizer": (self.alpha_optimizer, self.alpha),
+            "policy_optimizer": self.policy_optimizer,
+            "critic_optimizer": self.critics.optimizer,
+            "alpha_optimizer": self.alpha_optimizer,
         }
         self._kept = {"alpha.log": self.alpha["log"]}
 
@@ -133,7 +128,7 @@ class SACAgent:
     def begin_update(self) -> bool:
         """Count an update and set its learning rates; true if the policy is due."""
         c = self.config
-        set_learning_rate(self.policy_optimizer, c.policy_lr_after(self.updates // c.policy_every))
+        self.policy_optimizer.learning_rate.fill_(c.policy_lr_after(self.updates // c.policy_every))
         self.critics.begin_update(self.updates)
         self.updates += 1
         return self.updates % c.policy_every == 0
@@ -179,9 +174,8 @@ class SAC:
         self.agent = SACAgent(
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
-        loss = partial(policy_loss, selection=config.critic_selection, std_factor=config.critic_std_factor)
-        self._loss = compiled(loss, compute.compile)
-        self._sample = compiled(sample, compute.compile)
+        self._update_critics = compiled(self._update_critics_eagerly, compute.compile)
+        self._update_policy = compiled(self._update_policy_eagerly, compute.compile)
         self._learn_captured = CapturedVariants(self._learn, torch.device(device))
 
     def update(self, batch: Batch, noise: SACNoise) -> Metrics:
@@ -189,30 +183,35 @@ class SAC:
         return self._learn_captured(batch, noise, policy_due=self.agent.begin_update())
 
     def _learn(self, batch: Batch, noise: SACNoise, *, policy_due: bool) -> Metrics:
-        agent = self.agent
-        next_action_BA, backup = self._soft_backup(batch, noise.next_action)
-        metrics = agent.critics.update(batch, next_action_BA, backup)
+        metrics = self._update_critics(batch, noise.next_action)
         if policy_due:
-            metrics |= self._update_policy(batch.obs, noise)
-            agent.critics.move_target()
+            metrics |= self._update_policy(batch.obs, noise.action)
         return metrics
+
+    def _update_critics_eagerly(self, batch: Batch, noise_BA: Tensor) -> Metrics:
+        return self.agent.critics.update(batch, *self._soft_backup(batch, noise_BA))
 
     @torch.no_grad()
     def _soft_backup(self, batch: Batch, noise_BA: Tensor) -> tuple[Tensor, Backup]:
         """a' [B, A], and y = (r - discount alpha log pi(a'|s')) + discount min_i Q_i'(s', a')."""
         agent = self.agent
-        next_action_BA, next_log_p_B = self._sample(agent.policy, batch.next_obs, noise_BA)
+        next_action_BA, next_log_p_B = sample(agent.policy, batch.next_obs, noise_BA)
         reward_B, discount_B = agent.critics.backup(batch)
         return next_action_BA, (reward_B - discount_B * agent.alpha["log"].exp() * next_log_p_B, discount_B)
 
-    def _update_policy(self, obs_BO: Tensor, noise: SACNoise) -> Metrics:
-        agent = self.agent
+    def _update_policy_eagerly(self, obs_BO: Tensor, noise_BA: Tensor) -> Metrics:
+        agent, c = self.agent, self.config
         critics = {name: value.detach() for name, value in agent.critics.params.items()}
-        loss, entropy = self._loss(agent.policy, critics, agent.alpha["log"].detach(), obs_BO, noise.action)
-        descend(agent.policy_optimizer, loss)
-        target = self.config.target_entropy * agent.action_size
+        loss, entropy = policy_loss(
+            *(agent.policy, critics, agent.alpha["log"].detach(), obs_BO, noise_BA),
+            selection=c.critic_selection,
+            std_factor=c.critic_std_factor,
+        )
+        agent.policy_optimizer.descend(loss)
+        target = c.target_entropy * agent.action_size
         alpha_loss = -agent.alpha["log"].exp() * (target - entropy)
-        descend(agent.alpha_optimizer, alpha_loss)
+        agent.alpha_optimizer.descend(alpha_loss)
+        agent.critics.move_target()
         return {"policy_loss": loss.detach(), "entropy": entropy}
 
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> SACNoise:

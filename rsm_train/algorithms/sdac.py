@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -131,7 +130,7 @@ class SDAC:
         self.agent = ActorCritic(
             config, obs_size, action_size, generator=generator, device=device, compute=compute
         )
-        self._loss = compiled(partial(policy_loss, config.diffusion_steps), compute.compile)
+        self._improve = compiled(self._improve_eagerly, compute.compile)
         self._learn_captured = CapturedVariants(self._learn, self.agent.device)
 
     def update(self, batch: Batch, noise: SDACNoise) -> Metrics:
@@ -157,11 +156,16 @@ class SDAC:
         a_t = forward_noise(self.agent.schedule, proposal_BA.unsqueeze(1), noise.t, noise.eps)  # [B, 1, A]
         eps_BKA, action_BKA, health = self._invert(a_t, noise)
         q_BK = self.agent.values(obs_BO, action_BKA)
+        return health | self._improve(obs_BO, a_t, noise.t, eps_BKA, q_BK)
+
+    def _improve_eagerly(
+        self, obs_BO: Tensor, a_t: Tensor, t_B1: Tensor, eps_BKA: Tensor, q_BK: Tensor
+    ) -> Metrics:
         weight_BK = torch.softmax(q_BK / self.agent.lambda_, dim=1)
         target_B1A = (weight_BK.unsqueeze(2) * eps_BKA).sum(dim=1, keepdim=True)  # sum_k w_k eps_k
-        loss = self._loss(self.agent.policy, obs_BO, a_t, noise.t, target_B1A)
+        loss = policy_loss(self.config.diffusion_steps, self.agent.policy, obs_BO, a_t, t_B1, target_B1A)
         self.agent.update_policy(loss)
-        health |= weight_health(weight_BK)
+        health = weight_health(weight_BK)
         self.agent.update_temperature(health["weight_kl_uniform"])
         return {
             "policy_loss": loss.detach(),

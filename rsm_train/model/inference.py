@@ -18,6 +18,8 @@ from rsm_train.model.diffusion import NoiseSchedule, reverse_step
 from rsm_train.model.kernels import Compute
 from rsm_train.model.networks import Params, noise_from_parts, observe, split_denoiser
 
+WHOLE_CHAIN_STEPS = 10
+"""Longest chain that is compiled as a whole; the time that compiling takes grows with the steps."""
 GROUP_ROWS = 1024
 """Particles that go through the chain together on a CPU: 1 MB per activation of width 256 in float32."""
 
@@ -29,7 +31,9 @@ class Inference:
         self._schedule = schedule
         self._prior_std = prior_std
         self._dtype = compute.dtype
-        self._step = kernels.compiled(_denoise, compute.compile)
+        whole = schedule.steps <= WHOLE_CHAIN_STEPS
+        self._step = kernels.compiled(_denoise, compute.compile and not whole)
+        self._chain = kernels.compiled(self._run_chain, compute.compile and whole)
         self._values = kernels.compiled(_values, compute.compile)
         device = schedule.betas.device
         # Constants as tensors, so that all steps are one compiled function.
@@ -38,23 +42,27 @@ class Inference:
     @torch.no_grad()
     def sample(self, policy: Mapping[str, Tensor], obs_BO: Tensor, noise_BTNA: Tensor) -> Tensor:
         """N actions per observation, [B, N, A] in [-1, 1]; see `networks.sample_actions`."""
+        rows, particles = noise_BTNA.shape[0], noise_BTNA.shape[2]
+        groups = [
+            self._chain(dict(policy), obs_BO[group], noise_BTNA[group])
+            for group in _groups(rows, particles, obs_BO.device)
+        ]
+        return torch.cat(groups)
+
+    def _run_chain(self, policy: Params, obs_BO: Tensor, noise_BTNA: Tensor) -> Tensor:
         denoiser = split_denoiser(policy, self._schedule.steps)
         last = len(self._schedule.reverse_steps) - 1
         obs_part = observe(denoiser, obs_BO)
         tail = {name: value.to(self._dtype) for name, value in denoiser.tail.items()}
-        groups = []
-        for rows in _groups(len(obs_BO), noise_BTNA.shape[2], obs_BO.device):
-            part, noise = obs_part[rows], noise_BTNA[rows]
-            action = self._prior_std * noise[:, 0]
-            for k, step in enumerate(self._schedule.reverse_steps):
-                # The last step's std is 0: which noise it is given does not matter.
-                z = noise[:, k + 1] if k < last else noise[:, 0]
-                step_part = denoiser.step_bias[step.t]
-                action = self._step(
-                    tail, denoiser.action_weight, part, step_part, action, z, self._constants[k]
-                )
-            groups.append(action)
-        return torch.cat(groups)
+        action = self._prior_std * noise_BTNA[:, 0]
+        for k, step in enumerate(self._schedule.reverse_steps):
+            # The last step's std is 0: which noise it is given does not matter.
+            z = noise_BTNA[:, k + 1] if k < last else noise_BTNA[:, 0]
+            step_part = denoiser.step_bias[step.t]
+            action = self._step(
+                tail, denoiser.action_weight, obs_part, step_part, action, z, self._constants[k]
+            )
+        return action
 
     @torch.no_grad()
     def values(self, critics: Mapping[str, Tensor], obs_BO: Tensor, action_BNA: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Compute:
     precision: Precision = "fp32"
     """Of the hidden layers' products while sampling: bf16 also stores the activations between them in bf16."""
     compile: bool = False
-    """Fuse what lies between the products with torch.compile."""
+    """Compile sampling and updates with torch.compile."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,15 +55,23 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiled(function: Callable[P, R], enabled: bool) -> Callable[P, R]:
-    """torch.compile(function) for fixed shapes; the function itself where that fails, with a warning."""
+    """torch.compile(function) for fixed shapes; the function itself where that fails, with a warning.
+
+    The function may differentiate and change its arguments in place. Inside another one it is a part of that.
+    """
     if not enabled:
         return function
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    fast: Callable[P, R] | None = torch.compile(function, dynamic=False)
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)
+    if hasattr(config, "trace_autograd_ops"):  # since torch 2.12; without it a gradient is outside of the graph
+        config.trace_autograd_ops = True
+    # On a CPU one file per function, not one per kernel: compiled sooner, and with fewer calls from Python.
+    options: dict[str, Any] = {"cpp_wrapper": not torch.cuda.is_available()}
+    fast: Callable[P, R] | None = torch.compile(function, dynamic=False, options=options)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal fast
-        if fast is not None:
+        if fast is not None and not torch.compiler.is_compiling():
             try:
                 return fast(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsm_train.algorithms.common import Batch, copy_params, weight_health
-from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, resample, scale_q
+from rsm_train.algorithms.dpmd import DPMD, DPMDConfig, policy_loss, resample, scale_q
 from rsm_train.model.critic import choose_best, q_values
 from rsm_train.model.networks import mlp_tail, sample_actions, split_denoiser
 
@@ -92,7 +92,9 @@ def test_policy_loss_is_the_weighted_noise_error():
     noise = algorithm.draw_noise(6, torch.Generator().manual_seed(1))
     action = torch.rand(6, 8, 2) * 2 - 1
     weight = torch.softmax(torch.randn(6, 8), 1)
-    got = algorithm._loss(algorithm.agent.policy, batch.obs, action, weight, noise.t, noise.eps)
+    got = policy_loss(
+        algorithm.agent.schedule, algorithm.agent.policy, batch.obs, action, weight, noise.t, noise.eps
+    )
     params, schedule = algorithm.agent.policy, algorithm.agent.schedule
     total = 0.0
     from rsm_train.model.networks import embed_time
@@ -199,7 +201,7 @@ def test_one_update_by_hand_with_every_network_different(scaling, cheap):
             assert len(set(chosen)) > 2
             proposals = torch.stack([proposals[row, k : k + 1] for row, k in enumerate(chosen)])
             weights = torch.ones(12, 1)
-        loss = algorithm._loss(live, batch.obs, proposals, weights, noise.t, noise.eps)
+        loss = policy_loss(algorithm.agent.schedule, live, batch.obs, proposals, weights, noise.t, noise.eps)
     torch.testing.assert_close(metrics["policy_loss"], loss)
     # Adam's first step is the learning rate in every weight that has a gradient.
     for before, after, rate in (
@@ -369,7 +371,9 @@ def test_one_update_of_the_published_program_by_hand(scaling):
         mean, std = 1e-3 * q.mean(), 1 + 1e-3 * (q.std(correction=0) - 1)
         scaled = (q - mean) / std if scaling == "running" else q - mean / std
         weight = (scaled.clamp(-3, 3) / 0.7).exp()
-        loss = algorithm._loss(live, batch.next_obs, a_next[:, None], weight, noise.t, noise.eps)
+        loss = policy_loss(
+            algorithm.agent.schedule, live, batch.next_obs, a_next[:, None], weight, noise.t, noise.eps
+        )
     torch.testing.assert_close(metrics["policy_loss"], loss)
     # The second application of the same gradient moves about as far as the first.
     moved = (agent.critics.params["layers.1.weight"].detach() - critic["layers.1.weight"]).abs().max()
@@ -442,7 +446,7 @@ def test_policy_learning_rate_falls_on_a_line():
     rates = []
     for _ in range(16):
         algorithm.update(random_batch(), algorithm.draw_noise(16, generator))
-        rates.append(algorithm.agent.policy_optimizer.param_groups[0]["lr"])
+        rates.append(algorithm.agent.policy_optimizer.learning_rate.item())
     wanted = [1e-3] * 3 + [8e-4, 6e-4, 4e-4] + [2e-4] * 2
     assert rates[1::2] == pytest.approx(wanted)
 

@@ -64,7 +64,6 @@ def test_one_update_by_hand():
     # Entropy above its target lowers the temperature, by Adam's first step; below, it raises it.
     sign = 1 if -log_p.mean().item() < -0.7 * 2 else -1
     assert agent.temperature == pytest.approx(0.3 * math.exp(sign * 2e-3), rel=1e-5)
-    assert all(value.grad is None or not value.grad.isnan().any() for value in agent.critics.params.values())
     expected = target["layers.1.weight"] + 0.05 * (
         agent.critics.params["layers.1.weight"] - target["layers.1.weight"]
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsm_train.algorithms.common import Batch, copy_params
-from rsm_train.algorithms.sdac import SDAC, SDACConfig, truncated_reverse, untruncated_reverse
+from rsm_train.algorithms.sdac import SDAC, SDACConfig, policy_loss, truncated_reverse, untruncated_reverse
 from rsm_train.model.critic import choose_best, q_values
 from rsm_train.model.diffusion import forward_noise, make_schedule
 from rsm_train.model.networks import observe, predict_noise, sample_actions, split_denoiser
@@ -89,7 +89,7 @@ def test_weighted_terms_and_the_weighted_mean_target_give_the_same_gradient():
         return torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(params.values()))])
 
     target = (weight.unsqueeze(2) * eps).sum(1, keepdim=True)
-    ours = gradient(algorithm._loss(algorithm.agent.policy, obs, a_t, t, target))
+    ours = gradient(policy_loss(5, params, obs, a_t, t, target))
     denoiser = split_denoiser(params, 5)
     predicted = predict_noise(denoiser, observe(denoiser, obs), a_t, t)
     terms = (weight.unsqueeze(2) * (predicted - eps).square()).sum(1).mean()
