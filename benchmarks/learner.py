@@ -16,15 +16,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from record import write_record
 
-from rsm_train.algorithms.common import Batch
+from rsm_train.algorithms.common import Algorithm, Batch
+from rsm_train.algorithms.critic_config import CriticConfig
 from rsm_train.algorithms.dpmd import DPMDConfig
+from rsm_train.algorithms.sac import SACConfig
 from rsm_train.algorithms.sdac import SDACConfig
 from rsm_train.config import find_algorithm, resolve
 from rsm_train.model import kernels
@@ -40,15 +44,23 @@ SETTINGS = {
     "dpmd-paper": ("dpmd", "paper", HALF_CHEETAH),
     "sdac-paper": ("sdac", "paper", HALF_CHEETAH),
     "quick": ("dpmd", "quick", PENDULUM),
+    "quick-sdac": ("sdac", "quick", PENDULUM),
+    "quick-sac": ("sac", "quick", PENDULUM),
 }
 ACTING_ENVS = 5
 PUBLISHED_S = {"dpmd": 0.52, "sdac": 1.48, "humanoid": 1.05, "acting": 0.017}
 """The authors' program, JAX 0.4.27 on two cores of a machine of this class (not measured here)."""
 
 
-def update_flops(c: DPMDConfig | SDACConfig, obs: int, action: int, batch: int) -> float:
+def update_flops(c: CriticConfig, obs: int, action: int, batch: int) -> float:
     """Floating-point operations of the matrix products of one update, the policy's share averaged."""
     body = (c.depth - 1) * c.width**2
+    if isinstance(c, SACConfig):
+        sample = 2 * (obs * c.width + body + 2 * action * c.width)
+        values = 2 * c.critics * ((obs + action) * c.width + body + c.width)
+        # The policy's loss takes the gradient of the values by the action only.
+        return batch * (sample + 4 * values + (3 * sample + 2 * values) / c.policy_every)
+    assert isinstance(c, DPMDConfig | SDACConfig)
     denoise = 2 * (2 * action * c.width + body)  # a particle's step
     value = 2 * c.critics * (action * c.width + body + c.width)  # a particle
     first = 2 * obs * c.width  # an observation, per network and use
@@ -73,16 +85,21 @@ def update_flops(c: DPMDConfig | SDACConfig, obs: int, action: int, batch: int) 
     return batch * (critic + policy / c.policy_every)
 
 
+def medians_s(calls: Sequence[Callable[[], object]], repeats: int, warm_up: int = 2) -> list[float]:
+    """Median wall time of each call, after some that warm up; the calls take turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for i in range(warm_up + repeats):
+        for call, taken in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            if i >= warm_up:
+                taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in times]
+
+
 def median_s(call: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
     """Median wall time of a call, after some that warm up."""
-    for _ in range(warm_up):
-        call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return medians_s([call], repeats, warm_up)[0]
 
 
 @torch.no_grad()
@@ -99,11 +116,12 @@ def measure(setting: str, updates: int, compute: Compute, peer: dict[str, float]
     """One setting's figures."""
     algo, preset, (obs, action) = SETTINGS[setting]
     run, config = resolve({"env": "benchmark", "algo": algo, "preset": preset})
-    assert isinstance(config, DPMDConfig | SDACConfig)
-    if preset == "quick":
-        compute = Compute()
+    assert isinstance(config, CriticConfig)
+    small = preset == "quick"
     generator = torch.Generator().manual_seed(0)
-    algorithm = find_algorithm(algo)(config, obs, action, generator=generator, device="cpu", compute=compute)
+    kinds = [compute, replace(compute, compile=False)] if compute.compile else [compute]
+    make = partial(find_algorithm(algo), config, obs, action, generator=generator, device="cpu")
+    algorithms = [make(compute=kind) for kind in kinds]
     rows = run.batch_size
     batch = Batch(
         obs=torch.randn(rows, obs),
@@ -113,20 +131,22 @@ def measure(setting: str, updates: int, compute: Compute, peer: dict[str, float]
         terminated=torch.zeros(rows),
     )
 
-    def period() -> None:
+    def period(algorithm: Algorithm) -> None:
         for _ in range(config.policy_every):
             algorithm.update(batch, algorithm.draw_noise(rows, generator))
 
-    acting = [
-        torch.randn(ACTING_ENVS, *shape)
-        for shape in ((obs,), (config.diffusion_steps, config.particles, action), (action,))
-    ]
+    periods = [partial(period, algorithm) for algorithm in algorithms]
+    agent = algorithms[0].agent
+    shapes = ((obs,), (agent.sampler.chain_length, agent.sampler.particles, action), (action,))
+    acting = [torch.randn(ACTING_ENVS, *shape) for shape in shapes]
     started = time.perf_counter()
-    period()
+    periods[0]()
     first_s = time.perf_counter() - started
     torch_rate, rate = matrix_rates(config.width, 1024, compute.dtype)
-    seconds = median_s(period, updates) / config.policy_every
-    act_s = median_s(lambda: algorithm.agent.act(*acting), 50)
+    # Small updates are short: many of them, or the median is that of the neighbours on the machine.
+    medians = medians_s(periods, 200 if small else updates)
+    seconds = medians[0] / config.policy_every
+    act_s = median_s(lambda: agent.act(*acting), 50)
     flops = update_flops(config, obs, action, rows)
     result = {
         "setting": setting,
@@ -143,6 +163,8 @@ def measure(setting: str, updates: int, compute: Compute, peer: dict[str, float]
         "matrix_gflop_per_s": round(rate / 1e9, 1),
         "fraction_of_matrix_rate": round(flops / seconds / rate, 3),
     }
+    if len(medians) == 2:
+        result["eager_over_ours"] = round(medians[1] / medians[0], 2)
     for name, times in (("published", PUBLISHED_S), ("jax_peer", peer)):
         if setting in times:
             result[f"{name}_over_ours"] = round(times[setting] / seconds, 2)

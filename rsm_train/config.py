@@ -147,8 +147,8 @@ class RunConfig:
         default="auto",
         metadata={
             "group": "Machine",
-            "help": "Compile the sampling; auto compiles if a compiler is installed. This takes up to a "
-            "minute per run.",
+            "help": "Compile sampling and updates; auto compiles if a compiler is installed. This takes up to "
+            "a minute; later runs with the same settings find the result on disk.",
         },
     )
     threads: int | None = field(
@@ -215,7 +215,7 @@ PRESETS: dict[str, Preset] = {
             "log_every": 250,
             # More threads gain nothing at this size, and lose much where another process shares the cores.
             "threads": 1,
-            # At this size it takes longer than it saves.
+            # In so few updates it takes longer than it saves.
             "compile": "off",
             "width": 64,
             "depth": 2,
