@@ -78,7 +78,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
         eval_step_s = _measure_evaluation(trainer)
         agent = trainer.learner.algorithm.agent
         networks = [value for params in agent.networks().values() for value in params.values()]
-        gradients = [value.grad for value in networks if value.grad is not None]
+        learnt = [value for value in networks if value.requires_grad]  # an update holds a gradient of each
         return Estimate(
             device=_device_name(trainer.device),
             threads=torch.get_num_threads(),
@@ -89,7 +89,7 @@ def estimate(run: RunConfig, algorithm_config: AlgorithmConfig, run_dir: Path) -
             eval_limit=_episode_limit(run),
             replay_bytes=trainer.learner.replay.nbytes,
             network_bytes=_nbytes(networks),
-            learning_bytes=_nbytes([*agent.state().values(), *gradients]),
+            learning_bytes=_nbytes([*agent.state().values(), *learnt]),
             program_bytes=_program_bytes(),
             checkpoint_bytes=_checkpoint_bytes(trainer.checkpoint(), trainer.learner.state()),
         )
