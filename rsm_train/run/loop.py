@@ -124,7 +124,7 @@ class Trainer:
     def _save(self, log: RunLog, tell: Tell) -> None:
         """Write a checkpoint, and tell of it if there was none of the present step."""
         before = self._checkpoints.saved_step
-        self.save(log.wall_s)
+        self.save(log.times)
         if self._checkpoints.saved_step != before:
             tell("checkpoint", {})
 
@@ -157,8 +157,11 @@ class Trainer:
         one_particle = self.run.eval_one_particle
         return evaluate(policy, self._pool, seeds, one_particle=one_particle, max_steps=max_steps)
 
-    def save(self, wall_s: float) -> None:
+    def save(self, times: Mapping[str, float]) -> None:
         """Write a checkpoint that the run can be resumed from, unless the present step has one.
+
+        Args:
+            times: `RunLog.times`.
 
         Raises:
             TrainingError: it cannot be written, or would hold NaN or Inf.
@@ -167,7 +170,7 @@ class Trainer:
             return
         self.learner.require_finite()
         counters = {
-            "wall_s": wall_s,
+            **times,
             "log_counts": self.learner.log_counts,
             "evaluation_due": self._evaluation_due,
         }

@@ -27,7 +27,7 @@ from rsm_eval.learning import METRICS_FILE
 from rsm_train.environments.evaluation import Evaluation
 
 Record = Mapping[str, Any]
-"""A line of metrics.jsonl: "step", "wall_s", "kind" ("train" or "eval"), and the values of that kind."""
+"""A line of metrics.jsonl: "step", "wall_s", "cpu_s", "kind" ("train" or "eval"), and that kind's values."""
 
 _REDRAW_S = 0.1
 PROGRESS_LINE_S = 30.0
@@ -115,7 +115,7 @@ def scalars(record: Record) -> dict[str, float]:
     return {
         f"{record['kind']}/{name}": value
         for name, value in record.items()
-        if name not in ("step", "wall_s") and isinstance(value, (int, float))
+        if name not in ("step", "wall_s", "cpu_s") and isinstance(value, (int, float))
     }
 
 
@@ -175,6 +175,7 @@ class RunLog:
         console: Console | None = None,
         first_step: int = 0,
         wall_s: float = 0.0,
+        cpu_s: float | None = 0.0,
         warmup_steps: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -187,6 +188,7 @@ class RunLog:
             console: where progress is shown; None: stderr.
             first_step: at which a resumed run continues.
             wall_s: seconds that it has run before.
+            cpu_s: seconds of CPU that it has used before; None where that is not known.
             warmup_steps: steps with random actions at the start.
             clock: seconds, monotonic.
         """
@@ -198,6 +200,7 @@ class RunLog:
         self._console = console or Console(file=cast("IO[str]", Tolerant(sys.stderr)))
         self._clock = clock
         self._started = clock() - wall_s
+        self._cpu_started = None if cpu_s is None else time.process_time() - cpu_s
         self._warmup_steps = warmup_steps
         self._line_due_s = self.wall_s
         self._drawn = -_REDRAW_S
@@ -224,6 +227,12 @@ class RunLog:
     def wall_s(self) -> float:
         """Seconds since the run began, without those between an end and a resume."""
         return self._clock() - self._started
+
+    @property
+    def times(self) -> dict[str, float]:
+        """`wall_s`, and `cpu_s`: seconds of this process on all cores, without the processes it has started."""
+        cpu = {} if self._cpu_started is None else {"cpu_s": time.process_time() - self._cpu_started}
+        return {"wall_s": self.wall_s, **cpu}
 
     def advance(self, step: int) -> None:
         """Move the progress bar; without a terminal, print a line at the first step and every half minute."""
@@ -283,7 +292,8 @@ class RunLog:
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> Record:
-        record = {"step": step, "wall_s": round(self.wall_s, 3), "kind": kind, **values}
+        times = {name: round(seconds, 3) for name, seconds in self.times.items()}
+        record = {"step": step, **times, "kind": kind, **values}
         for sink in self._sinks:
             sink.write(record)
         return record

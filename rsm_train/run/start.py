@@ -116,7 +116,7 @@ def train(
             make(run_dir)
             stack.enter_context(lock(run_dir))
             require_new(run_dir)
-        wall_s = 0.0 if checkpoint is None else float(checkpoint.state["training"]["wall_s"])
+        before = {"wall_s": 0.0, "cpu_s": 0.0} if checkpoint is None else checkpoint.state["training"]
         # First, as wandb may refuse: the directory is then still empty, and can be used again.
         sinks = extra_sinks(run.wandb, run_dir, trainer.config())
         with disk_errors(run_dir, "the run", _DISK, begun=False):
@@ -130,7 +130,8 @@ def train(
                 sinks,
                 console=Console(quiet=True, file=io.StringIO()) if caller.quiet else None,
                 first_step=trainer.learner.step,
-                wall_s=wall_s,
+                wall_s=float(before["wall_s"]),
+                cpu_s=before.get("cpu_s"),
                 warmup_steps=run.warmup_steps,
             ) as log,
         ):

@@ -31,7 +31,7 @@ def lines(run_dir):
 
 def timeless(run_dir):
     """The metrics but for those that tell the speed of the machine."""
-    ignored = {"wall_s", "steps_per_s", "updates_per_s"}
+    ignored = {"wall_s", "cpu_s", "steps_per_s", "updates_per_s"}
     return [{key: value for key, value in line.items() if key not in ignored} for line in lines(run_dir)]
 
 
@@ -80,7 +80,7 @@ def test_same_seed_same_run_and_other_seed_another(run_dir, tmp_path):
     first, second, third = weights(run_dir), weights(again), weights(other)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["policy.layers.1.weight"], third["policy.layers.1.weight"])
-    ignored = {"wall_s", "steps_per_s", "updates_per_s"}
+    ignored = {"wall_s", "cpu_s", "steps_per_s", "updates_per_s"}
     for a, b in zip(lines(run_dir), lines(again), strict=True):
         assert {k: v for k, v in a.items() if k not in ignored} == {
             k: v for k, v in b.items() if k not in ignored

@@ -51,7 +51,7 @@ SETTINGS: dict[str, Any] = {
     "replay_size": 100,
     "keep_checkpoints": 2,
 }
-TIMES = {"wall_s", "steps_per_s", "updates_per_s"}
+TIMES = {"wall_s", "cpu_s", "steps_per_s", "updates_per_s"}
 
 
 def options(settings: dict[str, Any]) -> list[str]:
@@ -67,6 +67,7 @@ def records(run: Path) -> list[list[tuple[str, Any]]]:
 def states(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     assert state["training"].pop("wall_s") > 0
+    assert state["training"].pop("cpu_s") > 0
     return state
 
 
@@ -233,8 +234,10 @@ def test_wall_time_goes_on_and_the_past_of_tensorboard_is_purged(uninterrupted, 
     assert list_checkpoints(run)[-1].name == "step_000000210"
     resume(run)
     assert_same_run(run, uninterrupted)
-    walls = [json.loads(line)["wall_s"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert walls == sorted(walls)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in ("wall_s", "cpu_s"):
+        times = [line[name] for line in lines]
+        assert times == sorted(times)
     board = accumulator.EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=True).Reload()
     steps = [event.step for event in board.Scalars("train/critic_loss")]
     assert steps == sorted(set(steps))
